@@ -1,0 +1,66 @@
+//! The pruning plan: which experts stay whole, and which neurons of the others stay.
+
+use serde::{Deserialize, Serialize};
+
+/// A plan as written to `plan.json` and to `tenp_plan.json` inside an output folder.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Always `tenp-plan`.
+    pub format: String,
+    /// Format version, 1.
+    pub version: u32,
+    /// Method name as given on the command line (`tenp`, `enp`, `reap`, …).
+    pub method: String,
+    /// Everything else that decided the plan: allocation, scores, ρ, α, slope, quantum, seed, domain weights.
+    pub options: serde_json::Map<String, serde_json::Value>,
+    /// Fingerprint of the checkpoint the plan is for.
+    pub fingerprint: String,
+    /// MoE layers in depth order.
+    pub layers: Vec<LayerPlan>,
+    /// What the plan keeps.
+    pub accounting: Accounting,
+    /// `[layer, expert]` pairs that no calibration token reached; scored by weight norm.
+    pub uncalibrated: Vec<(usize, usize)>,
+}
+
+/// One MoE layer of a plan.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LayerPlan {
+    /// The model's own layer index.
+    pub layer: usize,
+    /// Every expert of the input layer, ascending by id.
+    pub experts: Vec<ExpertPlan>,
+}
+
+/// One expert of a plan.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ExpertPlan {
+    /// Expert id in the input checkpoint.
+    pub id: usize,
+    /// Neurons kept.
+    pub width: usize,
+    /// Kept neuron ids, ascending; absent when all are kept or the expert is dropped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub neurons: Option<Vec<u32>>,
+    /// The expert leaves the router (width is 0). A narrow expert of width 0 that is not dropped stays in the router.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub dropped: bool,
+}
+
+/// Fractions are in `[0, 1]`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[allow(non_snake_case)]
+pub struct Accounting {
+    /// Kept share of routed-expert parameters.
+    pub E: f64,
+    /// Share of routed-expert parameters still executed per token, measured from the calibration tokens.
+    pub A: f64,
+    /// Share of activations that land on whole experts.
+    pub f: f64,
+    /// Kept share of the whole model's parameters.
+    pub model: f64,
+    /// Bytes of all tensors before.
+    pub bytes_before: u64,
+    /// Bytes of all tensors after.
+    pub bytes_after: u64,
+}

@@ -1,0 +1,68 @@
+//! Calibration statistics: sums that any method can be planned from, and that merge by addition.
+//!
+//! Formulas are in `docs/methods.md` ("One pass, every statistic"). N is the number of routed experts of a layer, K
+//! their width before pruning; `[N,K]` tables are row-major.
+
+use std::collections::BTreeMap;
+
+/// Statistics of one layer over one domain's tokens.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LayerStatistics {
+    /// Routed experts N.
+    pub num_experts: usize,
+    /// Expert width K (the widest expert of a ragged layer; rows of narrower experts end in zeros).
+    pub width: usize,
+    /// `[N]` tokens routed to each expert.
+    pub tokens: Vec<i64>,
+    /// Tokens that went through the layer.
+    pub total_tokens: i64,
+    /// `[N]` sum g.
+    pub gate_sum: Vec<f64>,
+    /// `[N]` sum of g / Σ g over the token's chosen experts.
+    pub normalised_gate_sum: Vec<f64>,
+    /// `[N]` sum ‖y‖.
+    pub norm_sum: Vec<f64>,
+    /// `[N]` sum ‖y‖².
+    pub norm_sq_sum: Vec<f64>,
+    /// `[N]` sum g‖y‖.
+    pub gated_norm_sum: Vec<f64>,
+    /// `[N]` sum g‖y‖(1 − cos(x, y)).
+    pub direction: Vec<f64>,
+    /// `[N]` sum g‖y‖ · max(0, 1 − cos(r, r + Σ g y)).
+    pub residual_direction: Vec<f64>,
+    /// `[N]` max ‖y‖_inf; merges by maximum.
+    pub output_peak: Vec<f64>,
+    /// `[N,K]` sum h_j⟨w_j, y⟩ / (‖y‖ + 1e-8).
+    pub contribution: Vec<f64>,
+    /// `[N,K]` sum of the same term's absolute value.
+    pub contribution_abs: Vec<f64>,
+    /// `[N,K]` sum |h_j|·‖w_j‖.
+    pub activation_norm: Vec<f64>,
+    /// `[N,K]` sum (g h_j)²‖w_j‖².
+    pub energy: Vec<f64>,
+    /// `[N,K]` max of (g h_j)²‖w_j‖²; merges by maximum.
+    pub peak: Vec<f64>,
+    /// `[N,K]` sum h_j.
+    pub mean: Vec<f64>,
+    /// `[N,K]` sum h_j².
+    pub second_moment: Vec<f64>,
+    /// `[N,K]` ‖gate row‖² + ‖up row‖² + ‖w_j‖², from the weights; must be equal in merged files.
+    pub neuron_weight_norm_sq: Vec<f64>,
+    /// `[N,K]` ‖w_j‖², from the weights; must be equal in merged files.
+    pub down_norm_sq: Vec<f64>,
+}
+
+/// A statistics file: everything one calibration pass (or several, merged) learned about a checkpoint.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Statistics {
+    /// Fingerprint of the checkpoint that was calibrated.
+    pub checkpoint: String,
+    /// Fingerprints of the token ids that went in: domain, then one entry per calibration run.
+    pub tokens: BTreeMap<String, Vec<String>>,
+    /// Version of the program that wrote the file.
+    pub version: String,
+    /// Compute dtype of the calibration run(s), `f32` or `bf16`, sorted and deduplicated.
+    pub compute: Vec<String>,
+    /// Layers by domain, then by the model's own layer index.
+    pub domains: BTreeMap<String, BTreeMap<usize, LayerStatistics>>,
+}
