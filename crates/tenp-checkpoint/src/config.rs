@@ -1,5 +1,11 @@
 //! `config.json` in every dialect we read, normalised into one description of the model.
 
+mod attention;
+mod family;
+mod fields;
+mod moe;
+mod parse;
+
 /// Model family, decided by `model_type` (with or without the `tenp_` prefix of a ragged checkpoint).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Family {

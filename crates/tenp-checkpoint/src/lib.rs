@@ -1,4 +1,38 @@
-//! x
+//! Checkpoints of Mixture-of-Experts models: memory-mapped safetensors in, sharded safetensors out, plans and statistics.
+//!
+//! | what | where |
+//! |---|---|
+//! | open a folder, look at tensors | [`Checkpoint`] |
+//! | what `config.json` says | [`config::ModelConfig`] |
+//! | which tensors a model has | [`expected_tensors`], [`Spelling`] |
+//! | calibration statistics | [`statistics::Statistics`] |
+//! | which neurons stay | [`plan::Plan`] |
+//!
+//! This crate knows no kernel: it moves bytes and checks them.
+
+mod access;
+mod checkpoint;
 pub mod config;
+mod dtype;
+mod error;
+mod expected;
+mod header;
+mod index;
+mod names;
 pub mod plan;
+mod residency;
+mod shard;
+mod size;
 pub mod statistics;
+
+pub use access::{ExpertTensors, Matrix, RouterTensors, SharedTensors};
+pub use checkpoint::{Checkpoint, TensorView};
+pub use config::{Family, ModelConfig};
+pub use dtype::Dtype;
+pub use error::CheckpointError;
+pub use expected::{ExpectedTensor, Role, expected_tensors};
+pub use header::PlannedTensor;
+pub use names::{Part, Spelling, dense, layer_of};
+pub use plan::{Accounting, ExpertPlan, LayerPlan, Plan};
+pub use size::{CheckpointSize, PrunedFrom};
+pub use statistics::{LayerStatistics, Statistics};

@@ -1,0 +1,304 @@
+//! Opening a checkpoint folder: config, shards, and the check that every tensor the model needs is there.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+use crate::config::ModelConfig;
+use crate::expected::{ExpectedTensor, expected_tensors};
+use crate::header::Entry;
+use crate::index::{self, INDEX_FILE, ShardList};
+use crate::names::Spelling;
+use crate::residency::LayerRanges;
+use crate::shard::Shard;
+use crate::{CheckpointError, Dtype};
+
+/// A checkpoint folder, memory-mapped. Nothing but headers is read until a tensor's bytes are touched.
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    config: ModelConfig,
+    config_json: Map<String, Value>,
+    spelling: Spelling,
+    pub(crate) shards: Vec<Shard>,
+    /// Tensor name to shard and entry.
+    by_name: HashMap<String, (usize, usize)>,
+    missing: Vec<String>,
+    promised: std::collections::BTreeMap<String, String>,
+    fingerprint: String,
+    pub(crate) ranges: LayerRanges,
+}
+
+/// A tensor inside a checkpoint.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorView<'a> {
+    /// Name.
+    pub name: &'a str,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Shape.
+    pub shape: &'a [usize],
+    /// Little-endian data at any alignment.
+    pub bytes: &'a [u8],
+}
+
+impl Checkpoint {
+    /// Opens a folder and checks it whole.
+    ///
+    /// # Errors
+    /// A config that is unreadable or of an unknown family, a damaged or missing shard, an index that points outside
+    /// the folder or contradicts its shards, a tensor that the model needs and that is missing, of the wrong shape or of
+    /// an unsupported dtype. The message names file and tensor.
+    pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
+        let checkpoint = Self::open_partial(dir)?;
+        if let Some(shard) = checkpoint.missing.first() {
+            return Err(CheckpointError::MissingShard {
+                dir: dir.to_path_buf(),
+                shard: shard.clone(),
+                missing: checkpoint.missing.len(),
+                total: checkpoint.missing.len() + checkpoint.shards.len(),
+            });
+        }
+        Ok(checkpoint)
+    }
+
+    /// Like [`Self::open`], but shards that the index names and that are not there are listed by
+    /// [`Self::missing_shards`]; tensors they should hold are not asked for.
+    ///
+    /// # Errors
+    /// As [`Self::open`], except for missing shards.
+    pub fn open_partial(dir: &Path) -> Result<Self, CheckpointError> {
+        let config_path = dir.join("config.json");
+        let text =
+            std::fs::read(&config_path).map_err(CheckpointError::io("read", &config_path))?;
+        let config_json: Map<String, Value> =
+            serde_json::from_slice(&text).map_err(|source| CheckpointError::Json {
+                path: config_path.clone(),
+                source,
+            })?;
+        let config = ModelConfig::from_json(&config_path, &config_json)?;
+        let ShardList {
+            present,
+            missing,
+            promised,
+        } = index::locate(dir)?;
+        let shards = present
+            .iter()
+            .map(|name| Shard::open(dir, name))
+            .collect::<Result<Vec<_>, _>>()?;
+        let by_name = by_name(&shards)?;
+        check_index(dir, &promised, &missing, &shards, &by_name)?;
+        let spelling = Spelling::detect(config.family, config.moe_layers[0], |name| {
+            by_name.contains_key(name) || promised.contains_key(name)
+        });
+        let fingerprint = fingerprint(&text, &shards);
+        let ranges = LayerRanges::new(&shards);
+        let checkpoint = Self {
+            dir: dir.to_path_buf(),
+            config,
+            config_json,
+            spelling,
+            shards,
+            by_name,
+            missing,
+            promised,
+            fingerprint,
+            ranges,
+        };
+        for expected in expected_tensors(&checkpoint.config, spelling) {
+            checkpoint.check(&expected)?;
+        }
+        Ok(checkpoint)
+    }
+
+    fn check(&self, expected: &ExpectedTensor) -> Result<(), CheckpointError> {
+        let Some((shard, entry)) = self.find(&expected.name) else {
+            let place = self.promised.get(&expected.name);
+            if place.is_some_and(|shard| self.missing.contains(shard)) {
+                return Ok(());
+            }
+            return Err(CheckpointError::MissingTensor {
+                tensor: expected.name.clone(),
+                shape: expected.shape.clone(),
+                place: self.place_of_missing(&expected.name),
+            });
+        };
+        check_shape(shard, entry, &expected.shape)?;
+        check_dtype(shard, entry)
+    }
+
+    /// Shard names of the index that are not in the folder.
+    pub fn missing_shards(&self) -> &[String] {
+        &self.missing
+    }
+
+    /// The folder, as given.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What `config.json` says, normalised.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// `config.json` as it stands in the file.
+    pub fn config_json(&self) -> &Map<String, Value> {
+        &self.config_json
+    }
+
+    /// How the checkpoint spells its MoE tensors.
+    pub fn spelling(&self) -> Spelling {
+        self.spelling
+    }
+
+    /// SHA-256, in hex, over `config.json` and every shard's name, length and header.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// Whether a tensor of that name is there.
+    pub fn contains(&self, name: &str) -> bool {
+        self.by_name.contains_key(name)
+    }
+
+    /// A tensor by name.
+    ///
+    /// # Errors
+    /// [`CheckpointError::MissingTensor`].
+    pub fn tensor(&self, name: &str) -> Result<TensorView<'_>, CheckpointError> {
+        self.find(name)
+            .map(|(shard, entry)| view(shard, entry))
+            .ok_or_else(|| CheckpointError::MissingTensor {
+                tensor: name.to_owned(),
+                shape: Vec::new(),
+                place: self.place_of_missing(name),
+            })
+    }
+
+    /// Every tensor: shards by name, inside a shard by offset.
+    pub fn tensors(&self) -> impl Iterator<Item = TensorView<'_>> {
+        self.shards
+            .iter()
+            .flat_map(|shard| shard.entries.iter().map(move |entry| view(shard, entry)))
+    }
+
+    /// Shard and entry of a tensor.
+    pub(crate) fn find(&self, name: &str) -> Option<(&Shard, &Entry)> {
+        let (shard, entry) = *self.by_name.get(name)?;
+        let shard = &self.shards[shard];
+        Some((shard, &shard.entries[entry]))
+    }
+
+    fn place_of_missing(&self, name: &str) -> String {
+        match self.promised.get(name) {
+            Some(shard) => self.dir.join(shard).display().to_string(),
+            None => self.dir.display().to_string(),
+        }
+    }
+}
+
+fn view<'a>(shard: &'a Shard, entry: &'a Entry) -> TensorView<'a> {
+    TensorView {
+        name: &entry.name,
+        dtype: entry.dtype,
+        shape: &entry.shape,
+        bytes: shard.bytes(entry),
+    }
+}
+
+pub(crate) fn check_shape(
+    shard: &Shard,
+    entry: &Entry,
+    expected: &[usize],
+) -> Result<(), CheckpointError> {
+    if entry.shape == expected {
+        return Ok(());
+    }
+    Err(CheckpointError::Shape {
+        tensor: entry.name.clone(),
+        shard: shard.path.display().to_string(),
+        expected: expected.to_vec(),
+        got: entry.shape.clone(),
+    })
+}
+
+pub(crate) fn check_dtype(shard: &Shard, entry: &Entry) -> Result<(), CheckpointError> {
+    if entry.dtype.is_weight() {
+        return Ok(());
+    }
+    Err(CheckpointError::Dtype {
+        tensor: entry.name.clone(),
+        shard: shard.path.display().to_string(),
+        got: entry.dtype,
+        remedy: match entry.dtype {
+            Dtype::F8E4M3 | Dtype::F8E5M2 => {
+                "fp8 checkpoints are not supported yet by this version, convert it to bf16 first"
+            }
+            _ => "convert it to bf16 first",
+        },
+    })
+}
+
+fn by_name(shards: &[Shard]) -> Result<HashMap<String, (usize, usize)>, CheckpointError> {
+    let mut by_name = HashMap::new();
+    for (shard_index, shard) in shards.iter().enumerate() {
+        for (index, entry) in shard.entries.iter().enumerate() {
+            if let Some((first, _)) = by_name.insert(entry.name.clone(), (shard_index, index)) {
+                return Err(CheckpointError::DuplicateTensor {
+                    tensor: entry.name.clone(),
+                    first: shards[first].path.display().to_string(),
+                    second: shard.path.display().to_string(),
+                });
+            }
+        }
+    }
+    Ok(by_name)
+}
+
+fn check_index(
+    dir: &Path,
+    promised: &std::collections::BTreeMap<String, String>,
+    missing: &[String],
+    shards: &[Shard],
+    by_name: &HashMap<String, (usize, usize)>,
+) -> Result<(), CheckpointError> {
+    for (tensor, shard) in promised {
+        if missing.contains(shard) {
+            continue;
+        }
+        let holder = by_name.get(tensor).map(|(index, _)| &shards[*index].name);
+        if holder != Some(shard) {
+            let found = holder.map_or("is not in it".to_owned(), |name| format!("is in {name}"));
+            return Err(CheckpointError::Index {
+                path: dir.join(INDEX_FILE),
+                problem: format!(
+                    "says tensor {tensor} is in {shard}, but it {found}; index and shards are of different downloads, \
+                     download again"
+                ),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn fingerprint(config: &[u8], shards: &[Shard]) -> String {
+    let mut hash = Sha256::new();
+    hash.update((config.len() as u64).to_le_bytes());
+    hash.update(config);
+    for shard in shards {
+        shard.fingerprint(&mut hash);
+    }
+    hex(&hash.finalize())
+}
+
+/// Lower-case hexadecimal.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}

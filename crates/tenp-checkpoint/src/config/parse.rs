@@ -1,0 +1,128 @@
+//! From JSON to [`ModelConfig`].
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::fields::Fields;
+use super::{Family, ModelConfig, attention, moe};
+use crate::CheckpointError;
+
+/// Prefix that a ragged checkpoint puts before its `model_type`.
+pub(crate) const RAGGED_PREFIX: &str = "tenp_";
+
+/// Far above every published model; bounds what a damaged config can make us allocate.
+const MAX_LAYERS: usize = 1024;
+
+impl ModelConfig {
+    /// Reads a `config.json` already parsed as JSON; `path` is only named in errors.
+    ///
+    /// # Errors
+    /// [`CheckpointError::UnknownFamily`] for an unknown `model_type`, [`CheckpointError::Config`] for a field that is
+    /// missing, of the wrong type, contradictory, or asks for something this version cannot do (fp8, other activations).
+    pub fn from_json(path: &Path, json: &Map<String, Value>) -> Result<Self, CheckpointError> {
+        let fields = Fields { path, map: json };
+        let (family, ragged) = family(fields)?;
+        unsupported(fields)?;
+        let hidden_size = fields.required("hidden_size")?;
+        let num_layers = fields.required("num_hidden_layers")?;
+        if num_layers > MAX_LAYERS {
+            return Err(fields.error(
+                "num_hidden_layers",
+                format!("is {num_layers}, more than the {MAX_LAYERS} supported"),
+            ));
+        }
+        let max_positions = fields.required("max_position_embeddings")?;
+        let moe = moe::moe(fields, family)?;
+        let moe_layers = moe::moe_layers(fields, family, num_layers)?;
+        let widths = match ragged {
+            true => Some(moe::widths(fields, &moe, moe_layers.len())?),
+            false => None,
+        };
+        let dense_width = if moe_layers.len() < num_layers {
+            fields.required("intermediate_size")?
+        } else {
+            fields.size("intermediate_size")?.unwrap_or(0)
+        };
+        let rms_norm_eps = fields
+            .float("rms_norm_eps")?
+            .ok_or_else(|| fields.error("rms_norm_eps", "is missing"))?;
+        Ok(Self {
+            family,
+            hidden_size,
+            num_layers,
+            vocab_size: fields.required("vocab_size")?,
+            rms_norm_eps,
+            tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
+            dense_width,
+            attention: attention::attention(fields, family, hidden_size, num_layers)?,
+            rope: attention::rope(fields, family, max_positions)?,
+            moe,
+            moe_layers,
+            widths,
+            num_mtp_layers: fields.size("num_nextn_predict_layers")?.unwrap_or(0),
+            max_positions,
+            bos_token_id: token_ids(fields, "bos_token_id")?.first().copied(),
+            eos_token_ids: token_ids(fields, "eos_token_id")?,
+        })
+    }
+
+    /// Position of a layer among the MoE layers; `None` for a dense layer.
+    pub fn moe_index(&self, layer: usize) -> Option<usize> {
+        self.moe_layers.binary_search(&layer).ok()
+    }
+
+    /// Width of a routed expert, ragged or not; `index` is the layer's position among the MoE layers.
+    pub fn width(&self, index: usize, expert: usize) -> usize {
+        match &self.widths {
+            Some(widths) => widths
+                .get(index)
+                .and_then(|layer| layer.get(expert))
+                .copied()
+                .unwrap_or(0),
+            None => self.moe.expert_width,
+        }
+    }
+}
+
+fn family(fields: Fields<'_>) -> Result<(Family, bool), CheckpointError> {
+    let model_type = fields
+        .text("model_type")?
+        .ok_or_else(|| fields.error("model_type", "is missing"))?;
+    let stock = model_type.strip_prefix(RAGGED_PREFIX);
+    match Family::from_model_type(stock.unwrap_or(model_type)) {
+        Some(family) => Ok((family, stock.is_some())),
+        None => Err(CheckpointError::UnknownFamily {
+            path: fields.path.to_path_buf(),
+            model_type: model_type.to_owned(),
+        }),
+    }
+}
+
+fn unsupported(fields: Fields<'_>) -> Result<(), CheckpointError> {
+    fields.one_of("hidden_act", &["silu", "swish"], "silu")?;
+    if let Some(quantization) = fields.object("quantization_config")? {
+        let method = quantization.text("quant_method")?.unwrap_or("unknown");
+        let problem = if method == "fp8" {
+            "says the checkpoint is fp8; fp8 checkpoints are not supported yet by this version, convert it to bf16 first"
+                .to_owned()
+        } else {
+            format!("says the checkpoint is quantised with {method}; use the bf16 or f16 original")
+        };
+        return Err(fields.error("quantization_config", problem));
+    }
+    Ok(())
+}
+
+fn token_ids(fields: Fields<'_>, field: &str) -> Result<Vec<u32>, CheckpointError> {
+    let Some(value) = fields.get(field) else {
+        return Ok(Vec::new());
+    };
+    let single = std::slice::from_ref(value);
+    let items = value.as_array().map_or(single, Vec::as_slice);
+    items
+        .iter()
+        .map(|item| item.as_u64().and_then(|id| id.try_into().ok()))
+        .collect::<Option<_>>()
+        .ok_or_else(|| fields.error(field, format!("is {value}, expected token ids")))
+}

@@ -1,0 +1,92 @@
+//! One memory-mapped safetensors file.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use memmap2::{Advice, Mmap, UncheckedAdvice};
+use sha2::{Digest, Sha256};
+
+use crate::CheckpointError;
+use crate::header::{self, Entry};
+
+/// A shard: mapped, its header checked.
+#[derive(Debug)]
+pub(crate) struct Shard {
+    pub(crate) path: PathBuf,
+    /// File name inside the folder.
+    pub(crate) name: String,
+    map: Mmap,
+    pub(crate) entries: Vec<Entry>,
+    data_start: usize,
+}
+
+impl Shard {
+    pub(crate) fn open(dir: &Path, name: &str) -> Result<Self, CheckpointError> {
+        let path = dir.join(name);
+        let file = File::open(&path).map_err(CheckpointError::io("open", &path))?;
+        // SAFETY: the map is read-only and lives as long as the shard. A file that another process truncates meanwhile
+        // would fault; checkpoints are written once, and this program replaces files only by rename, which leaves the
+        // mapped inode alone.
+        let map = unsafe { Mmap::map(&file) }.map_err(CheckpointError::io("map", &path))?;
+        let header = header::parse(&map).map_err(|problem| CheckpointError::Shard {
+            path: path.clone(),
+            problem,
+        })?;
+        Ok(Self {
+            path,
+            name: name.to_owned(),
+            map,
+            entries: header.entries,
+            data_start: header.data_start,
+        })
+    }
+
+    pub(crate) fn bytes(&self, entry: &Entry) -> &[u8] {
+        &self.map[entry.start..entry.end]
+    }
+
+    pub(crate) fn num_bytes(&self) -> u64 {
+        self.map.len() as u64
+    }
+
+    /// Adds name, length and header to a checkpoint's fingerprint.
+    pub(crate) fn fingerprint(&self, hash: &mut Sha256) {
+        hash.update((self.name.len() as u64).to_le_bytes());
+        hash.update(self.name.as_bytes());
+        hash.update(self.num_bytes().to_le_bytes());
+        hash.update(&self.map[..self.data_start]);
+    }
+
+    /// Asks the system to read a byte range ahead. Advice only: a refusal changes nothing.
+    pub(crate) fn prefetch(&self, range: Range<usize>) {
+        let _ = self
+            .map
+            .advise_range(Advice::WillNeed, range.start, range.len());
+    }
+
+    /// Lets go of the whole pages inside a byte range.
+    pub(crate) fn release(&self, range: Range<usize>) {
+        let page = page_size();
+        let start = range.start.next_multiple_of(page);
+        let end = range.end / page * page;
+        if start >= end {
+            return;
+        }
+        // SAFETY: the mapping is file-backed, shared and read-only, so a dropped page is read again from the file on
+        // the next access; nothing can be lost.
+        let _ = unsafe {
+            self.map
+                .unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start)
+        };
+    }
+}
+
+fn page_size() -> usize {
+    // SAFETY: `sysconf` reads a constant and has no preconditions.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    usize::try_from(size)
+        .ok()
+        .filter(|size| *size > 0)
+        .unwrap_or(4096)
+}
