@@ -11,6 +11,7 @@
 //! This crate knows no kernel: it moves bytes and checks them.
 
 mod access;
+mod atomic;
 mod checkpoint;
 pub mod config;
 mod dtype;
@@ -26,6 +27,7 @@ mod size;
 pub mod statistics;
 
 pub use access::{ExpertTensors, Matrix, RouterTensors, SharedTensors};
+pub use atomic::{Sink, replace_file};
 pub use checkpoint::{Checkpoint, TensorView};
 pub use config::{Family, ModelConfig};
 pub use dtype::Dtype;

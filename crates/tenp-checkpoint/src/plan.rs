@@ -1,6 +1,13 @@
 //! The pruning plan: which experts stay whole, and which neurons of the others stay.
 
+mod file;
+mod validate;
+
 use serde::{Deserialize, Serialize};
+
+use crate::config::ModelConfig;
+
+pub use file::{FORMAT, VERSION};
 
 /// A plan as written to `plan.json` and to `tenp_plan.json` inside an output folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -63,4 +70,51 @@ pub struct Accounting {
     pub bytes_before: u64,
     /// Bytes of all tensors after.
     pub bytes_after: u64,
+}
+
+impl Plan {
+    /// Whether every expert stays whole: applying the plan copies the checkpoint.
+    pub fn keeps_everything(&self, config: &ModelConfig) -> bool {
+        self.narrows_nothing(config) && !self.drops_experts()
+    }
+
+    /// Whether every expert that stays keeps its full width.
+    pub fn narrows_nothing(&self, config: &ModelConfig) -> bool {
+        self.kept_experts()
+            .all(|expert| expert.width == config.moe.expert_width)
+    }
+
+    /// Whether any expert leaves its router.
+    pub fn drops_experts(&self) -> bool {
+        self.layers
+            .iter()
+            .flat_map(|layer| &layer.experts)
+            .any(|expert| expert.dropped)
+    }
+
+    /// The width that all experts that stay share, if they do.
+    pub fn uniform_width(&self) -> Option<usize> {
+        let mut widths = self.kept_experts().map(|expert| expert.width);
+        let first = widths.next()?;
+        widths.all(|width| width == first).then_some(first)
+    }
+
+    /// Widths of the experts that stay, `[MoE layer][expert]`.
+    pub fn widths(&self) -> Vec<Vec<usize>> {
+        self.layers
+            .iter()
+            .map(|layer| layer.kept().map(|expert| expert.width).collect())
+            .collect()
+    }
+
+    fn kept_experts(&self) -> impl Iterator<Item = &ExpertPlan> {
+        self.layers.iter().flat_map(LayerPlan::kept)
+    }
+}
+
+impl LayerPlan {
+    /// Experts that stay in the router, ascending by id; their position is their id in the output.
+    pub fn kept(&self) -> impl Iterator<Item = &ExpertPlan> {
+        self.experts.iter().filter(|expert| !expert.dropped)
+    }
 }

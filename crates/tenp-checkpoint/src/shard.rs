@@ -1,5 +1,6 @@
 //! One memory-mapped safetensors file.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -18,12 +19,17 @@ pub(crate) struct Shard {
     pub(crate) name: String,
     map: Mmap,
     pub(crate) entries: Vec<Entry>,
+    pub(crate) metadata: BTreeMap<String, String>,
     data_start: usize,
 }
 
 impl Shard {
     pub(crate) fn open(dir: &Path, name: &str) -> Result<Self, CheckpointError> {
-        let path = dir.join(name);
+        Self::open_file(dir.join(name), name)
+    }
+
+    /// Any safetensors file.
+    pub(crate) fn open_file(path: PathBuf, name: &str) -> Result<Self, CheckpointError> {
         let file = File::open(&path).map_err(CheckpointError::io("open", &path))?;
         // SAFETY: the map is read-only and lives as long as the shard. A file that another process truncates meanwhile
         // would fault; checkpoints are written once, and this program replaces files only by rename, which leaves the
@@ -38,12 +44,18 @@ impl Shard {
             name: name.to_owned(),
             map,
             entries: header.entries,
+            metadata: header.metadata,
             data_start: header.data_start,
         })
     }
 
     pub(crate) fn bytes(&self, entry: &Entry) -> &[u8] {
-        &self.map[entry.start..entry.end]
+        self.slice(entry.start..entry.end)
+    }
+
+    /// A byte range of the file, inside an entry's.
+    pub(crate) fn slice(&self, range: Range<usize>) -> &[u8] {
+        &self.map[range]
     }
 
     pub(crate) fn num_bytes(&self) -> u64 {

@@ -3,6 +3,10 @@
 //! Formulas are in `docs/methods.md` ("One pass, every statistic"). N is the number of routed experts of a layer, K
 //! their width before pruning; `[N,K]` tables are row-major.
 
+mod fields;
+mod file;
+mod merge;
+
 use std::collections::BTreeMap;
 
 /// Statistics of one layer over one domain's tokens.
@@ -65,4 +69,20 @@ pub struct Statistics {
     pub compute: Vec<String>,
     /// Layers by domain, then by the model's own layer index.
     pub domains: BTreeMap<String, BTreeMap<usize, LayerStatistics>>,
+}
+
+impl LayerStatistics {
+    /// Statistics of a layer that no token went through: zeros everywhere.
+    pub fn zeros(num_experts: usize, width: usize) -> Self {
+        let mut layer = Self {
+            num_experts,
+            width,
+            tokens: vec![0; num_experts],
+            ..Self::default()
+        };
+        for field in fields::FIELDS {
+            *(field.get_mut)(&mut layer) = vec![0.0; field.length(num_experts, width)];
+        }
+        layer
+    }
 }

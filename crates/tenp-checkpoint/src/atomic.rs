@@ -1,0 +1,154 @@
+//! Replacing single files atomically, and writing with errors that name the file.
+
+use std::fs::File;
+use std::io::{BufWriter, Write as _};
+use std::path::Path;
+
+use crate::CheckpointError;
+
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// A file being written. Errors name the file; a full disk is told apart.
+pub struct Sink<'a> {
+    file: BufWriter<&'a File>,
+    path: &'a Path,
+    /// What the whole output needs, for the message when the disk is full.
+    needed: u64,
+    written: u64,
+}
+
+impl<'a> Sink<'a> {
+    pub(crate) fn new(file: &'a File, path: &'a Path, needed: u64) -> Self {
+        Self {
+            file: BufWriter::with_capacity(BUFFER_BYTES, file),
+            path,
+            needed,
+            written: 0,
+        }
+    }
+
+    /// Appends bytes.
+    ///
+    /// # Errors
+    /// [`CheckpointError::DiskFull`], or [`CheckpointError::Io`] naming the file.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
+        let result = self.file.write_all(bytes);
+        self.written += bytes.len() as u64;
+        result.map_err(|error| write_error(error, self.path, self.needed))
+    }
+
+    /// Bytes appended so far.
+    pub fn written(&self) -> u64 {
+        self.written
+    }
+
+    /// Hands everything to the disk.
+    pub(crate) fn finish(mut self) -> Result<(), CheckpointError> {
+        self.file
+            .flush()
+            .and_then(|()| self.file.get_ref().sync_all())
+            .map_err(|error| write_error(error, self.path, self.needed))
+    }
+}
+
+pub(crate) fn write_error(error: std::io::Error, path: &Path, needed: u64) -> CheckpointError {
+    match error.kind() {
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+            CheckpointError::DiskFull {
+                path: path.to_path_buf(),
+                needed,
+            }
+        }
+        _ => CheckpointError::Io {
+            action: "write",
+            path: path.to_path_buf(),
+            source: error,
+        },
+    }
+}
+
+/// Writes a new file in a folder that nobody else uses yet, flushed to the disk.
+pub(crate) fn write_new(path: &Path, bytes: &[u8], needed: u64) -> Result<(), CheckpointError> {
+    let file = File::create(path).map_err(|error| write_error(error, path, needed))?;
+    let mut sink = Sink::new(&file, path, needed);
+    sink.write(bytes)?;
+    sink.finish()
+}
+
+/// Replaces a file as a whole: readers see the old one or the new one, never a part. On error nothing is left behind.
+///
+/// # Errors
+/// Those of `write`, a full disk, or an unwritable folder.
+pub fn replace_file(
+    path: &Path,
+    num_bytes: u64,
+    write: impl FnOnce(&mut Sink<'_>) -> Result<(), CheckpointError>,
+) -> Result<(), CheckpointError> {
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".tenp-").suffix(".tmp");
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt as _;
+        // Narrowed by the umask, as for any file a program creates.
+        builder.permissions(std::fs::Permissions::from_mode(0o666));
+    }
+    let temporary = builder
+        .tempfile_in(parent)
+        .map_err(CheckpointError::io("create a file in", parent))?;
+    let mut sink = Sink::new(temporary.as_file(), path, num_bytes);
+    write(&mut sink)?;
+    sink.finish()?;
+    temporary
+        .persist(path)
+        .map_err(|error| CheckpointError::Io {
+            action: "replace",
+            path: path.to_path_buf(),
+            source: error.error,
+        })?;
+    sync_folder(parent);
+    Ok(())
+}
+
+/// Makes a rename durable where the system can; the data itself is already on the disk.
+pub(crate) fn sync_folder(dir: &Path) {
+    if let Ok(dir) = File::open(dir) {
+        let _ = dir.sync_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_named_with_the_bytes_needed() {
+        let error = write_error(
+            std::io::ErrorKind::StorageFull.into(),
+            Path::new("/data/out"),
+            123_456,
+        );
+        let message = error.to_string();
+        assert!(
+            message.contains("/data/out") && message.contains("123456"),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("plan.json");
+        replace_file(&path, 3, |sink| sink.write(b"old")).unwrap();
+        let failed = replace_file(&path, 3, |sink| {
+            sink.write(b"new")?;
+            Err(CheckpointError::NotMoe { layer: 0 })
+        });
+        assert!(failed.is_err());
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+}

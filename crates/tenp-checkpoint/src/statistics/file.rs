@@ -1,0 +1,269 @@
+//! The statistics file: one safetensors file, read strictly.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::fields::FIELDS;
+use super::{LayerStatistics, Statistics};
+use crate::atomic::{Sink, replace_file};
+use crate::header::{self, Entry, PlannedTensor};
+use crate::shard::Shard;
+use crate::{CheckpointError, Dtype};
+
+const FORMAT: &str = "tenp-statistics";
+const FORMAT_VERSION: &str = "1";
+
+impl Statistics {
+    /// Reads a statistics file.
+    ///
+    /// # Errors
+    /// The file is damaged or of another kind; a statistic is missing, has the wrong shape, or holds a value that is not
+    /// finite. The message names the statistic.
+    pub fn read(path: &Path) -> Result<Self, CheckpointError> {
+        let shard = Shard::open_file(path.to_path_buf(), "statistics")?;
+        let file = StatisticsFile { path, shard };
+        file.read()
+    }
+
+    /// Writes the file, replacing it as a whole.
+    ///
+    /// # Errors
+    /// A statistic of the wrong length, or the file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<(), CheckpointError> {
+        let mut planned = Vec::new();
+        for (domain, layers) in &self.domains {
+            for (layer, statistics) in layers {
+                plan_layer(&mut planned, domain, *layer, statistics)?;
+            }
+        }
+        let refs: Vec<&PlannedTensor> = planned.iter().collect();
+        let header = header::build(&self.metadata(), &refs);
+        let data: u64 = planned.iter().map(PlannedTensor::num_bytes).sum();
+        replace_file(path, header.len() as u64 + data, |sink| {
+            sink.write(&header)?;
+            for layer in self.domains.values().flat_map(BTreeMap::values) {
+                write_layer(sink, layer)?;
+            }
+            Ok(())
+        })
+    }
+
+    fn metadata(&self) -> BTreeMap<String, String> {
+        [
+            ("format", FORMAT.to_owned()),
+            ("format_version", FORMAT_VERSION.to_owned()),
+            ("checkpoint", self.checkpoint.clone()),
+            ("tokens", serde_json::json!(self.tokens).to_string()),
+            ("version", self.version.clone()),
+            ("compute", serde_json::json!(self.compute).to_string()),
+        ]
+        .map(|(key, value)| (key.to_owned(), value))
+        .into()
+    }
+}
+
+fn plan_layer(
+    planned: &mut Vec<PlannedTensor>,
+    domain: &str,
+    layer: usize,
+    statistics: &LayerStatistics,
+) -> Result<(), CheckpointError> {
+    let (experts, width) = (statistics.num_experts, statistics.width);
+    let prefix = format!("{domain}/layers.{layer}");
+    let mut add = |name: &str, dtype, shape: Vec<usize>, length: usize| {
+        let name = format!("{prefix}/{name}");
+        if shape.iter().product::<usize>() != length {
+            return Err(CheckpointError::Statistics {
+                place: name,
+                problem: format!("has {length} values for the shape {shape:?}"),
+            });
+        }
+        planned.push(PlannedTensor { name, dtype, shape });
+        Ok(())
+    };
+    add("tokens", Dtype::I64, vec![experts], statistics.tokens.len())?;
+    add("total_tokens", Dtype::I64, vec![1], 1)?;
+    for field in FIELDS {
+        let values = (field.get)(statistics);
+        add(
+            field.name,
+            Dtype::F64,
+            field.shape(experts, width),
+            values.len(),
+        )?;
+    }
+    Ok(())
+}
+
+fn write_layer(sink: &mut Sink<'_>, layer: &LayerStatistics) -> Result<(), CheckpointError> {
+    let mut bytes = Vec::new();
+    let counts = layer.tokens.iter().chain([&layer.total_tokens]);
+    bytes.extend(counts.flat_map(|count| count.to_le_bytes()));
+    sink.write(&bytes)?;
+    for field in FIELDS {
+        bytes.clear();
+        bytes.extend(
+            (field.get)(layer)
+                .iter()
+                .flat_map(|value| value.to_le_bytes()),
+        );
+        sink.write(&bytes)?;
+    }
+    Ok(())
+}
+
+struct StatisticsFile<'a> {
+    path: &'a Path,
+    shard: Shard,
+}
+
+impl StatisticsFile<'_> {
+    fn read(&self) -> Result<Statistics, CheckpointError> {
+        let metadata = &self.shard.metadata;
+        if metadata.get("format").map(String::as_str) != Some(FORMAT) {
+            return Err(self.error("this is not a statistics file; make one with `calibrate`"));
+        }
+        if metadata.get("format_version").map(String::as_str) != Some(FORMAT_VERSION) {
+            return Err(self.error("written by another version of this program; calibrate again"));
+        }
+        let entries: BTreeMap<&str, &Entry> = self
+            .shard
+            .entries
+            .iter()
+            .map(|entry| (entry.name.as_str(), entry))
+            .collect();
+        let mut statistics = Statistics {
+            checkpoint: self.text("checkpoint")?.to_owned(),
+            tokens: self.json("tokens")?,
+            version: self.text("version")?.to_owned(),
+            compute: self.json("compute")?,
+            domains: BTreeMap::new(),
+        };
+        for name in entries.keys() {
+            let parsed = name
+                .rsplit_once('/')
+                .and_then(|(prefix, _)| Some((prefix, prefix.rsplit_once("/layers.")?)))
+                .and_then(|(prefix, (domain, layer))| Some((prefix, domain, layer.parse().ok()?)));
+            let Some((prefix, domain, layer)) = parsed else {
+                return Err(self.error(format!("tensor {name} is no statistic of a layer")));
+            };
+            let layers = statistics.domains.entry(domain.to_owned()).or_default();
+            if let std::collections::btree_map::Entry::Vacant(vacant) = layers.entry(layer) {
+                vacant.insert(self.layer(&entries, prefix)?);
+            }
+        }
+        if statistics.domains.is_empty() {
+            return Err(self.error("holds no statistic; calibrate again"));
+        }
+        Ok(statistics)
+    }
+
+    fn layer(
+        &self,
+        entries: &BTreeMap<&str, &Entry>,
+        prefix: &str,
+    ) -> Result<LayerStatistics, CheckpointError> {
+        let tokens = self.entry(entries, prefix, "tokens")?;
+        let contribution = self.entry(entries, prefix, "contribution")?;
+        let (&[num_experts], &[_, width]) = (&tokens.shape[..], &contribution.shape[..]) else {
+            return Err(self.error(format!(
+                "{prefix}: tokens {:?} and contribution {:?} are not [N] and [N,K]",
+                tokens.shape, contribution.shape
+            )));
+        };
+        let totals = self.counts(entries, prefix, "total_tokens", &[1])?;
+        let mut layer = LayerStatistics {
+            num_experts,
+            width,
+            tokens: self.counts(entries, prefix, "tokens", &[num_experts])?,
+            total_tokens: totals.first().copied().unwrap_or(0),
+            ..LayerStatistics::default()
+        };
+        for field in FIELDS {
+            let shape = field.shape(num_experts, width);
+            let bytes = self.bytes(entries, prefix, field.name, Dtype::F64, &shape)?;
+            let chunks = bytes.as_chunks::<8>().0.iter();
+            let values: Vec<f64> = chunks.map(|chunk| f64::from_le_bytes(*chunk)).collect();
+            if let Some(position) = values.iter().position(|value| !value.is_finite()) {
+                let value = values[position];
+                return Err(self.error(format!(
+                    "{prefix}/{} holds {value} at position {position}; calibrate again, and check the weights for NaN",
+                    field.name
+                )));
+            }
+            *(field.get_mut)(&mut layer) = values;
+        }
+        Ok(layer)
+    }
+
+    fn counts(
+        &self,
+        entries: &BTreeMap<&str, &Entry>,
+        prefix: &str,
+        name: &str,
+        shape: &[usize],
+    ) -> Result<Vec<i64>, CheckpointError> {
+        let bytes = self.bytes(entries, prefix, name, Dtype::I64, shape)?;
+        let chunks = bytes.as_chunks::<8>().0.iter();
+        let counts: Vec<i64> = chunks.map(|chunk| i64::from_le_bytes(*chunk)).collect();
+        if counts.iter().any(|count| *count < 0) {
+            return Err(self.error(format!("{prefix}/{name} holds a negative count")));
+        }
+        Ok(counts)
+    }
+
+    fn bytes(
+        &self,
+        entries: &BTreeMap<&str, &Entry>,
+        prefix: &str,
+        name: &str,
+        dtype: Dtype,
+        shape: &[usize],
+    ) -> Result<&[u8], CheckpointError> {
+        let entry = self.entry(entries, prefix, name)?;
+        if entry.dtype != dtype || entry.shape != shape {
+            return Err(self.error(format!(
+                "{prefix}/{name} is {} {:?}, expected {dtype} {shape:?}",
+                entry.dtype, entry.shape
+            )));
+        }
+        let (start, end) = (entry.start, entry.end);
+        Ok(self.shard.slice(start..end))
+    }
+
+    fn entry<'e>(
+        &self,
+        entries: &BTreeMap<&str, &'e Entry>,
+        prefix: &str,
+        name: &str,
+    ) -> Result<&'e Entry, CheckpointError> {
+        entries
+            .get(format!("{prefix}/{name}").as_str())
+            .copied()
+            .ok_or_else(|| self.error(format!("{prefix}/{name} is missing; calibrate again")))
+    }
+
+    fn text(&self, key: &str) -> Result<&str, CheckpointError> {
+        self.shard
+            .metadata
+            .get(key)
+            .map(String::as_str)
+            .ok_or_else(|| {
+                self.error(format!(
+                    "`{key}` is missing from the header; calibrate again"
+                ))
+            })
+    }
+
+    fn json<T: serde::de::DeserializeOwned>(&self, key: &str) -> Result<T, CheckpointError> {
+        serde_json::from_str(self.text(key)?)
+            .map_err(|error| self.error(format!("`{key}` in the header: {error}")))
+    }
+
+    fn error(&self, problem: impl Into<String>) -> CheckpointError {
+        CheckpointError::Statistics {
+            place: self.path.display().to_string(),
+            problem: problem.into(),
+        }
+    }
+}
