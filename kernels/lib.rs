@@ -1,1 +1,28 @@
-//! x
+//! Kernels for Mixture-of-Experts layers whose experts differ in width.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | [`matrix`] | [`MatrixView`]: a weight matrix as it lies in a checkpoint (f32, f16 or bf16, any alignment) |
+//! | [`layout`] | [`RaggedLayout`] of neurons, [`ExpertGroups`]: the routed rows of every expert |
+//! | [`cpu`] | every operation of a streaming forward pass and of the scoring, on the CPU |
+//!
+//! All CPU operations keep one promise: a row of a result depends on that row's inputs only, and every sum runs in a
+//! fixed order. So results do not depend on the batch, on the number of threads, or (in f32) on the instruction set.
+
+pub mod cpu;
+pub mod error;
+pub mod layout;
+pub mod matrix;
+
+pub use error::KernelError;
+pub use layout::{ExpertGroups, RaggedLayout};
+pub use matrix::{Dtype, MatrixView};
+
+/// Precision of the matrix products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Compute {
+    /// Weights widened to f32, products and sums in f32.
+    F32,
+    /// Both factors rounded to bf16 (nearest even), sums in f32.
+    Bf16,
+}

@@ -1,0 +1,216 @@
+//! Neuron-level sums: what each neuron contributes to its expert's output.
+//!
+//! The projected contribution `h_j⟨w_j, y⟩ / (‖y‖ + 1e-8)` is the neuron importance of TENP (arXiv 2606.09885). It comes
+//! from one more product, `Q = Y · W_down`, whose tiles are consumed where they are made: nothing of size
+//! [tokens, width] is written. Sums are f64 over an expert's rows in token order.
+
+use rayon::prelude::*;
+
+use super::disjoint::Disjoint;
+use super::dispatch::multiversion;
+use super::linear::{columns_per_task, with_blocks};
+use super::moe::{ExpertActivations, ExpertWeights};
+use super::pack::pack_columns;
+use super::panels::{PackedRows, panels_of};
+use super::tile::{TILE_COLS, TILE_ROWS, Tile, multiply};
+use crate::error::check_len;
+use crate::{Compute, ExpertGroups, KernelError, RaggedLayout};
+
+/// Added to ‖y‖ in the contribution's denominator.
+pub const CONTRIBUTION_EPSILON: f64 = 1e-8;
+
+/// Running sums of every neuron of a layer, `[Σ widths]` each, experts one after another.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NeuronSums {
+    layout: RaggedLayout,
+    /// Σ h_j⟨w_j, y⟩ / (‖y‖ + 1e-8).
+    pub contribution: Vec<f64>,
+    /// Σ of the same term's absolute value.
+    pub contribution_abs: Vec<f64>,
+    /// Σ |h_j|.
+    pub activation: Vec<f64>,
+    /// Σ (g h_j)².
+    pub gated_energy: Vec<f64>,
+    /// max (g h_j)².
+    pub gated_peak: Vec<f64>,
+    /// Σ h_j.
+    pub mean: Vec<f64>,
+    /// Σ h_j².
+    pub second_moment: Vec<f64>,
+}
+
+impl NeuronSums {
+    /// Zeros for experts of these widths.
+    #[must_use]
+    pub fn new(layout: RaggedLayout) -> Self {
+        let zeros = || vec![0f64; layout.total()];
+        Self {
+            contribution: zeros(),
+            contribution_abs: zeros(),
+            activation: zeros(),
+            gated_energy: zeros(),
+            gated_peak: zeros(),
+            mean: zeros(),
+            second_moment: zeros(),
+            layout,
+        }
+    }
+
+    /// Widths and offsets of the experts.
+    #[must_use]
+    pub fn layout(&self) -> &RaggedLayout {
+        &self.layout
+    }
+
+    fn tables(&mut self) -> [&mut Vec<f64>; 7] {
+        [
+            &mut self.contribution,
+            &mut self.contribution_abs,
+            &mut self.activation,
+            &mut self.gated_energy,
+            &mut self.gated_peak,
+            &mut self.mean,
+            &mut self.second_moment,
+        ]
+    }
+}
+
+/// The seven sums of a tile's 32 neurons, in the order of the fields of [`NeuronSums`].
+type TileSums = [[f64; TILE_COLS]; 7];
+
+/// Adds the batch of the last [`super::moe::expert_forward`] to the neurons' sums.
+///
+/// `norms` is `[rows]` ‖y‖, as [`super::direction::accumulate_expert_sums`] returns it; rows with norm 0 contribute 0.
+/// `outputs` is a buffer kept from call to call.
+///
+/// # Errors
+/// Lengths and widths that do not fit together.
+pub fn accumulate_neuron_sums(
+    compute: Compute,
+    experts: &[ExpertWeights<'_>],
+    groups: &ExpertGroups,
+    activations: &ExpertActivations,
+    norms: &[f64],
+    outputs: &mut PackedRows,
+    sums: &mut NeuronSums,
+) -> Result<(), KernelError> {
+    check_len("experts", groups.num_experts(), experts.len())?;
+    check_len("neuron sums", groups.num_experts(), sums.layout.num_experts())?;
+    check_len("output norms", groups.num_rows(), norms.len())?;
+    for (expert, &width) in experts.iter().zip(sums.layout.widths()) {
+        check_len("neuron sums of an expert", expert.width(), width)?;
+    }
+    outputs.grouped(compute, activations.outputs(), activations.hidden(), groups);
+    let outputs = &*outputs;
+    let packing = outputs.packing();
+    let steps = packing.steps(activations.hidden());
+    let per_task = columns_per_task(steps);
+    let layout = sums.layout.clone();
+    let tasks: Vec<(usize, usize)> = (0..groups.num_experts())
+        .filter(|&e| !groups.rows(e).is_empty())
+        .flat_map(|e| (0..experts[e].width()).step_by(per_task).map(move |first| (e, first)))
+        .collect();
+    let tables = sums.tables().map(|t| Disjoint::new(t.as_mut_slice()));
+    tasks.par_iter().for_each(|&(e, first)| {
+        let width = experts[e].width();
+        let count = (width - first).min(per_task);
+        let blocks = count.div_ceil(TILE_COLS);
+        with_blocks(blocks * steps * TILE_COLS, |packed| {
+            let mut block_sums: Vec<TileSums> = Vec::with_capacity(blocks);
+            for b in 0..blocks {
+                let block = &mut packed[b * steps * TILE_COLS..(b + 1) * steps * TILE_COLS];
+                pack_columns(packing, &experts[e].down, first + b * TILE_COLS, block);
+                let start = layout.range(e).start + first + b * TILE_COLS;
+                let columns = (width - first - b * TILE_COLS).min(TILE_COLS);
+                let mut tile_sums = [[0.0; TILE_COLS]; 7];
+                for (to, table) in tile_sums.iter_mut().zip(&tables) {
+                    // SAFETY: these neurons are this task's alone.
+                    to[..columns].copy_from_slice(unsafe { table.range(start..start + columns) });
+                }
+                block_sums.push(tile_sums);
+            }
+            let mut q = Tile::new();
+            let mut h = [[0.0; TILE_COLS]; TILE_ROWS];
+            for panel in panels_of(groups.rows(e)) {
+                let rows = panel.first_row..panel.first_row + panel.rows;
+                for (b, tile_sums) in block_sums.iter_mut().enumerate() {
+                    let block = &packed[b * steps * TILE_COLS..(b + 1) * steps * TILE_COLS];
+                    multiply(packing, outputs.panel(panel), panel.rows, block, &mut q);
+                    activations.h_tile(groups, e, width, panel, first + b * TILE_COLS, &mut h);
+                    add_tile(&q, &h, &norms[rows.clone()], &groups.weights()[rows.clone()], tile_sums);
+                }
+            }
+            for (b, tile_sums) in block_sums.iter().enumerate() {
+                let start = layout.range(e).start + first + b * TILE_COLS;
+                let columns = (width - first - b * TILE_COLS).min(TILE_COLS);
+                for (from, table) in tile_sums.iter().zip(&tables) {
+                    // SAFETY: these neurons are this task's alone.
+                    unsafe { table.range(start..start + columns) }.copy_from_slice(&from[..columns]);
+                }
+            }
+        });
+    });
+    Ok(())
+}
+
+multiversion! {
+    fn add_tile(
+        q: &Tile,
+        h: &[[f32; TILE_COLS]; TILE_ROWS],
+        norms: &[f64],
+        gates: &[f32],
+        sums: &mut TileSums,
+    ) {
+        let [contribution, contribution_abs, activation, energy, peak, mean, second] = sums;
+        for (((q, h), &norm), &gate) in q.0.iter().zip(h).zip(norms).zip(gates) {
+            // A zero norm marks a zero or non-finite output: its contributions are 0, whatever h and q are.
+            let inverse = if norm > 0.0 { 1.0 / (norm + CONTRIBUTION_EPSILON) } else { 0.0 };
+            let live = norm > 0.0;
+            let gate_sq = f64::from(gate) * f64::from(gate);
+            for j in 0..TILE_COLS {
+                let value = f64::from(h[j]);
+                let term = if live { value * f64::from(q[j]) * inverse } else { 0.0 };
+                contribution[j] += term;
+                contribution_abs[j] += term.abs();
+                activation[j] += value.abs();
+                let square = value * value;
+                let gated = square * gate_sq;
+                energy[j] += gated;
+                peak[j] = if gated > peak[j] { gated } else { peak[j] };
+                mean[j] += value;
+                second[j] += square;
+            }
+        }
+    }
+}
+
+/// Squared weight norms of one expert's neurons: `(‖gate row‖² + ‖up row‖² + ‖w_j‖², ‖w_j‖²)`, `[width]` each.
+///
+/// # Errors
+/// Shapes that do not fit together.
+pub fn neuron_weight_norms(expert: &ExpertWeights<'_>) -> Result<(Vec<f64>, Vec<f64>), KernelError> {
+    let (width, hidden) = (expert.width(), expert.gate.cols());
+    let mut down = vec![0f64; width];
+    let mut row = vec![0f32; width];
+    for r in 0..expert.down.rows() {
+        expert.down.widen_row(r, &mut row)?;
+        add_squares(&row, &mut down);
+    }
+    let mut all = down.clone();
+    let mut row = vec![0f32; hidden];
+    for matrix in [&expert.gate, &expert.up] {
+        for (neuron, sum) in all.iter_mut().enumerate() {
+            matrix.widen_row(neuron, &mut row)?;
+            *sum += super::reduce::sum_squares(&row);
+        }
+    }
+    Ok((all, down))
+}
+
+multiversion! {
+    fn add_squares(row: &[f32], sums: &mut [f64]) {
+        for (sum, &v) in sums.iter_mut().zip(row) {
+            *sum += f64::from(v) * f64::from(v);
+        }
+    }
+}

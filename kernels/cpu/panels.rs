@@ -1,0 +1,121 @@
+//! Packed rows of activations, group by group, in panels of up to 14 rows.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::pack::{Packing, pack_rows};
+use super::tile::TILE_ROWS;
+use crate::error::check_len;
+use crate::{Compute, ExpertGroups, KernelError};
+
+/// One panel: rows `first_row..first_row + rows`, all of one group.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Panel {
+    pub(crate) first_row: usize,
+    pub(crate) rows: usize,
+}
+
+/// The panels of a group of consecutive rows.
+pub(crate) fn panels_of(rows: Range<usize>) -> impl Iterator<Item = Panel> {
+    let end = rows.end;
+    rows.step_by(TILE_ROWS).map(move |first_row| Panel { first_row, rows: (end - first_row).min(TILE_ROWS) })
+}
+
+/// Rows of length `inner`, packed for the tile kernel. The buffer is kept from call to call.
+#[derive(Debug)]
+pub struct PackedRows {
+    packing: Packing,
+    inner: usize,
+    num_rows: usize,
+    data: Vec<u32>,
+}
+
+impl Default for PackedRows {
+    fn default() -> Self {
+        Self { packing: Packing::F32, inner: 0, num_rows: 0, data: Vec::new() }
+    }
+}
+
+impl PackedRows {
+    /// Packs `x`, `[rows, inner]`, as one group.
+    ///
+    /// # Errors
+    /// [`KernelError::Length`] if `x` is no multiple of `inner`.
+    pub fn new(compute: Compute, x: &[f32], inner: usize) -> Result<Self, KernelError> {
+        let mut packed = Self::default();
+        let num_rows = if inner == 0 { 0 } else { x.len() / inner };
+        check_len("packed rows", num_rows * inner, x.len())?;
+        packed.fill(compute, inner, std::iter::once(0..num_rows), num_rows, |row| &x[row * inner..(row + 1) * inner]);
+        Ok(packed)
+    }
+
+    /// Packs the rows of `x` (`[tokens, inner]`) that each expert's tokens select.
+    pub(crate) fn gather(&mut self, compute: Compute, x: &[f32], inner: usize, groups: &ExpertGroups) {
+        let ids = groups.token_ids();
+        self.fill(compute, inner, (0..groups.num_experts()).map(|e| groups.rows(e)), groups.num_rows(), |row| {
+            let token = ids[row] as usize;
+            &x[token * inner..(token + 1) * inner]
+        });
+    }
+
+    /// Packs rows that are already grouped, `[rows, inner]`.
+    pub(crate) fn grouped(&mut self, compute: Compute, rows: &[f32], inner: usize, groups: &ExpertGroups) {
+        self.fill(compute, inner, (0..groups.num_experts()).map(|e| groups.rows(e)), groups.num_rows(), |row| {
+            &rows[row * inner..(row + 1) * inner]
+        });
+    }
+
+    fn fill<'x>(
+        &mut self,
+        compute: Compute,
+        inner: usize,
+        groups: impl Iterator<Item = Range<usize>>,
+        num_rows: usize,
+        row: impl Fn(usize) -> &'x [f32] + Sync,
+    ) {
+        self.packing = Packing::of(compute);
+        self.inner = inner;
+        self.num_rows = num_rows;
+        let steps = self.packing.steps(inner);
+        self.data.resize(num_rows * steps, 0);
+        let mut rest = &mut self.data[..];
+        let mut work = Vec::with_capacity(num_rows.div_ceil(TILE_ROWS) + 8);
+        for panel in groups.flat_map(panels_of) {
+            let (mine, tail) = rest.split_at_mut(panel.rows * steps);
+            rest = tail;
+            work.push((panel, mine));
+        }
+        let packing = self.packing;
+        work.into_par_iter().with_min_len(8).for_each(|(panel, out)| {
+            let mut rows: [&[f32]; TILE_ROWS] = [&[]; TILE_ROWS];
+            for (i, slot) in rows[..panel.rows].iter_mut().enumerate() {
+                *slot = row(panel.first_row + i);
+            }
+            if steps > 0 {
+                pack_rows(packing, &rows[..panel.rows], out);
+            }
+        });
+    }
+
+    pub(crate) fn packing(&self) -> Packing {
+        self.packing
+    }
+
+    /// Row length.
+    #[must_use]
+    pub fn inner(&self) -> usize {
+        self.inner
+    }
+
+    /// Rows held.
+    #[must_use]
+    pub fn num_rows(&self) -> usize {
+        self.num_rows
+    }
+
+    pub(crate) fn panel(&self, panel: Panel) -> &[u32] {
+        let steps = self.packing.steps(self.inner);
+        &self.data[panel.first_row * steps..(panel.first_row + panel.rows) * steps]
+    }
+}
