@@ -6,6 +6,8 @@ mod fields;
 mod moe;
 mod parse;
 
+pub(crate) use parse::RAGGED_PREFIX;
+
 /// Model family, decided by `model_type` (with or without the `tenp_` prefix of a ragged checkpoint).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Family {

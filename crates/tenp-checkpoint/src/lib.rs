@@ -7,10 +7,13 @@
 //! | which tensors a model has | [`expected_tensors`], [`Spelling`] |
 //! | calibration statistics | [`statistics::Statistics`] |
 //! | which neurons stay | [`plan::Plan`] |
+//! | write the pruned checkpoint | [`apply()`] |
+//! | write any checkpoint, a tensor at a time | [`write_shards`] |
 //!
 //! This crate knows no kernel: it moves bytes and checks them.
 
 mod access;
+pub mod apply;
 mod atomic;
 mod checkpoint;
 pub mod config;
@@ -25,8 +28,10 @@ mod residency;
 mod shard;
 mod size;
 pub mod statistics;
+mod writer;
 
 pub use access::{ExpertTensors, Matrix, RouterTensors, SharedTensors};
+pub use apply::{ApplyOptions, ApplyOutcome, OutputForm, apply};
 pub use atomic::{Sink, replace_file};
 pub use checkpoint::{Checkpoint, TensorView};
 pub use config::{Family, ModelConfig};
@@ -38,3 +43,4 @@ pub use names::{Part, Spelling, dense, layer_of};
 pub use plan::{Accounting, ExpertPlan, LayerPlan, Plan};
 pub use size::{CheckpointSize, PrunedFrom};
 pub use statistics::{LayerStatistics, Statistics};
+pub use writer::{DEFAULT_SHARD_BYTES, WrittenShards, write_shards};

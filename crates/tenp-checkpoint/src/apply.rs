@@ -1,0 +1,219 @@
+//! Applying a plan: a new checkpoint folder, whole or not at all.
+
+mod files;
+mod folder;
+mod form;
+mod gather;
+mod layout;
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+use crate::checkpoint::hex;
+use crate::plan::Plan;
+use crate::writer::{DEFAULT_SHARD_BYTES, WrittenShards, write_shards};
+use crate::{Checkpoint, CheckpointError, PlannedTensor};
+
+use folder::Target;
+use form::{Kind, Output};
+
+/// How experts of unequal width are written. Plans that only drop whole experts, or keep everything, come out as stock
+/// checkpoints whatever the form.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OutputForm {
+    /// True shapes, own architecture name, widths in `config.json`.
+    #[default]
+    Ragged,
+    /// Zeros up to the original width: loads everywhere, saves nothing.
+    Padded,
+    /// One width for all experts, in the config's own field: loads everywhere.
+    Uniform,
+}
+
+impl OutputForm {
+    /// `ragged`, `padded` or `uniform`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ragged => "ragged",
+            Self::Padded => "padded",
+            Self::Uniform => "uniform",
+        }
+    }
+}
+
+/// What else decides an output folder.
+#[derive(Clone, Debug)]
+pub struct ApplyOptions {
+    /// Form of narrowed experts.
+    pub form: OutputForm,
+    /// Upper bound of a shard's tensor bytes (a single larger tensor gets a shard of its own).
+    pub shard_bytes: u64,
+    /// Replace an output folder that is not empty.
+    pub force: bool,
+    /// Files to put beside the checkpoint, such as its model card.
+    pub extra_files: Vec<(String, Vec<u8>)>,
+    /// Becomes `report.json`, together with the run's fingerprint and sizes.
+    pub report: Map<String, Value>,
+}
+
+impl Default for ApplyOptions {
+    fn default() -> Self {
+        Self {
+            form: OutputForm::default(),
+            shard_bytes: DEFAULT_SHARD_BYTES,
+            force: false,
+            extra_files: Vec::new(),
+            report: Map::new(),
+        }
+    }
+}
+
+/// What [`apply`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ApplyOutcome {
+    /// The folder was written.
+    Written {
+        /// Bytes of the shard files.
+        bytes: u64,
+        /// Number of tensors.
+        tensors: usize,
+        /// Number of shards.
+        shards: usize,
+        /// The plan keeps everything: shards, index and config are byte for byte those of the input.
+        identical: bool,
+    },
+    /// The folder is the finished output of the same run; nothing was done.
+    AlreadyFinished,
+}
+
+/// Writes the checkpoint that a plan makes of another into `out`, which appears as a whole or not at all.
+///
+/// `progress` is called with tensor bytes written and the total. Same checkpoint, plan and options give the same bytes.
+/// Everything is built in a temporary folder beside `out`, which is removed on error; the input is never touched. With
+/// [`ApplyOptions::force`] a finished output is written again.
+///
+/// # Errors
+/// An unsound plan or another checkpoint's, a form that cannot hold it, an `out` that is the input, contains it, lies
+/// inside it or is not empty, a full disk, any failed file operation.
+pub fn apply(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    out: &Path,
+    options: &ApplyOptions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<ApplyOutcome, CheckpointError> {
+    plan.validate(checkpoint)?;
+    files::check_extra(out, &options.extra_files)?;
+    let output = form::decide(checkpoint, plan, options.form)?;
+    let fingerprint = run_fingerprint(checkpoint, plan, out, options)?;
+    let Some(target) = Target::find(out, checkpoint.dir(), options.force, &fingerprint)? else {
+        return Ok(ApplyOutcome::AlreadyFinished);
+    };
+    let tensors = layout::tensors(checkpoint, plan, &output)?;
+    let planned: Vec<PlannedTensor> = tensors.iter().map(|out| out.tensor.clone()).collect();
+    let total = match output.kind {
+        Kind::Identical => checkpoint
+            .shards
+            .iter()
+            .map(|shard| shard.num_bytes())
+            .sum(),
+        _ => planned.iter().map(PlannedTensor::num_bytes).sum(),
+    };
+    let folder = target.create(total)?;
+    let written = if output.kind == Kind::Identical {
+        files::copy_checkpoint(checkpoint, folder.path(), total, progress)?
+    } else {
+        let written = write_tensors(
+            checkpoint,
+            &tensors,
+            &planned,
+            folder.path(),
+            options.shard_bytes,
+            total,
+            progress,
+        )?;
+        let config = form::config(checkpoint, plan, &output);
+        files::write_json(&folder.path().join("config.json"), config, total)?;
+        written
+    };
+    let side = files::Side {
+        checkpoint,
+        plan,
+        options,
+        output: &output,
+        fingerprint: &fingerprint,
+        written: &written,
+        num_tensors: planned.len(),
+        needed: total,
+    };
+    side.write(folder.path())?;
+    folder.commit()?;
+    Ok(ApplyOutcome::Written {
+        bytes: written.bytes,
+        tensors: planned.len(),
+        shards: written.shards.len(),
+        identical: output.kind == Kind::Identical,
+    })
+}
+
+fn write_tensors(
+    checkpoint: &Checkpoint,
+    tensors: &[layout::OutputTensor<'_>],
+    planned: &[PlannedTensor],
+    dir: &Path,
+    shard_bytes: u64,
+    total: u64,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<WrittenShards, CheckpointError> {
+    let mut done = 0;
+    let mut layer = None;
+    progress(0, total);
+    write_shards(dir, planned, shard_bytes, &mut |index, sink| {
+        let output = &tensors[index];
+        gather::write(checkpoint, output, sink)?;
+        // The source's pages of a finished layer would otherwise pile up in this process.
+        let own = crate::layer_of(&output.tensor.name);
+        if layer != own {
+            if let Some(finished) = layer {
+                checkpoint.release_layer(finished);
+            }
+            layer = own;
+        }
+        done += output.tensor.num_bytes();
+        progress(done, total);
+        Ok(())
+    })
+}
+
+/// Identifies a run: two runs of the same fingerprint write the same checkpoint.
+fn run_fingerprint(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    out: &Path,
+    options: &ApplyOptions,
+) -> Result<String, CheckpointError> {
+    let plan = plan.to_json(out)?;
+    let mut hash = Sha256::new();
+    hash.update(b"tenp-apply 1\0");
+    hash.update(checkpoint.fingerprint());
+    hash.update((plan.len() as u64).to_le_bytes());
+    hash.update(&plan);
+    hash.update(options.form.name());
+    hash.update(options.shard_bytes.to_le_bytes());
+    Ok(hex(&hash.finalize()))
+}
+
+impl Output {
+    /// Name of what was really written, for the report.
+    fn name(&self) -> &'static str {
+        match self.kind {
+            Kind::Identical => "identical",
+            Kind::Stock => "stock",
+            Kind::Ragged => "ragged",
+            Kind::Padded => "padded",
+            Kind::Uniform(_) => "uniform",
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! Everything beside the tensors: identical copies, tokenizer files, plan, report, model card.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::form::Output;
+use super::{ApplyOptions, Kind};
+use crate::atomic::{Sink, write_error, write_new};
+use crate::index::{INDEX_FILE, SINGLE_FILE};
+use crate::names::layer_of;
+use crate::plan::Plan;
+use crate::writer::{WrittenShards, pretty};
+use crate::{Checkpoint, CheckpointError};
+
+const CHUNK_BYTES: usize = 16 << 20;
+
+/// Files that this crate writes itself.
+const OWN_FILES: [&str; 5] = [
+    "config.json",
+    INDEX_FILE,
+    SINGLE_FILE,
+    "tenp_plan.json",
+    "report.json",
+];
+
+/// Names, or beginnings of names, of files that go along with the weights.
+const COMPANIONS: [&str; 9] = [
+    "tokenizer",
+    "special_tokens_map",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "chat_template",
+    "generation_config.json",
+    "LICENSE",
+    "NOTICE",
+];
+
+pub(super) fn check_extra(out: &Path, extra: &[(String, Vec<u8>)]) -> Result<(), CheckpointError> {
+    for (name, _) in extra {
+        let plain = Path::new(name)
+            .file_name()
+            .is_some_and(|file| file == name.as_str());
+        let weights = Path::new(name)
+            .extension()
+            .is_some_and(|extension| extension == "safetensors");
+        if !plain || weights || OWN_FILES.contains(&name.as_str()) {
+            return Err(CheckpointError::Output {
+                path: out.to_path_buf(),
+                problem: format!("the extra file `{name}` cannot go into it"),
+            });
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn write_json(path: &Path, value: Value, needed: u64) -> Result<(), CheckpointError> {
+    write_new(path, &pretty(&value), needed)
+}
+
+/// Copies shards, index and config byte for byte.
+pub(super) fn copy_checkpoint(
+    checkpoint: &Checkpoint,
+    dir: &Path,
+    total: u64,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<WrittenShards, CheckpointError> {
+    let mut written = WrittenShards {
+        shards: Vec::new(),
+        bytes: 0,
+    };
+    for shard in &checkpoint.shards {
+        let path = dir.join(&shard.name);
+        let file =
+            std::fs::File::create(&path).map_err(|error| write_error(error, &path, total))?;
+        let mut sink = Sink::new(&file, &path, total);
+        let length = shard.num_bytes() as usize;
+        for start in (0..length).step_by(CHUNK_BYTES) {
+            let range = start..length.min(start + CHUNK_BYTES);
+            sink.write(shard.slice(range.clone()))?;
+            written.bytes += range.len() as u64;
+            shard.release(range);
+            progress(written.bytes, total);
+        }
+        sink.finish()?;
+        written.shards.push(shard.name.clone());
+    }
+    for name in ["config.json", INDEX_FILE] {
+        let from = checkpoint.dir().join(name);
+        if from.is_file() {
+            copy_file(&from, &dir.join(name), total)?;
+        }
+    }
+    Ok(written)
+}
+
+fn copy_file(from: &Path, to: &Path, needed: u64) -> Result<(), CheckpointError> {
+    let bytes = std::fs::read(from).map_err(CheckpointError::io("read", from))?;
+    write_new(to, &bytes, needed)
+}
+
+/// Everything the side files are made of.
+pub(super) struct Side<'a> {
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) plan: &'a Plan,
+    pub(super) options: &'a ApplyOptions,
+    pub(super) output: &'a Output,
+    pub(super) fingerprint: &'a str,
+    pub(super) written: &'a WrittenShards,
+    pub(super) num_tensors: usize,
+    pub(super) needed: u64,
+}
+
+impl Side<'_> {
+    pub(super) fn write(&self, dir: &Path) -> Result<(), CheckpointError> {
+        self.copy_companions(dir)?;
+        for (name, bytes) in &self.options.extra_files {
+            write_new(&dir.join(name), bytes, self.needed)?;
+        }
+        let plan = dir.join("tenp_plan.json");
+        write_new(&plan, &self.plan.to_json(&plan)?, self.needed)?;
+        write_json(&dir.join("report.json"), self.report(), self.needed)
+    }
+
+    fn copy_companions(&self, dir: &Path) -> Result<(), CheckpointError> {
+        let source = self.checkpoint.dir();
+        let list = CheckpointError::io("list", source);
+        let entries = std::fs::read_dir(source).map_err(list)?;
+        for entry in entries {
+            let entry = entry.map_err(CheckpointError::io("list", source))?;
+            let name = entry.file_name();
+            let Some(name) = name.to_str() else {
+                continue;
+            };
+            let companion = COMPANIONS.iter().any(|start| name.starts_with(start));
+            let code = Path::new(name)
+                .extension()
+                .is_some_and(|extension| extension == "py");
+            if companion && !code && entry.path().is_file() {
+                copy_file(&entry.path(), &dir.join(name), self.needed)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn report(&self) -> Value {
+        let config = self.checkpoint.config();
+        let mut report = self.options.report.clone();
+        let mut add = |key: &str, value: Value| {
+            report.insert(key.to_owned(), value);
+        };
+        add("run_fingerprint", json!(self.fingerprint));
+        add("form", json!(self.output.name()));
+        add(
+            "source",
+            json!({
+                "name": folder_name(self.checkpoint.dir()),
+                "fingerprint": self.checkpoint.fingerprint(),
+            }),
+        );
+        let before: u64 = self
+            .checkpoint
+            .shards
+            .iter()
+            .map(|shard| shard.num_bytes())
+            .sum();
+        add(
+            "size",
+            json!({
+                "bytes_before": before,
+                "bytes_after": self.written.bytes,
+                "tensors": self.num_tensors,
+                "shards": self.written.shards.len(),
+                "experts": self.output.num_experts,
+            }),
+        );
+        let extra_layer =
+            |name: &str| layer_of(name).is_some_and(|layer| layer >= config.num_layers);
+        if self
+            .checkpoint
+            .tensors()
+            .any(|tensor| extra_layer(tensor.name))
+        {
+            let pruned = self.output.kind != Kind::Identical;
+            add("mtp", json!(if pruned { "kept unpruned" } else { "kept" }));
+        }
+        Value::Object(report)
+    }
+}
+
+/// The input's own name, also when it was given as `.` or through a symlink.
+fn folder_name(dir: &Path) -> Option<String> {
+    let dir = dir.canonicalize().ok()?;
+    Some(dir.file_name()?.to_string_lossy().into_owned())
+}

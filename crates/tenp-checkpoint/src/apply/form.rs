@@ -1,0 +1,157 @@
+//! Which kind of checkpoint a plan becomes, and what its `config.json` says.
+
+use serde_json::{Map, Value, json};
+
+use super::OutputForm;
+use crate::config::RAGGED_PREFIX;
+use crate::names::Spelling;
+use crate::plan::Plan;
+use crate::{Checkpoint, CheckpointError, ModelConfig};
+
+/// What really comes out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Nothing is cut.
+    Identical,
+    /// Whole experts are dropped, no other is narrowed.
+    Stock,
+    Ragged,
+    Padded,
+    /// One width for all.
+    Uniform(usize),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Output {
+    pub(super) kind: Kind,
+    /// Experts per layer.
+    pub(super) num_experts: usize,
+    /// Width of the shared expert.
+    pub(super) shared_width: usize,
+    pub(super) spelling: Spelling,
+}
+
+pub(super) fn decide(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    form: OutputForm,
+) -> Result<Output, CheckpointError> {
+    let config = checkpoint.config();
+    let kind = if plan.keeps_everything(config) {
+        Kind::Identical
+    } else if plan.narrows_nothing(config) {
+        Kind::Stock
+    } else {
+        match form {
+            OutputForm::Ragged => Kind::Ragged,
+            OutputForm::Padded => Kind::Padded,
+            OutputForm::Uniform => Kind::Uniform(uniform_width(plan)?),
+        }
+    };
+    let shared = config.moe.shared_width;
+    Ok(Output {
+        kind,
+        num_experts: plan
+            .layers
+            .first()
+            .map_or(config.moe.num_experts, |layer| layer.kept().count()),
+        shared_width: match kind {
+            Kind::Uniform(width) if config.family.is_deepseek() => shared.next_multiple_of(width),
+            _ => shared,
+        },
+        spelling: match kind {
+            Kind::Ragged => Spelling::classic(config.family),
+            _ => checkpoint.spelling(),
+        },
+    })
+}
+
+fn uniform_width(plan: &Plan) -> Result<usize, CheckpointError> {
+    let refuse = |problem: String| {
+        Err(CheckpointError::Form {
+            form: "uniform",
+            problem,
+        })
+    };
+    match plan.uniform_width() {
+        Some(0) => refuse("its experts have width 0; keep more, or use the ragged form".to_owned()),
+        Some(width) => Ok(width),
+        None => {
+            let widths = plan.widths().concat();
+            let least = widths.iter().min().copied().unwrap_or(0);
+            let most = widths.iter().max().copied().unwrap_or(0);
+            refuse(format!(
+                "its experts are {least} to {most} neurons wide; make the plan with `--method enp`, or use the ragged form"
+            ))
+        }
+    }
+}
+
+/// The output's `config.json`.
+pub(super) fn config(checkpoint: &Checkpoint, plan: &Plan, output: &Output) -> Value {
+    let config = checkpoint.config();
+    let mut json = checkpoint.config_json().clone();
+    keep_remote_code(&mut json);
+    if output.num_experts != config.moe.num_experts {
+        for field in config.family.count_fields() {
+            if json.get(field).is_some_and(|value| !value.is_null()) {
+                json.insert(field.to_owned(), json!(output.num_experts));
+            }
+        }
+    }
+    match output.kind {
+        Kind::Ragged => ragged(&mut json, checkpoint, plan),
+        Kind::Uniform(width) => uniform(&mut json, config, width, output.shared_width),
+        Kind::Identical | Kind::Stock | Kind::Padded => {}
+    }
+    Value::Object(json)
+}
+
+/// Code files are not copied, so only references into other repositories (`owner/name--module.Class`) still hold.
+fn keep_remote_code(json: &mut Map<String, Value>) {
+    let Some(map) = json.get_mut("auto_map").and_then(Value::as_object_mut) else {
+        return;
+    };
+    map.retain(|_, target| target.as_str().is_some_and(|target| target.contains("--")));
+    if map.is_empty() {
+        json.shift_remove("auto_map");
+    }
+}
+
+/// Engines that do not know ragged experts must not take this for a stock model: some copy smaller tensors into the
+/// corner of their buffers without an error.
+fn ragged(json: &mut Map<String, Value>, checkpoint: &Checkpoint, plan: &Plan) {
+    let family = checkpoint.config().family;
+    json.shift_remove("auto_map");
+    let architectures: Vec<String> = json
+        .get("architectures")
+        .and_then(Value::as_array)
+        .map(|names| names.iter().filter_map(Value::as_str).collect::<Vec<_>>())
+        .filter(|names| !names.is_empty())
+        .unwrap_or_else(|| vec![family.architecture()])
+        .into_iter()
+        .map(|name| format!("Tenp{name}"))
+        .collect();
+    json.insert("architectures".to_owned(), json!(architectures));
+    json.insert(
+        "model_type".to_owned(),
+        json!(format!("{RAGGED_PREFIX}{}", family.model_type())),
+    );
+    json.insert(
+        "tenp".to_owned(),
+        json!({
+            "version": 1,
+            "form": "ragged",
+            "widths": plan.widths(),
+            "source_fingerprint": checkpoint.fingerprint(),
+        }),
+    );
+}
+
+fn uniform(json: &mut Map<String, Value>, config: &ModelConfig, width: usize, shared: usize) {
+    json.insert(config.family.width_field().to_owned(), json!(width));
+    // DeepSeek loaders compute the shared width as this count times the experts' width.
+    if config.family.is_deepseek() && shared > 0 {
+        json.insert("n_shared_experts".to_owned(), json!(shared / width));
+    }
+}

@@ -1,0 +1,275 @@
+//! The tensors of the output and where each one's bytes come from.
+
+use std::collections::HashMap;
+
+use super::form::{Kind, Output};
+use crate::names::{Part, Spelling};
+use crate::plan::{ExpertPlan, LayerPlan, Plan};
+use crate::{Checkpoint, CheckpointError, Dtype, PlannedTensor, TensorView};
+
+/// A tensor to write.
+#[derive(Debug)]
+pub(super) struct OutputTensor<'a> {
+    pub(super) tensor: PlannedTensor,
+    pub(super) recipe: Recipe<'a>,
+}
+
+/// Where bytes come from.
+#[derive(Debug)]
+pub(super) enum Recipe<'a> {
+    /// A tensor as it is.
+    Copy(TensorView<'a>),
+    /// Entries of the experts that stay, along the first axis.
+    KeptExperts(TensorView<'a>, &'a LayerPlan),
+    /// One matrix of an expert: kept neurons, then zeros up to `width`.
+    Expert {
+        layer: usize,
+        plan: &'a ExpertPlan,
+        part: Part,
+        width: usize,
+    },
+    /// Gate and up of every expert that stays, `[E,2·width,H]`.
+    FusedGateUp { plan: &'a LayerPlan, width: usize },
+    /// Down of every expert that stays, `[E,H,width]`.
+    FusedDown { plan: &'a LayerPlan, width: usize },
+    /// One matrix of the shared expert, with zeros up to `width`.
+    Shared {
+        layer: usize,
+        part: Part,
+        width: usize,
+    },
+}
+
+/// What a source tensor is, as far as a plan changes it.
+#[derive(Clone, Copy)]
+enum Slot<'a> {
+    Expert(&'a LayerPlan, usize, Part),
+    FusedGateUp(&'a LayerPlan),
+    FusedDown(&'a LayerPlan),
+    Router(&'a LayerPlan),
+    CorrectionBias(&'a LayerPlan),
+    Shared(&'a LayerPlan, Part),
+}
+
+/// Output tensors in the order of the source's: shard by shard, so that both sides are read and written in sequence.
+///
+/// # Errors
+/// A source tensor contradicts the config.
+pub(super) fn tensors<'a>(
+    checkpoint: &'a Checkpoint,
+    plan: &'a Plan,
+    output: &Output,
+) -> Result<Vec<OutputTensor<'a>>, CheckpointError> {
+    let slots = slots(checkpoint, plan);
+    let builder = Builder {
+        hidden: checkpoint.config().hidden_size,
+        full: checkpoint.config().moe.expert_width,
+        output,
+        new_ids: plan
+            .layers
+            .iter()
+            .map(|layer| (layer.layer, new_ids(layer)))
+            .collect(),
+    };
+    let mut list = Vec::new();
+    for source in checkpoint.tensors() {
+        match slots.get(source.name) {
+            Some(slot) if output.kind != Kind::Identical => builder.add(&mut list, source, *slot),
+            _ => list.push(copy(source, source.name.to_owned())),
+        }
+    }
+    Ok(list)
+}
+
+/// Output id of every expert; `None` for a dropped one.
+fn new_ids(layer: &LayerPlan) -> Vec<Option<usize>> {
+    let mut next = 0;
+    layer
+        .experts
+        .iter()
+        .map(|expert| {
+            (!expert.dropped).then(|| {
+                next += 1;
+                next - 1
+            })
+        })
+        .collect()
+}
+
+fn slots<'a>(checkpoint: &Checkpoint, plan: &'a Plan) -> HashMap<String, Slot<'a>> {
+    let spelling: Spelling = checkpoint.spelling();
+    let mut slots = HashMap::new();
+    for layer in &plan.layers {
+        let index = layer.layer;
+        slots.insert(spelling.router(index), Slot::Router(layer));
+        slots.insert(spelling.correction_bias(index), Slot::CorrectionBias(layer));
+        for part in Part::ALL {
+            slots.insert(spelling.shared(index, part), Slot::Shared(layer, part));
+        }
+        if spelling.fused {
+            slots.insert(spelling.fused_gate_up(index), Slot::FusedGateUp(layer));
+            slots.insert(spelling.fused_down(index), Slot::FusedDown(layer));
+            continue;
+        }
+        for expert in 0..layer.experts.len() {
+            for part in Part::ALL {
+                let name = spelling.expert(index, expert, part);
+                slots.insert(name, Slot::Expert(layer, expert, part));
+            }
+        }
+    }
+    slots
+}
+
+fn copy(source: TensorView<'_>, name: String) -> OutputTensor<'_> {
+    OutputTensor {
+        tensor: PlannedTensor {
+            name,
+            dtype: source.dtype,
+            shape: source.shape.to_vec(),
+        },
+        recipe: Recipe::Copy(source),
+    }
+}
+
+struct Builder<'o> {
+    hidden: usize,
+    /// Expert width before pruning.
+    full: usize,
+    output: &'o Output,
+    new_ids: HashMap<usize, Vec<Option<usize>>>,
+}
+
+impl Builder<'_> {
+    fn add<'a>(&self, list: &mut Vec<OutputTensor<'a>>, source: TensorView<'a>, slot: Slot<'a>) {
+        let spelling = self.output.spelling;
+        match slot {
+            Slot::Expert(layer, expert, part) => {
+                self.expert(list, source.dtype, layer, expert, part)
+            }
+            Slot::FusedGateUp(layer) if !spelling.fused => {
+                for expert in 0..layer.experts.len() {
+                    self.expert(list, source.dtype, layer, expert, Part::Gate);
+                    self.expert(list, source.dtype, layer, expert, Part::Up);
+                }
+            }
+            Slot::FusedDown(layer) if !spelling.fused => {
+                for expert in 0..layer.experts.len() {
+                    self.expert(list, source.dtype, layer, expert, Part::Down);
+                }
+            }
+            Slot::FusedGateUp(plan) => {
+                let width = self.fused_width();
+                let shape = vec![self.output.num_experts, 2 * width, self.hidden];
+                list.push(planned(source, shape, Recipe::FusedGateUp { plan, width }));
+            }
+            Slot::FusedDown(plan) => {
+                let width = self.fused_width();
+                let shape = vec![self.output.num_experts, self.hidden, width];
+                list.push(planned(source, shape, Recipe::FusedDown { plan, width }));
+            }
+            Slot::Router(layer) => {
+                self.per_expert(list, source, layer, spelling.router(layer.layer))
+            }
+            Slot::CorrectionBias(layer) => {
+                self.per_expert(list, source, layer, spelling.correction_bias(layer.layer));
+            }
+            Slot::Shared(layer, part) => {
+                let width = self.output.shared_width;
+                let shape = self.shape(part, width);
+                if source.shape == shape {
+                    list.push(copy(source, source.name.to_owned()));
+                } else {
+                    let layer = layer.layer;
+                    list.push(planned(
+                        source,
+                        shape,
+                        Recipe::Shared { layer, part, width },
+                    ));
+                }
+            }
+        }
+    }
+
+    fn expert<'a>(
+        &self,
+        list: &mut Vec<OutputTensor<'a>>,
+        dtype: Dtype,
+        layer: &'a LayerPlan,
+        expert: usize,
+        part: Part,
+    ) {
+        let new_id = self.new_ids.get(&layer.layer).and_then(|ids| ids[expert]);
+        let (Some(id), Some(plan)) = (new_id, layer.experts.get(expert)) else {
+            return;
+        };
+        let width = match self.output.kind {
+            Kind::Ragged => plan.width,
+            _ => self.fused_width(),
+        };
+        list.push(OutputTensor {
+            tensor: PlannedTensor {
+                name: self.output.spelling.expert(layer.layer, id, part),
+                dtype,
+                shape: self.shape(part, width),
+            },
+            recipe: Recipe::Expert {
+                layer: layer.layer,
+                plan,
+                part,
+                width,
+            },
+        });
+    }
+
+    fn per_expert<'a>(
+        &self,
+        list: &mut Vec<OutputTensor<'a>>,
+        source: TensorView<'a>,
+        layer: &'a LayerPlan,
+        name: String,
+    ) {
+        if self.output.num_experts == layer.experts.len() {
+            list.push(copy(source, name));
+            return;
+        }
+        let mut shape = source.shape.to_vec();
+        if let Some(axis) = shape.first_mut() {
+            *axis = self.output.num_experts;
+        }
+        list.push(OutputTensor {
+            tensor: PlannedTensor {
+                name,
+                dtype: source.dtype,
+                shape,
+            },
+            recipe: Recipe::KeptExperts(source, layer),
+        });
+    }
+
+    /// Width of every expert in the forms that have one.
+    fn fused_width(&self) -> usize {
+        match self.output.kind {
+            Kind::Uniform(width) => width,
+            _ => self.full,
+        }
+    }
+
+    fn shape(&self, part: Part, width: usize) -> Vec<usize> {
+        match part {
+            Part::Gate | Part::Up => vec![width, self.hidden],
+            Part::Down => vec![self.hidden, width],
+        }
+    }
+}
+
+fn planned<'a>(source: TensorView<'_>, shape: Vec<usize>, recipe: Recipe<'a>) -> OutputTensor<'a> {
+    OutputTensor {
+        tensor: PlannedTensor {
+            name: source.name.to_owned(),
+            dtype: source.dtype,
+            shape,
+        },
+        recipe,
+    }
+}

@@ -1,0 +1,150 @@
+//! Sharded safetensors out: the layout is fixed first, then tensors are streamed into it one at a time.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::Path;
+
+use crate::CheckpointError;
+use crate::atomic::{Sink, write_error, write_new};
+use crate::header::{self, PlannedTensor};
+use crate::index::INDEX_FILE;
+
+/// Hugging Face's own limit.
+pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
+
+/// What [`write_shards`] wrote.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WrittenShards {
+    /// Shard file names.
+    pub shards: Vec<String>,
+    /// Bytes of the shard files.
+    pub bytes: u64,
+}
+
+/// Writes `model-XXXXX-of-XXXXX.safetensors` and the index into a folder.
+///
+/// Tensors go to shards in the given order, a new shard beginning where the next tensor would exceed `shard_bytes`.
+/// Inside a shard larger element types come first, so that every tensor is aligned to its element. `fill` is called
+/// once per tensor with its position in `tensors` and must write exactly the tensor's bytes.
+///
+/// # Errors
+/// Those of `fill`, a `fill` that writes too much or too little, a full disk, an unwritable folder. Files written so far
+/// stay: the folder is the caller's to remove.
+pub fn write_shards(
+    dir: &Path,
+    tensors: &[PlannedTensor],
+    shard_bytes: u64,
+    fill: &mut dyn FnMut(usize, &mut Sink<'_>) -> Result<(), CheckpointError>,
+) -> Result<WrittenShards, CheckpointError> {
+    let groups = assign(tensors, shard_bytes);
+    let total: u64 = tensors.iter().map(PlannedTensor::num_bytes).sum();
+    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    let mut written = WrittenShards {
+        shards: Vec::with_capacity(groups.len()),
+        bytes: 0,
+    };
+    let mut weight_map = BTreeMap::new();
+    for (number, group) in groups.iter().enumerate() {
+        let name = shard_name(number, groups.len());
+        let path = dir.join(&name);
+        let file = File::create(&path).map_err(|error| write_error(error, &path, total))?;
+        let mut sink = Sink::new(&file, &path, total);
+        let planned: Vec<&PlannedTensor> = group.iter().map(|index| &tensors[*index]).collect();
+        sink.write(&header::build(&metadata, &planned))?;
+        for (index, tensor) in group.iter().zip(planned) {
+            let end = sink.written() + tensor.num_bytes();
+            fill(*index, &mut sink)?;
+            if sink.written() != end {
+                return Err(wrong_length(&path, tensor, end, sink.written()));
+            }
+            weight_map.insert(tensor.name.as_str(), name.clone());
+        }
+        written.bytes += sink.written();
+        sink.finish()?;
+        written.shards.push(name);
+    }
+    let index = serde_json::json!({
+        "metadata": { "total_size": total },
+        "weight_map": weight_map,
+    });
+    write_new(&dir.join(INDEX_FILE), &pretty(&index), total)?;
+    Ok(written)
+}
+
+/// JSON as people read it, ending in a newline.
+pub(crate) fn pretty(value: &serde_json::Value) -> Vec<u8> {
+    format!("{value:#}\n").into_bytes()
+}
+
+fn wrong_length(path: &Path, tensor: &PlannedTensor, end: u64, got: u64) -> CheckpointError {
+    CheckpointError::Io {
+        action: "write",
+        path: path.to_path_buf(),
+        source: std::io::Error::other(format!(
+            "tensor {} was laid out to end at byte {end}, but ended at {got}",
+            tensor.name
+        )),
+    }
+}
+
+fn shard_name(number: usize, total: usize) -> String {
+    format!("model-{:05}-of-{total:05}.safetensors", number + 1)
+}
+
+/// Positions of every shard's tensors.
+fn assign(tensors: &[PlannedTensor], shard_bytes: u64) -> Vec<Vec<usize>> {
+    let mut groups: Vec<Vec<usize>> = Vec::new();
+    let mut size = 0;
+    for (index, tensor) in tensors.iter().enumerate() {
+        let bytes = tensor.num_bytes();
+        match groups.last_mut() {
+            Some(group) if size + bytes <= shard_bytes => {
+                group.push(index);
+                size += bytes;
+            }
+            _ => {
+                groups.push(vec![index]);
+                size = bytes;
+            }
+        }
+    }
+    for group in &mut groups {
+        group.sort_by_key(|index| std::cmp::Reverse(tensors[*index].dtype.size()));
+    }
+    groups
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Dtype;
+
+    fn tensor(name: &str, dtype: Dtype, length: usize) -> PlannedTensor {
+        PlannedTensor {
+            name: name.to_owned(),
+            dtype,
+            shape: vec![length],
+        }
+    }
+
+    #[test]
+    fn shards_stay_below_the_limit_and_aligned() {
+        let tensors = [
+            tensor("a", Dtype::BF16, 3),
+            tensor("b", Dtype::F32, 2),
+            tensor("c", Dtype::BF16, 100),
+            tensor("d", Dtype::BF16, 1),
+        ];
+        assert_eq!(assign(&tensors, 14), [vec![1, 0], vec![2], vec![3]]);
+        assert_eq!(assign(&tensors, 1000), [vec![1, 0, 2, 3]]);
+        assert!(assign(&[], 10).is_empty());
+    }
+
+    #[test]
+    fn a_fill_of_the_wrong_length_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let tensors = [tensor("a", Dtype::U8, 3)];
+        let error = write_shards(dir.path(), &tensors, 10, &mut |_, sink| sink.write(b"12"));
+        assert!(error.unwrap_err().to_string().contains("tensor a"));
+    }
+}
