@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, refuse_quantised};
 use crate::expected::{ExpectedTensor, expected_tensors};
 use crate::header::Entry;
 use crate::index::{self, INDEX_FILE, ShardList};
@@ -80,6 +80,7 @@ impl Checkpoint {
                 source,
             })?;
         let config = ModelConfig::from_json(&config_path, &config_json)?;
+        refuse_quantised(&config_path, &config_json)?;
         let ShardList {
             present,
             missing,

@@ -6,7 +6,7 @@ mod fields;
 mod moe;
 mod parse;
 
-pub(crate) use parse::RAGGED_PREFIX;
+pub(crate) use parse::{RAGGED_PREFIX, refuse_quantised};
 
 /// Model family, decided by `model_type` (with or without the `tenp_` prefix of a ragged checkpoint).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -6,8 +6,10 @@ use crate::names::{Part, Spelling, dense};
 /// What a tensor is for; decides how a synthesised checkpoint fills it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// Token embedding or output head.
+    /// Token embedding.
     Embedding,
+    /// Output head.
+    Head,
     /// A projection; rows are outputs, except in fused tensors where the last axis is the input.
     Projection,
     /// Weight of an RMS norm.
@@ -64,11 +66,7 @@ pub fn expected_tensors(config: &ModelConfig, spelling: Spelling) -> Vec<Expecte
     }
     list.add("model.norm.weight", &[hidden], Role::Norm);
     if !config.tie_word_embeddings {
-        list.add(
-            "lm_head.weight",
-            &[config.vocab_size, hidden],
-            Role::Embedding,
-        );
+        list.add("lm_head.weight", &[config.vocab_size, hidden], Role::Head);
     }
     list.0
 }

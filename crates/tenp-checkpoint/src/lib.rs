@@ -8,6 +8,7 @@
 //! | calibration statistics | [`statistics::Statistics`] |
 //! | which neurons stay | [`plan::Plan`] |
 //! | write the pruned checkpoint | [`apply()`] |
+//! | make a random checkpoint of given shapes | [`synthesise()`] |
 //! | write any checkpoint, a tensor at a time | [`write_shards`] |
 //!
 //! This crate knows no kernel: it moves bytes and checks them.
@@ -28,6 +29,7 @@ mod residency;
 mod shard;
 mod size;
 pub mod statistics;
+mod synthesise;
 mod writer;
 
 pub use access::{ExpertTensors, Matrix, RouterTensors, SharedTensors};
@@ -43,4 +45,5 @@ pub use names::{Part, Spelling, dense, layer_of};
 pub use plan::{Accounting, ExpertPlan, LayerPlan, Plan};
 pub use size::{CheckpointSize, PrunedFrom};
 pub use statistics::{LayerStatistics, Statistics};
+pub use synthesise::{SynthesiseOptions, synthesise};
 pub use writer::{DEFAULT_SHARD_BYTES, WrittenShards, write_shards};

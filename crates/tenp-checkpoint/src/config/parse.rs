@@ -19,11 +19,12 @@ impl ModelConfig {
     ///
     /// # Errors
     /// [`CheckpointError::UnknownFamily`] for an unknown `model_type`, [`CheckpointError::Config`] for a field that is
-    /// missing, of the wrong type, contradictory, or asks for something this version cannot do (fp8, other activations).
+    /// missing, of the wrong type, contradictory, or asks for something this
+    /// version cannot do (another activation, another rope scaling). Quantisation is refused when a checkpoint is opened.
     pub fn from_json(path: &Path, json: &Map<String, Value>) -> Result<Self, CheckpointError> {
         let fields = Fields { path, map: json };
         let (family, ragged) = family(fields)?;
-        unsupported(fields)?;
+        fields.one_of("hidden_act", &["silu", "swish"], "silu")?;
         let hidden_size = fields.required("hidden_size")?;
         let num_layers = fields.required("num_hidden_layers")?;
         if num_layers > MAX_LAYERS {
@@ -99,19 +100,23 @@ fn family(fields: Fields<'_>) -> Result<(Family, bool), CheckpointError> {
     }
 }
 
-fn unsupported(fields: Fields<'_>) -> Result<(), CheckpointError> {
-    fields.one_of("hidden_act", &["silu", "swish"], "silu")?;
-    if let Some(quantization) = fields.object("quantization_config")? {
-        let method = quantization.text("quant_method")?.unwrap_or("unknown");
-        let problem = if method == "fp8" {
-            "says the checkpoint is fp8; fp8 checkpoints are not supported yet by this version, convert it to bf16 first"
-                .to_owned()
-        } else {
-            format!("says the checkpoint is quantised with {method}; use the bf16 or f16 original")
-        };
-        return Err(fields.error("quantization_config", problem));
-    }
-    Ok(())
+/// Refuses quantised checkpoints, whose weights this version cannot read.
+pub(crate) fn refuse_quantised(
+    path: &Path,
+    json: &Map<String, Value>,
+) -> Result<(), CheckpointError> {
+    let fields = Fields { path, map: json };
+    let Some(quantization) = fields.object("quantization_config")? else {
+        return Ok(());
+    };
+    let method = quantization.text("quant_method")?.unwrap_or("unknown");
+    let problem = if method == "fp8" {
+        "says the checkpoint is fp8; fp8 checkpoints are not supported yet by this version, convert it to bf16 first"
+            .to_owned()
+    } else {
+        format!("says the checkpoint is quantised with {method}; use the bf16 or f16 original")
+    };
+    Err(fields.error("quantization_config", problem))
 }
 
 fn token_ids(fields: Fields<'_>, field: &str) -> Result<Vec<u32>, CheckpointError> {

@@ -1,0 +1,112 @@
+//! Writes a random-weight bf16 checkpoint of a config's real shapes, to try sizes and memory without a download.
+//!
+//! `cargo run --release -p tenp-checkpoint --example synthesise -- CONFIG.json OUT [--layers N] [--shard-size 5GB]
+//! [--seed 0] [--fused]`
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use tenp_checkpoint::{SynthesiseOptions, synthesise};
+
+const USAGE: &str =
+    "usage: synthesise CONFIG.json OUT [--layers N] [--shard-size 5GB] [--seed 0] [--fused]";
+
+struct Arguments {
+    config: PathBuf,
+    out: PathBuf,
+    options: SynthesiseOptions,
+}
+
+fn main() -> ExitCode {
+    let arguments = match parse(std::env::args().skip(1)) {
+        Ok(arguments) => arguments,
+        Err(problem) => {
+            eprintln!("{problem}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
+    let out = &arguments.out;
+    std::fs::create_dir_all(out)?;
+    if std::fs::read_dir(out)?.next().is_some() {
+        return Err(format!("{} is not empty; choose another folder", out.display()).into());
+    }
+    let start = Instant::now();
+    let mut shown = 0;
+    let written = synthesise(
+        &arguments.config,
+        out,
+        arguments.options,
+        &mut |done, total| {
+            let percent = done * 100 / total.max(1);
+            if percent >= shown + 10 {
+                shown = percent;
+                eprintln!("{percent} % of {:.2} GB", total as f64 / 1e9);
+            }
+        },
+    )?;
+    let seconds = start.elapsed().as_secs_f64();
+    println!(
+        "{}: {} shards, {:.3} GB in {seconds:.1} s ({:.2} GB/s)",
+        out.display(),
+        written.shards.len(),
+        written.bytes as f64 / 1e9,
+        written.bytes as f64 / 1e9 / seconds
+    );
+    Ok(())
+}
+
+fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
+    let mut places = Vec::new();
+    let mut options = SynthesiseOptions::default();
+    while let Some(argument) = arguments.next() {
+        let mut value = || {
+            arguments
+                .next()
+                .ok_or_else(|| format!("{argument} needs a value"))
+        };
+        match argument.as_str() {
+            "--layers" => options.num_layers = Some(number(&value()?)? as usize),
+            "--seed" => options.seed = number(&value()?)?,
+            "--shard-size" => options.shard_bytes = bytes(&value()?)?,
+            "--fused" => options.fused = true,
+            flag if flag.starts_with("--") => return Err(format!("unknown flag {flag}")),
+            place => places.push(PathBuf::from(place)),
+        }
+    }
+    match <[PathBuf; 2]>::try_from(places) {
+        Ok([config, out]) => Ok(Arguments {
+            config,
+            out,
+            options,
+        }),
+        Err(_) => Err("a config and an output folder are needed".to_owned()),
+    }
+}
+
+fn number(text: &str) -> Result<u64, String> {
+    text.parse()
+        .map_err(|_| format!("`{text}` is not a whole number"))
+}
+
+/// `5GB`, `500MB`, or plain bytes.
+fn bytes(text: &str) -> Result<u64, String> {
+    let units = [("GB", 1_000_000_000), ("MB", 1_000_000), ("KB", 1_000)];
+    for (suffix, unit) in units {
+        if let Some(count) = text.strip_suffix(suffix) {
+            return Ok(number(count)?.saturating_mul(unit));
+        }
+    }
+    number(text)
+}

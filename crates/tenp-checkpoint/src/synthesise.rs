@@ -1,0 +1,212 @@
+//! Random checkpoints with a family's real tensor names and shapes, for tests and for trying out sizes.
+
+use std::num::NonZero;
+use std::path::Path;
+
+use half::bf16;
+use serde_json::{Map, Value};
+
+use crate::atomic::{Sink, write_new};
+use crate::expected::{ExpectedTensor, Role, expected_tensors};
+use crate::names::Spelling;
+use crate::writer::{DEFAULT_SHARD_BYTES, WrittenShards, pretty, write_shards};
+use crate::{CheckpointError, Dtype, ModelConfig, PlannedTensor};
+
+/// How to synthesise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SynthesiseOptions {
+    /// Fewer layers than the config says.
+    pub num_layers: Option<usize>,
+    /// Upper bound of a shard's tensor bytes.
+    pub shard_bytes: u64,
+    /// Seed: same config, options and seed give the same bytes.
+    pub seed: u64,
+    /// Experts in the fused spelling.
+    pub fused: bool,
+}
+
+impl Default for SynthesiseOptions {
+    fn default() -> Self {
+        Self {
+            num_layers: None,
+            shard_bytes: DEFAULT_SHARD_BYTES,
+            seed: 0,
+            fused: false,
+        }
+    }
+}
+
+/// Writes `config.json`, shards and index of a random bf16 checkpoint into an existing folder.
+///
+/// Projections and router rows are near-normal with standard deviation `1/sqrt(fan_in)`, embeddings have 1, norms are
+/// 1, biases small; score correction biases are f32, as DeepSeek-V3 stores them. `progress` is called with tensor bytes
+/// written and the total. A `quantization_config` is left out of the written config.
+///
+/// # Errors
+/// A config that [`ModelConfig::from_json`] refuses, or a file that cannot be written.
+pub fn synthesise(
+    config_path: &Path,
+    out: &Path,
+    options: SynthesiseOptions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<WrittenShards, CheckpointError> {
+    let text = std::fs::read(config_path).map_err(CheckpointError::io("read", config_path))?;
+    let mut json: Map<String, Value> =
+        serde_json::from_slice(&text).map_err(|source| CheckpointError::Json {
+            path: config_path.to_path_buf(),
+            source,
+        })?;
+    json.shift_remove("quantization_config");
+    if let Some(layers) = options.num_layers {
+        json.insert("num_hidden_layers".to_owned(), layers.into());
+    }
+    let config = ModelConfig::from_json(config_path, &json)?;
+    let spelling = if options.fused {
+        Spelling::fused(config.family)
+    } else {
+        Spelling::classic(config.family)
+    };
+    let tensors = expected_tensors(&config, spelling);
+    let planned: Vec<PlannedTensor> = tensors
+        .iter()
+        .map(|tensor| PlannedTensor {
+            name: tensor.name.clone(),
+            dtype: match tensor.role {
+                Role::CorrectionBias => Dtype::F32,
+                _ => Dtype::BF16,
+            },
+            shape: tensor.shape.clone(),
+        })
+        .collect();
+    let total = planned.iter().map(PlannedTensor::num_bytes).sum();
+    write_new(
+        &out.join("config.json"),
+        &pretty(&Value::Object(json)),
+        total,
+    )?;
+    let mut generator = Generator::new(options.seed);
+    let mut done = 0;
+    write_shards(out, &planned, options.shard_bytes, &mut |index, sink| {
+        generator.fill(index as u64, &tensors[index], sink)?;
+        done += planned[index].num_bytes();
+        progress(done, total);
+        Ok(())
+    })
+}
+
+/// Elements that one thread makes from one seed; the split of work does not show in the result.
+const BLOCK: usize = 1 << 18;
+const BLOCKS_AT_ONCE: usize = 64;
+const TABLE: usize = 1 << 12;
+const DRAWS_PER_WORD: usize = 5;
+
+struct Generator {
+    seed: u64,
+    threads: usize,
+    /// Standard normal draws, approximated by sums of twelve uniform ones.
+    normal: Vec<f32>,
+    buffer: Vec<u16>,
+}
+
+impl Generator {
+    fn new(seed: u64) -> Self {
+        let mut state = mix(seed ^ 0x7465_6E70);
+        let normal = (0..TABLE)
+            .map(|_| {
+                let sum: f32 = (0..12).map(|_| (next(&mut state) >> 40) as f32).sum();
+                sum / (1 << 24) as f32 - 6.0
+            })
+            .collect();
+        Self {
+            seed,
+            threads: std::thread::available_parallelism().map_or(1, NonZero::get),
+            normal,
+            buffer: Vec::new(),
+        }
+    }
+
+    fn fill(
+        &mut self,
+        tensor_index: u64,
+        tensor: &ExpectedTensor,
+        sink: &mut Sink<'_>,
+    ) -> Result<(), CheckpointError> {
+        let count: usize = tensor.shape.iter().product();
+        let fan_in = tensor.shape.last().copied().unwrap_or(1).max(1) as f32;
+        let scale = match tensor.role {
+            Role::Norm => return ones(count, sink),
+            Role::Embedding => 1.0,
+            Role::Head | Role::Projection | Role::Router => fan_in.sqrt().recip(),
+            Role::Bias => 0.02,
+            Role::CorrectionBias => {
+                let mut state = mix(self.seed ^ mix(tensor_index));
+                let draw = |_| self.normal[next(&mut state) as usize % TABLE] * 0.01;
+                let bytes: Vec<u8> = (0..count).map(draw).flat_map(f32::to_le_bytes).collect();
+                return sink.write(&bytes);
+            }
+        };
+        let table: Vec<u16> = self
+            .normal
+            .iter()
+            .map(|draw| bf16::from_f32(draw * scale).to_bits().to_le())
+            .collect();
+        let mut first_block = 0;
+        let mut left = count;
+        while left > 0 {
+            let length = left.min(BLOCK * BLOCKS_AT_ONCE);
+            self.buffer.resize(length, 0);
+            let seed = mix(self.seed ^ mix(tensor_index));
+            fill_blocks(&mut self.buffer, &table, seed, first_block, self.threads);
+            sink.write(bytemuck::cast_slice(&self.buffer))?;
+            left -= length;
+            first_block += BLOCKS_AT_ONCE as u64;
+        }
+        Ok(())
+    }
+}
+
+fn ones(count: usize, sink: &mut Sink<'_>) -> Result<(), CheckpointError> {
+    sink.write(&bf16::ONE.to_le_bytes().repeat(count))
+}
+
+fn fill_blocks(buffer: &mut [u16], table: &[u16], seed: u64, first_block: u64, threads: usize) {
+    let share = buffer.len().div_ceil(BLOCK).div_ceil(threads.max(1)).max(1);
+    let total = buffer.len();
+    std::thread::scope(|scope| {
+        for (number, part) in buffer.chunks_mut(share * BLOCK).enumerate() {
+            let first = first_block + (number * share) as u64;
+            let mut work = move || {
+                for (index, block) in part.chunks_mut(BLOCK).enumerate() {
+                    fill_block(block, table, mix(seed ^ mix(first + index as u64)));
+                }
+            };
+            if share * BLOCK >= total {
+                work();
+            } else {
+                scope.spawn(work);
+            }
+        }
+    });
+}
+
+fn fill_block(block: &mut [u16], table: &[u16], mut state: u64) {
+    for group in block.chunks_mut(DRAWS_PER_WORD) {
+        let mut word = next(&mut state);
+        for value in group {
+            *value = table[word as usize % TABLE];
+            word >>= 12;
+        }
+    }
+}
+
+/// The next number of a SplitMix64 sequence (Steele, Lea, Flood 2014).
+fn next(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    mix(*state)
+}
+
+fn mix(value: u64) -> u64 {
+    let value = (value ^ (value >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let value = (value ^ (value >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    value ^ (value >> 31)
+}
