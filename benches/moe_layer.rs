@@ -1,0 +1,118 @@
+//! One MoE layer of DeepSeek-V2-Lite's shape on the CPU: forward, forward with every scoring sum, and the same at
+//! pruned widths. Rates count the useful FLOPs of the three expert products (6·H·width per row).
+//!
+//! `TENP_BENCH_TOKENS` sets the tokens (4096 by default).
+
+use std::hint::black_box;
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use half::bf16;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tenp_kernels::cpu::direction::{ExpertSums, TokenContext, accumulate_expert_sums};
+use tenp_kernels::cpu::linear::{PackedRows, linear};
+use tenp_kernels::cpu::moe::{ExpertActivations, ExpertWeights, combine, expert_forward};
+use tenp_kernels::cpu::neuron::{NeuronSums, accumulate_neuron_sums};
+use tenp_kernels::cpu::router::RouterSpec;
+use tenp_kernels::{Compute, ExpertGroups, MatrixView, RaggedLayout};
+
+const HIDDEN: usize = 2048;
+const WIDTH: usize = 1408;
+const EXPERTS: usize = 64;
+const TOP_K: usize = 6;
+
+struct Layer {
+    weights: Vec<[Vec<bf16>; 3]>,
+    widths: Vec<usize>,
+}
+
+impl Layer {
+    fn random(widths: Vec<usize>) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let scale = 3f32.sqrt() / (HIDDEN as f32).sqrt();
+        let weights = widths
+            .iter()
+            .map(|&w| {
+                std::array::from_fn(|_| {
+                    (0..w * HIDDEN).map(|_| bf16::from_f32(rng.random_range(-scale..scale))).collect()
+                })
+            })
+            .collect();
+        Self { weights, widths }
+    }
+
+    fn experts(&self) -> Vec<ExpertWeights<'_>> {
+        let view = |rows, cols, w| MatrixView::from_bf16(rows, cols, w).expect("made with this shape");
+        self.weights
+            .iter()
+            .zip(&self.widths)
+            .map(|([gate, up, down], &w)| ExpertWeights {
+                gate: view(w, HIDDEN, gate),
+                up: view(w, HIDDEN, up),
+                down: view(HIDDEN, w, down),
+            })
+            .collect()
+    }
+}
+
+fn layer(c: &mut Criterion) {
+    let tokens: usize = std::env::var("TENP_BENCH_TOKENS").ok().and_then(|v| v.parse().ok()).unwrap_or(4096);
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    let x: Vec<f32> = (0..tokens * HIDDEN).map(|_| rng.random_range(-1.7..1.7)).collect();
+    let router: Vec<f32> = (0..EXPERTS * HIDDEN).map(|_| rng.random_range(-0.04..0.04)).collect();
+    let router = MatrixView::from_f32(EXPERTS, HIDDEN, &router).expect("made with this shape");
+    let spec = RouterSpec {
+        num_experts: EXPERTS,
+        top_k: TOP_K,
+        sigmoid: false,
+        correction_bias: None,
+        groups: None,
+        normalise: false,
+        scaling: 1.0,
+    };
+    // 60 % of the neurons: a fifth of the experts whole, the rest at half width (TENP at its default α).
+    let sixty = (0..EXPERTS).map(|e| if e % 5 == 0 { WIDTH } else { WIDTH / 2 }).collect::<Vec<_>>();
+    let kept = sixty.iter().sum::<usize>() as f64 / (EXPERTS * WIDTH) as f64;
+    let layers =
+        [("full".to_owned(), Layer::random(vec![WIDTH; EXPERTS])), (format!("kept {kept:.3}"), Layer::random(sixty))];
+
+    let mut group = c.benchmark_group("v2_lite_layer");
+    group.sample_size(10);
+    for (name, layer) in &layers {
+        let experts = layer.experts();
+        let rows: usize = layer.widths.iter().sum::<usize>() * tokens * TOP_K / EXPERTS;
+        group.throughput(Throughput::Elements((rows * 6 * HIDDEN) as u64));
+        for compute in [Compute::Bf16, Compute::F32] {
+            let mut a = ExpertActivations::default();
+            let mut out = vec![0f32; tokens * HIDDEN];
+            let mut forward = |a: &mut ExpertActivations| {
+                let mut logits = vec![0f32; tokens * EXPERTS];
+                linear(Compute::F32, &x, &router, None, &mut logits).expect("shapes fit");
+                let routing = spec.route(&mut logits).expect("valid router");
+                let groups = ExpertGroups::new(EXPERTS, TOP_K, &routing.expert_ids, &routing.weights).expect("valid");
+                expert_forward(compute, &experts, &groups, &x, a).expect("shapes fit");
+                combine(&groups, a.outputs(), HIDDEN, &mut out).expect("shapes fit");
+                (groups, black_box(&out)[0])
+            };
+            group.bench_function(format!("forward/{compute:?}/{name}"), |b| b.iter(|| forward(&mut a)));
+            let mut outputs = PackedRows::default();
+            let mut sums = NeuronSums::new(RaggedLayout::new(layer.widths.clone()).expect("small"));
+            let mut expert_sums = vec![ExpertSums::default(); EXPERTS];
+            let combined = vec![0.5f32; tokens * HIDDEN];
+            group.bench_function(format!("forward+statistics/{compute:?}/{name}"), |b| {
+                b.iter(|| {
+                    let (groups, _) = forward(&mut a);
+                    let context = TokenContext { x: &x, residual: &x, combined: &combined };
+                    let norms = accumulate_expert_sums(&groups, context, a.outputs(), HIDDEN, &mut expert_sums)
+                        .expect("shapes fit");
+                    accumulate_neuron_sums(compute, &experts, &groups, &a, &norms, &mut outputs, &mut sums)
+                        .expect("shapes fit");
+                });
+            });
+        }
+    }
+    group.finish();
+}
+
+criterion_group!(benches, layer);
+criterion_main!(benches);
