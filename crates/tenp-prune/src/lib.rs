@@ -1,1 +1,42 @@
-//! x
+//! Which experts and neurons of a Mixture-of-Experts checkpoint to keep: pure decisions, from calibration statistics
+//! to scores to a plan. No files are opened and no weights are read here.
+//!
+//! | module | what it answers |
+//! |---|---|
+//! | [`score`] | how much does an expert matter to its layer, a neuron to its expert? |
+//! | [`allocate`] | how many neurons does each expert keep, so that the total is exact? |
+//! | [`plan()`] | which experts stay whole, which neurons of the others stay? |
+//! | [`accounting()`] | what share of parameters, arithmetic and bytes is that? |
+//!
+//! ```
+//! use tenp_prune::{Method, PlanRequest};
+//!
+//! let request = PlanRequest { method: Method::Tenp, keep: 0.6, ..PlanRequest::default() };
+//! assert_eq!(request.method.to_string(), "tenp");
+//! // let plan = tenp_prune::plan(&config, &size, &fingerprint, &statistics, &request)?;
+//! ```
+//!
+//! Formulas and their sources are in `docs/methods.md`. Everything is computed in a fixed order on one thread, so the
+//! same arguments give the same plan everywhere.
+
+#![forbid(unsafe_code)]
+// Formulas and the names of models are prose here, not identifiers.
+#![allow(clippy::doc_markdown)]
+
+pub mod allocate;
+pub mod calibration;
+pub mod score;
+
+mod accounting;
+mod error;
+mod names;
+mod plan;
+mod record;
+mod request;
+
+pub use accounting::{ModelSize, accounting};
+pub use calibration::Calibration;
+pub use error::PruneError;
+pub use names::{ExpertScore, Method, NeuronScore};
+pub use plan::plan;
+pub use request::{Allocation, DEFAULT_SLOPE, PlanRequest};

@@ -1,0 +1,176 @@
+//! Dropping whole experts: how many stay, and which.
+
+use tenp_checkpoint::config::{GroupScore, Moe};
+
+use super::round_half_up;
+use super::trapezoid::ranked;
+use crate::PruneError;
+
+/// Experts kept in every layer, the same number in every router group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeptExperts {
+    /// Router groups, 1 without group-limited routing.
+    pub num_groups: usize,
+    /// Experts kept in a group.
+    pub per_group: usize,
+}
+
+impl KeptExperts {
+    /// Experts kept in a layer.
+    pub fn per_layer(&self) -> usize {
+        self.num_groups * self.per_group
+    }
+
+    /// Which experts of a layer stay: in each group the ones with the highest scores, guarded ones first (ties:
+    /// lower id).
+    pub fn select(&self, scores: &[f64], guarded: &[bool]) -> Vec<bool> {
+        let group_size = scores.len() / self.num_groups.max(1);
+        let mut kept = vec![false; scores.len()];
+        let mut taken = vec![0; self.num_groups];
+        for expert in ranked(scores, guarded) {
+            if let Some(taken) = taken.get_mut(expert / group_size.max(1))
+                && *taken < self.per_group
+            {
+                *taken += 1;
+                kept[expert] = true;
+            }
+        }
+        kept
+    }
+}
+
+/// How many experts to keep in every layer: round(ρN), at least top-k. With group-limited routing round(ρN/G) in each
+/// of the G groups, at least enough for the groups in play to hold top-k, and 2 where a group's score is the sum of
+/// its best two.
+///
+/// # Errors
+/// No number of experts lets the router choose its top-k, or the groups are uneven.
+pub fn kept_experts(moe: &Moe, keep: f64) -> Result<KeptExperts, PruneError> {
+    let (num_groups, top_groups, at_least) = match moe.router.groups {
+        None => (1, 1, 1),
+        Some(groups) => {
+            let least = if groups.score == GroupScore::TopTwoSum {
+                2
+            } else {
+                1
+            };
+            (groups.num_groups, groups.top_groups, least)
+        }
+    };
+    let minimum = at_least.max(moe.top_k.div_ceil(top_groups.clamp(1, num_groups.max(1))));
+    let unreachable = PruneError::TopKUnreachable {
+        top_k: moe.top_k,
+        num_experts: moe.num_experts,
+        num_groups,
+        top_groups,
+        minimum,
+    };
+    if num_groups == 0 || top_groups == 0 || !moe.num_experts.is_multiple_of(num_groups) {
+        return Err(unreachable);
+    }
+    let group_size = moe.num_experts / num_groups;
+    if minimum > group_size {
+        return Err(unreachable);
+    }
+    let wanted = round_half_up(keep * moe.num_experts as f64 / num_groups as f64);
+    Ok(KeptExperts {
+        num_groups,
+        per_group: wanted.clamp(minimum, group_size),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use tenp_checkpoint::config::{Router, RouterGroups, RouterScore};
+
+    use super::*;
+
+    fn moe(num_experts: usize, top_k: usize, groups: Option<RouterGroups>) -> Moe {
+        Moe {
+            num_experts,
+            top_k,
+            expert_width: 8,
+            shared_width: 0,
+            shared_gate: false,
+            router: Router {
+                score: RouterScore::Softmax,
+                correction_bias: false,
+                groups,
+                normalise: false,
+                scaling: 1.0,
+            },
+        }
+    }
+
+    fn groups(num_groups: usize, top_groups: usize, score: GroupScore) -> RouterGroups {
+        RouterGroups {
+            num_groups,
+            top_groups,
+            score,
+        }
+    }
+
+    #[test]
+    fn counts_round_half_up_but_hold_top_k() {
+        let per_layer = |moe: &Moe, keep| kept_experts(moe, keep).map(|kept| kept.per_layer());
+        assert_eq!(per_layer(&moe(64, 6, None), 0.6), Ok(38));
+        assert_eq!(per_layer(&moe(10, 2, None), 0.25), Ok(3));
+        assert_eq!(per_layer(&moe(64, 6, None), 0.01), Ok(6));
+        assert_eq!(per_layer(&moe(64, 6, None), 1.0), Ok(64));
+    }
+
+    #[test]
+    fn groups_keep_the_same_number() {
+        let v3 = moe(256, 8, Some(groups(8, 4, GroupScore::TopTwoSum)));
+        let kept = kept_experts(&v3, 0.6).unwrap();
+        assert_eq!(
+            kept,
+            KeptExperts {
+                num_groups: 8,
+                per_group: 19
+            }
+        );
+        assert_eq!(kept_experts(&v3, 0.001).unwrap().per_group, 2);
+        let v2 = moe(160, 6, Some(groups(8, 3, GroupScore::Max)));
+        assert_eq!(kept_experts(&v2, 0.001).unwrap().per_group, 2);
+        assert_eq!(kept_experts(&v2, 1.0).unwrap().per_layer(), 160);
+    }
+
+    #[test]
+    fn an_unreachable_top_k_is_refused() {
+        assert!(kept_experts(&moe(4, 5, None), 0.5).is_err());
+        assert!(kept_experts(&moe(8, 2, Some(groups(8, 4, GroupScore::TopTwoSum))), 0.5).is_err());
+        assert!(kept_experts(&moe(10, 2, Some(groups(4, 2, GroupScore::Max))), 0.5).is_err());
+        let error =
+            kept_experts(&moe(16, 6, Some(groups(8, 2, GroupScore::Max))), 0.5).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains("6 of 16 experts in 8 groups, 2 in play"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn the_best_of_each_group_stay() {
+        let kept = KeptExperts {
+            num_groups: 2,
+            per_group: 1,
+        };
+        let scores = [9.0, 8.0, 1.0, 1.0];
+        assert_eq!(
+            kept.select(&scores, &[false; 4]),
+            [true, false, true, false]
+        );
+        let guarded = [false, true, false, false];
+        assert_eq!(kept.select(&scores, &guarded), [false, true, true, false]);
+        let whole = KeptExperts {
+            num_groups: 1,
+            per_group: 2,
+        };
+        assert_eq!(
+            whole.select(&scores, &[false; 4]),
+            [true, true, false, false]
+        );
+    }
+}

@@ -1,0 +1,302 @@
+//! From statistics and a request to a plan.
+
+use tenp_checkpoint::config::ModelConfig;
+use tenp_checkpoint::plan::{ExpertPlan, LayerPlan, Plan};
+use tenp_checkpoint::statistics::Statistics;
+
+use crate::PruneError;
+use crate::accounting::{ModelSize, accounting};
+use crate::allocate::{
+    KeptExperts, budget, global_widths, kept_experts, quantum, trapezoid_widths, uniform_width,
+    whole_experts, whole_experts_per_layer,
+};
+use crate::calibration::Calibration;
+use crate::record;
+use crate::request::{Choice, PlanRequest, Target};
+use crate::score::{
+    NeuronScoring, best_neurons, expert_neuron_scores, expert_scores, global_scores, super_experts,
+    uncalibrated,
+};
+
+/// Decides which experts and neurons of a checkpoint stay.
+///
+/// `fingerprint` is the checkpoint's own and must be the one the statistics were collected on. Same arguments, same
+/// plan.
+///
+/// # Errors
+/// Options out of range or without effect for the method; statistics of another checkpoint, incomplete or not finite;
+/// a checkpoint that is already pruned; budgets that leave nothing, or less than the guarded experts need; a router
+/// that could no longer choose its top-k.
+pub fn plan(
+    config: &ModelConfig,
+    size: &ModelSize,
+    fingerprint: &str,
+    statistics: &Statistics,
+    request: &PlanRequest,
+) -> Result<Plan, PruneError> {
+    let choice = Choice::resolve(request)?;
+    let calibration = Calibration::new(config, fingerprint, statistics, &request.domain_weights)?;
+    let planner = Planner::new(&calibration, request, choice);
+    let decision = planner.decide(config)?;
+    let layers = planner.layers(&decision.widths);
+    Ok(Plan {
+        format: "tenp-plan".to_owned(),
+        version: 1,
+        method: request.method.name().to_owned(),
+        options: record::options(&calibration, request, &choice, &decision, &planner.guarded),
+        fingerprint: fingerprint.to_owned(),
+        accounting: accounting(&calibration, size, &layers),
+        layers,
+        uncalibrated: positions(&uncalibrated(&calibration), calibration.layer_ids()),
+    })
+}
+
+/// What was decided, and the values that decided it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Decision {
+    pub(crate) widths: Vec<Vec<usize>>,
+    pub(crate) quantum: Option<usize>,
+    /// Experts kept whole in each layer before narrow ones that came out at full width.
+    pub(crate) whole_experts: Option<Vec<usize>>,
+    pub(crate) kept: Option<KeptExperts>,
+}
+
+/// `[model layer, expert]` of every true entry.
+pub(crate) fn positions(marked: &[Vec<bool>], layer_ids: &[usize]) -> Vec<(usize, usize)> {
+    let mut positions = Vec::new();
+    for (experts, &layer) in marked.iter().zip(layer_ids) {
+        positions.extend(
+            experts
+                .iter()
+                .enumerate()
+                .filter(|(_, marked)| **marked)
+                .map(|(expert, _)| (layer, expert)),
+        );
+    }
+    positions
+}
+
+struct Planner<'a> {
+    calibration: &'a Calibration<'a>,
+    request: &'a PlanRequest,
+    choice: Choice<'a>,
+    guarded: Vec<Vec<bool>>,
+}
+
+impl<'a> Planner<'a> {
+    fn new(calibration: &'a Calibration<'a>, request: &'a PlanRequest, choice: Choice<'a>) -> Self {
+        let shape = calibration.shape();
+        let guarded = if request.protect_super {
+            super_experts(calibration)
+        } else {
+            vec![vec![false; shape.num_experts]; shape.num_layers]
+        };
+        Self {
+            calibration,
+            request,
+            choice,
+            guarded,
+        }
+    }
+
+    fn decide(&self, config: &ModelConfig) -> Result<Decision, PruneError> {
+        match self.choice.target {
+            Target::Drop => self.drop_experts(config),
+            Target::Trapezoid { alpha, slope } => self.trapezoid(alpha, slope),
+            Target::UniformExact => self.trapezoid(0.0, 0.0),
+            Target::Uniform => self.uniform(),
+            Target::Global => self.global(),
+            Target::File(widths) => self.widths_given(widths),
+        }
+    }
+
+    fn expert_scores(&self) -> Vec<Vec<f64>> {
+        expert_scores(
+            self.calibration,
+            self.choice.expert_score,
+            self.request.seed,
+        )
+    }
+
+    fn neuron_scoring(&self) -> NeuronScoring {
+        NeuronScoring {
+            score: self.choice.neuron_score,
+            normalise_domains: self.request.normalise_domains,
+            seed: self.request.seed,
+        }
+    }
+
+    fn drop_experts(&self, config: &ModelConfig) -> Result<Decision, PruneError> {
+        let kept = kept_experts(&config.moe, self.request.keep)?;
+        let width = self.calibration.shape().expert_width;
+        let mut widths = Vec::new();
+        let layers = self
+            .expert_scores()
+            .into_iter()
+            .zip(&self.guarded)
+            .zip(self.calibration.layer_ids());
+        for ((scores, guarded), &layer) in layers {
+            let selected = kept.select(&scores, guarded);
+            if let Some(expert) =
+                (0..selected.len()).find(|&expert| guarded[expert] && !selected[expert])
+            {
+                return Err(PruneError::GuardedDropped {
+                    layer,
+                    expert,
+                    kept: kept.per_layer(),
+                });
+            }
+            widths.push(
+                selected
+                    .into_iter()
+                    .map(|kept| if kept { width } else { 0 })
+                    .collect(),
+            );
+        }
+        Ok(Decision {
+            widths,
+            kept: Some(kept),
+            ..Decision::default()
+        })
+    }
+
+    fn trapezoid(&self, alpha: f64, slope: f64) -> Result<Decision, PruneError> {
+        let shape = self.calibration.shape();
+        let (quantum, budget) = self.budget()?;
+        let whole = whole_experts(shape, budget, alpha);
+        let per_layer: Vec<usize> = whole_experts_per_layer(shape, whole, alpha, slope)
+            .into_iter()
+            .zip(&self.guarded)
+            .map(|(whole, guarded)| whole.max(guarded.iter().filter(|&&guarded| guarded).count()))
+            .collect();
+        let widths = trapezoid_widths(
+            shape,
+            quantum,
+            budget,
+            &per_layer,
+            &self.expert_scores(),
+            &self.guarded,
+        )?;
+        Ok(Decision {
+            widths,
+            quantum: Some(quantum),
+            whole_experts: Some(per_layer),
+            kept: None,
+        })
+    }
+
+    fn uniform(&self) -> Result<Decision, PruneError> {
+        let shape = self.calibration.shape();
+        let quantum = quantum(self.request.width_multiple, shape.expert_width)?;
+        let width = uniform_width(shape.expert_width, quantum, self.request.keep);
+        if width == 0 {
+            return Err(PruneError::EmptyBudget {
+                keep: self.request.keep,
+                quantum,
+            });
+        }
+        let widths = vec![vec![width; shape.num_experts]; shape.num_layers];
+        Ok(Decision {
+            widths,
+            quantum: Some(quantum),
+            ..Decision::default()
+        })
+    }
+
+    fn global(&self) -> Result<Decision, PruneError> {
+        let (quantum, budget) = self.budget()?;
+        let scores = global_scores(
+            self.calibration,
+            self.neuron_scoring(),
+            self.request.normalise_layer,
+        );
+        let widths = global_widths(
+            self.calibration.shape(),
+            quantum,
+            budget,
+            &scores,
+            &self.guarded,
+        )?;
+        Ok(Decision {
+            widths,
+            quantum: Some(quantum),
+            ..Decision::default()
+        })
+    }
+
+    fn widths_given(&self, widths: &[Vec<usize>]) -> Result<Decision, PruneError> {
+        let shape = self.calibration.shape();
+        if widths.len() != shape.num_layers {
+            return Err(PruneError::WidthLayers {
+                expected: shape.num_layers,
+                got: widths.len(),
+            });
+        }
+        for (experts, &layer) in widths.iter().zip(self.calibration.layer_ids()) {
+            if experts.len() != shape.num_experts {
+                return Err(PruneError::WidthExperts {
+                    layer,
+                    expected: shape.num_experts,
+                    got: experts.len(),
+                });
+            }
+            if let Some(expert) = experts.iter().position(|&width| width > shape.expert_width) {
+                let (expected, got) = (shape.expert_width, experts[expert]);
+                return Err(PruneError::WidthTooLarge {
+                    layer,
+                    expert,
+                    expected,
+                    got,
+                });
+            }
+        }
+        Ok(Decision {
+            widths: widths.to_vec(),
+            ..Decision::default()
+        })
+    }
+
+    fn budget(&self) -> Result<(usize, usize), PruneError> {
+        let shape = self.calibration.shape();
+        let quantum = quantum(self.request.width_multiple, shape.expert_width)?;
+        match budget(shape, quantum, self.request.keep) {
+            0 => Err(PruneError::EmptyBudget {
+                keep: self.request.keep,
+                quantum,
+            }),
+            budget => Ok((quantum, budget)),
+        }
+    }
+
+    fn layers(&self, widths: &[Vec<usize>]) -> Vec<LayerPlan> {
+        let expert = |layer, id, width| self.expert(layer, id, width);
+        widths
+            .iter()
+            .zip(self.calibration.layer_ids())
+            .enumerate()
+            .map(|(position, (widths, &layer))| LayerPlan {
+                layer,
+                experts: widths
+                    .iter()
+                    .enumerate()
+                    .map(|(id, &width)| expert(position, id, width))
+                    .collect(),
+            })
+            .collect()
+    }
+
+    fn expert(&self, layer: usize, id: usize, width: usize) -> ExpertPlan {
+        let whole = width == self.calibration.shape().expert_width;
+        let drops = self.choice.target == Target::Drop;
+        let neurons = (!whole && !drops).then(|| {
+            let scores = expert_neuron_scores(self.calibration, layer, id, self.neuron_scoring());
+            best_neurons(&scores, width)
+        });
+        ExpertPlan {
+            id,
+            width,
+            neurons,
+            dropped: drops && !whole,
+        }
+    }
+}
