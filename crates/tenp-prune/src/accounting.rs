@@ -53,8 +53,8 @@ pub fn accounting(
     let kept_share = ratio(kept as f64, neurons as f64).unwrap_or(1.0);
     Accounting {
         E: kept_share,
-        A: routed.executed.unwrap_or(kept_share),
-        f: routed.on_whole,
+        A: routed.executed.unwrap_or(kept_share).min(1.0),
+        f: routed.on_whole.min(1.0),
         model: ratio(parameters_after as f64, size.parameters_total as f64).unwrap_or(1.0),
         bytes_before: size.bytes_total,
         bytes_after: size
@@ -89,10 +89,11 @@ impl Routed {
                 kept_whole += if is_whole { tokens as f64 } else { 0.0 };
             }
             let layer_tokens = tokens.iter().map(|&tokens| tokens as f64).sum::<f64>();
-            if let Some(rerouted) = ratio(layer_tokens, kept_tokens) {
+            if kept_tokens > 0.0 {
+                // Multiplied first: products of counts are exact, so a layer that only drops comes out at exactly 1.
                 all += layer_tokens;
-                executed += kept_work * rerouted;
-                whole += kept_whole * rerouted;
+                executed += kept_work * layer_tokens / kept_tokens;
+                whole += kept_whole * layer_tokens / kept_tokens;
             }
         }
         Self {

@@ -152,7 +152,7 @@ proptest! {
         }
         let accounting = &plan.accounting;
         for share in [accounting.E, accounting.A, accounting.f, accounting.model] {
-            prop_assert!((0.0..=1.0 + 1e-12).contains(&share));
+            prop_assert!((0.0..=1.0).contains(&share));
         }
     }
 
