@@ -137,14 +137,12 @@ impl Checkpoint {
         let copy = plan
             .as_ref()
             .is_some_and(|plan| plan.fingerprint.as_deref() == Some(self.fingerprint()));
-        let ragged = self.config().widths.is_some();
-        if copy || (plan.is_none() && !ragged) {
+        let section = self.config_json().get("tenp");
+        if copy || (plan.is_none() && section.is_none()) {
             return None;
         }
         let plan = plan.unwrap_or_default();
-        let recorded = self
-            .config_json()
-            .get("tenp")
+        let recorded = section
             .and_then(|section| section.get("source_fingerprint"))
             .and_then(|fingerprint| fingerprint.as_str());
         let report: ReportHead = self.read_json("report.json").unwrap_or_default();

@@ -100,10 +100,17 @@ pub(super) fn config(checkpoint: &Checkpoint, plan: &Plan, output: &Output) -> V
         }
     }
     match output.kind {
-        Kind::Ragged => ragged(&mut json, checkpoint, plan),
+        Kind::Ragged => ragged(&mut json, config),
         Kind::Uniform(width) => uniform(&mut json, config, width, output.shared_width),
         Kind::Identical | Kind::Stock | Kind::Padded => {}
     }
+    // Also in stock checkpoints, whose loaders ignore it: a padded one would otherwise have the original's fingerprint.
+    let mut origin = json!({ "version": 1, "form": output.name() });
+    if output.kind == Kind::Ragged {
+        origin["widths"] = json!(plan.widths());
+    }
+    origin["source_fingerprint"] = json!(checkpoint.fingerprint());
+    json.insert("tenp".to_owned(), origin);
     Value::Object(json)
 }
 
@@ -120,8 +127,8 @@ fn keep_remote_code(json: &mut Map<String, Value>) {
 
 /// Engines that do not know ragged experts must not take this for a stock model: some copy smaller tensors into the
 /// corner of their buffers without an error.
-fn ragged(json: &mut Map<String, Value>, checkpoint: &Checkpoint, plan: &Plan) {
-    let family = checkpoint.config().family;
+fn ragged(json: &mut Map<String, Value>, config: &ModelConfig) {
+    let family = config.family;
     json.shift_remove("auto_map");
     let architectures: Vec<String> = json
         .get("architectures")
@@ -136,15 +143,6 @@ fn ragged(json: &mut Map<String, Value>, checkpoint: &Checkpoint, plan: &Plan) {
     json.insert(
         "model_type".to_owned(),
         json!(format!("{RAGGED_PREFIX}{}", family.model_type())),
-    );
-    json.insert(
-        "tenp".to_owned(),
-        json!({
-            "version": 1,
-            "form": "ragged",
-            "widths": plan.widths(),
-            "source_fingerprint": checkpoint.fingerprint(),
-        }),
     );
 }
 
