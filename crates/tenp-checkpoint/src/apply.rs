@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 
 use crate::checkpoint::hex;
 use crate::plan::Plan;
+use crate::shard::Shard;
 use crate::writer::{DEFAULT_SHARD_BYTES, WrittenShards, write_shards};
 use crate::{Checkpoint, CheckpointError, PlannedTensor};
 
@@ -111,14 +112,10 @@ pub fn apply(
     let Some(target) = Target::find(out, checkpoint.dir(), options.force, &fingerprint)? else {
         return Ok(ApplyOutcome::AlreadyFinished);
     };
-    let tensors = layout::tensors(checkpoint, plan, &output)?;
+    let tensors = layout::tensors(checkpoint, plan, &output);
     let planned: Vec<PlannedTensor> = tensors.iter().map(|out| out.tensor.clone()).collect();
     let total = match output.kind {
-        Kind::Identical => checkpoint
-            .shards
-            .iter()
-            .map(|shard| shard.num_bytes())
-            .sum(),
+        Kind::Identical => checkpoint.shards.iter().map(Shard::num_bytes).sum(),
         _ => planned.iter().map(PlannedTensor::num_bytes).sum(),
     };
     let folder = target.create(total)?;
@@ -135,7 +132,7 @@ pub fn apply(
             progress,
         )?;
         let config = form::config(checkpoint, plan, &output);
-        files::write_json(&folder.path().join("config.json"), config, total)?;
+        files::write_json(&folder.path().join("config.json"), &config, total)?;
         written
     };
     let side = files::Side {

@@ -75,7 +75,7 @@ pub struct Moe {
     pub expert_width: usize,
     /// Width of the shared expert (all shared experts as one), 0 when the family has none.
     pub shared_width: usize,
-    /// The shared expert's output is multiplied by `sigmoid(shared_expert_gate · x)` (qwen2_moe).
+    /// The shared expert's output is multiplied by `sigmoid(shared_expert_gate · x)` (`qwen2_moe`).
     pub shared_gate: bool,
     /// Router arithmetic.
     pub router: Router,
@@ -142,7 +142,7 @@ pub enum Attention {
         rope_dim: usize,
         /// Value head size.
         v_dim: usize,
-        /// `attention_bias`: biases on q_a, kv_a and o projections.
+        /// `attention_bias`: biases on `q_a`, `kv_a` and o projections.
         bias: bool,
     },
     /// Grouped-query attention (every other family).
@@ -171,7 +171,7 @@ pub enum Attention {
 pub enum QkNorm {
     /// None.
     None,
-    /// Over each head (qwen3_moe).
+    /// Over each head (`qwen3_moe`).
     PerHead,
     /// Over the whole projection (olmoe).
     WholeProjection,

@@ -34,25 +34,25 @@ pub struct LayerStatistics {
     pub direction: Vec<f64>,
     /// `[N]` sum g‖y‖ · max(0, 1 − cos(r, r + Σ g y)).
     pub residual_direction: Vec<f64>,
-    /// `[N]` max ‖y‖_inf; merges by maximum.
+    /// `[N]` `max ‖y‖_inf`; merges by maximum.
     pub output_peak: Vec<f64>,
-    /// `[N,K]` sum h_j⟨w_j, y⟩ / (‖y‖ + 1e-8).
+    /// `[N,K]` `sum h_j⟨w_j, y⟩ / (‖y‖ + 1e-8)`.
     pub contribution: Vec<f64>,
     /// `[N,K]` sum of the same term's absolute value.
     pub contribution_abs: Vec<f64>,
-    /// `[N,K]` sum |h_j|·‖w_j‖.
+    /// `[N,K]` `sum |h_j|·‖w_j‖`.
     pub activation_norm: Vec<f64>,
-    /// `[N,K]` sum (g h_j)²‖w_j‖².
+    /// `[N,K]` `sum (g h_j)²‖w_j‖²`.
     pub energy: Vec<f64>,
-    /// `[N,K]` max of (g h_j)²‖w_j‖²; merges by maximum.
+    /// `[N,K]` `max (g h_j)²‖w_j‖²`; merges by maximum.
     pub peak: Vec<f64>,
-    /// `[N,K]` sum h_j.
+    /// `[N,K]` `sum h_j`.
     pub mean: Vec<f64>,
-    /// `[N,K]` sum h_j².
+    /// `[N,K]` `sum h_j²`.
     pub second_moment: Vec<f64>,
-    /// `[N,K]` ‖gate row‖² + ‖up row‖² + ‖w_j‖², from the weights; must be equal in merged files.
+    /// `[N,K]` `‖gate row‖² + ‖up row‖² + ‖w_j‖²`, from the weights; must be equal in merged files.
     pub neuron_weight_norm_sq: Vec<f64>,
-    /// `[N,K]` ‖w_j‖², from the weights; must be equal in merged files.
+    /// `[N,K]` `‖w_j‖²`, from the weights; must be equal in merged files.
     pub down_norm_sq: Vec<f64>,
 }
 

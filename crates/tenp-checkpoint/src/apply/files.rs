@@ -10,6 +10,7 @@ use crate::atomic::{Sink, write_error, write_new};
 use crate::index::{INDEX_FILE, SINGLE_FILE};
 use crate::names::layer_of;
 use crate::plan::Plan;
+use crate::shard::Shard;
 use crate::writer::{WrittenShards, pretty};
 use crate::{Checkpoint, CheckpointError};
 
@@ -55,8 +56,8 @@ pub(super) fn check_extra(out: &Path, extra: &[(String, Vec<u8>)]) -> Result<(),
     Ok(())
 }
 
-pub(super) fn write_json(path: &Path, value: Value, needed: u64) -> Result<(), CheckpointError> {
-    write_new(path, &pretty(&value), needed)
+pub(super) fn write_json(path: &Path, value: &Value, needed: u64) -> Result<(), CheckpointError> {
+    write_new(path, &pretty(value), needed)
 }
 
 /// Copies shards, index and config byte for byte.
@@ -120,7 +121,7 @@ impl Side<'_> {
         }
         let plan = dir.join("tenp_plan.json");
         write_new(&plan, &self.plan.to_json(&plan)?, self.needed)?;
-        write_json(&dir.join("report.json"), self.report(), self.needed)
+        write_json(&dir.join("report.json"), &self.report(), self.needed)
     }
 
     fn copy_companions(&self, dir: &Path) -> Result<(), CheckpointError> {
@@ -159,12 +160,7 @@ impl Side<'_> {
                 "fingerprint": self.checkpoint.fingerprint(),
             }),
         );
-        let before: u64 = self
-            .checkpoint
-            .shards
-            .iter()
-            .map(|shard| shard.num_bytes())
-            .sum();
+        let before: u64 = self.checkpoint.shards.iter().map(Shard::num_bytes).sum();
         add(
             "size",
             json!({

@@ -189,7 +189,13 @@ fn free_bytes(dir: &Path) -> Option<u64> {
     }
     // SAFETY: all-zero bytes are a valid value of this plain C struct, and the call succeeded in filling it.
     let stat = unsafe { stat.assume_init() };
-    (stat.f_bavail as u64).checked_mul(stat.f_frsize as u64)
+    // The fields' types differ between systems.
+    wide(stat.f_bavail).checked_mul(wide(stat.f_frsize))
+}
+
+#[cfg(unix)]
+fn wide(count: impl Into<u64>) -> u64 {
+    count.into()
 }
 
 #[cfg(not(unix))]

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use super::form::{Kind, Output};
 use crate::names::{Part, Spelling};
 use crate::plan::{ExpertPlan, LayerPlan, Plan};
-use crate::{Checkpoint, CheckpointError, Dtype, PlannedTensor, TensorView};
+use crate::{Checkpoint, Dtype, PlannedTensor, TensorView};
 
 /// A tensor to write.
 #[derive(Debug)]
@@ -52,14 +52,11 @@ enum Slot<'a> {
 }
 
 /// Output tensors in the order of the source's: shard by shard, so that both sides are read and written in sequence.
-///
-/// # Errors
-/// A source tensor contradicts the config.
 pub(super) fn tensors<'a>(
     checkpoint: &'a Checkpoint,
     plan: &'a Plan,
     output: &Output,
-) -> Result<Vec<OutputTensor<'a>>, CheckpointError> {
+) -> Vec<OutputTensor<'a>> {
     let slots = slots(checkpoint, plan);
     let builder = Builder {
         hidden: checkpoint.config().hidden_size,
@@ -78,7 +75,7 @@ pub(super) fn tensors<'a>(
             _ => list.push(copy(source, source.name.to_owned())),
         }
     }
-    Ok(list)
+    list
 }
 
 /// Output id of every expert; `None` for a dropped one.
@@ -145,7 +142,7 @@ impl Builder<'_> {
         let spelling = self.output.spelling;
         match slot {
             Slot::Expert(layer, expert, part) => {
-                self.expert(list, source.dtype, layer, expert, part)
+                self.expert(list, source.dtype, layer, expert, part);
             }
             Slot::FusedGateUp(layer) if !spelling.fused => {
                 for expert in 0..layer.experts.len() {
@@ -169,7 +166,7 @@ impl Builder<'_> {
                 list.push(planned(source, shape, Recipe::FusedDown { plan, width }));
             }
             Slot::Router(layer) => {
-                self.per_expert(list, source, layer, spelling.router(layer.layer))
+                self.per_expert(list, source, layer, spelling.router(layer.layer));
             }
             Slot::CorrectionBias(layer) => {
                 self.per_expert(list, source, layer, spelling.correction_bias(layer.layer));

@@ -36,9 +36,10 @@ impl ModelConfig {
         let max_positions = fields.required("max_position_embeddings")?;
         let moe = moe::moe(fields, family)?;
         let moe_layers = moe::moe_layers(fields, family, num_layers)?;
-        let widths = match ragged {
-            true => Some(moe::widths(fields, &moe, moe_layers.len())?),
-            false => None,
+        let widths = if ragged {
+            Some(moe::widths(fields, &moe, moe_layers.len())?)
+        } else {
+            None
         };
         let dense_width = if moe_layers.len() < num_layers {
             fields.required("intermediate_size")?

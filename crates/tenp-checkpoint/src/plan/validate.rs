@@ -124,10 +124,9 @@ fn check_expert(expert: &ExpertPlan, full: usize) -> Result<(), String> {
             neurons.len()
         ));
     }
-    if let Some(pair) = neurons.windows(2).find(|pair| pair[0] >= pair[1]) {
+    if let Some([first, second]) = neurons.array_windows().find(|[a, b]| a >= b) {
         return Err(format!(
-            "neuron {} is followed by {}; ids must ascend and be unique",
-            pair[0], pair[1]
+            "neuron {first} is followed by {second}; ids must ascend and be unique"
         ));
     }
     match neurons.last() {

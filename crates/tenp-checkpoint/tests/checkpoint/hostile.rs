@@ -88,7 +88,7 @@ fn headers_that_lie() {
     for (damage, message) in table {
         let fixture = Fixture::new("olmoe");
         edit_shard(&fixture.shard(), |header, data| {
-            damage(&mut header[EXPERT], data.len())
+            damage(&mut header[EXPERT], data.len());
         });
         refused(
             &fixture,
@@ -118,13 +118,13 @@ fn tensors_that_are_not_what_the_config_asks_for() {
 
     let fixture = Fixture::new("olmoe");
     edit_shard(&fixture.shard(), |header, _| {
-        header[EXPERT]["shape"] = json!([64, 48])
+        header[EXPERT]["shape"] = json!([64, 48]);
     });
     refused(&fixture, &[EXPERT, "[64, 48]", "[48, 64]", "model-00001"]);
 
     let fixture = Fixture::new("olmoe");
     edit_shard(&fixture.shard(), |header, _| {
-        header[EXPERT]["dtype"] = json!("I16")
+        header[EXPERT]["dtype"] = json!("I16");
     });
     refused(&fixture, &[EXPERT, "i16", "convert it to bf16"]);
 }
@@ -138,13 +138,13 @@ fn indices_that_lie() {
     }
     let fixture = Fixture::sharded("olmoe");
     edit_index(&fixture, |map| {
-        map["model.norm.weight"] = map[EXPERT].clone()
+        map["model.norm.weight"] = map[EXPERT].clone();
     });
     refused(&fixture, &["model.norm.weight", "but it is in model-0"]);
 
     let fixture = Fixture::new("olmoe");
     edit_index(&fixture, |map| {
-        drop(map.insert("x".into(), json!("model-00009-of-00009.safetensors")))
+        drop(map.insert("x".into(), json!("model-00009-of-00009.safetensors")));
     });
     refused(
         &fixture,
@@ -173,7 +173,7 @@ fn a_tensor_in_two_shards() {
     let copy = fixture.input().join("stale.safetensors");
     std::fs::copy(fixture.shard(), copy).unwrap();
     edit_index(&fixture, |map| {
-        drop(map.insert("x".into(), json!("stale.safetensors")))
+        drop(map.insert("x".into(), json!("stale.safetensors")));
     });
     refused(
         &fixture,

@@ -74,7 +74,7 @@ fn unsound_plans_name_layer_and_expert() {
                     .neurons
                     .as_mut()
                     .unwrap()
-                    .swap(0, 1)
+                    .swap(0, 1);
             },
             "ids must ascend",
         ),

@@ -78,13 +78,13 @@ fn damaged_statistics_are_named() {
 
     let path = saved(dir.path(), &file("d", "t", 1.0));
     edit_shard(&path, |header, _| {
-        header["d/layers.1/mean"]["shape"] = json!([3, 2])
+        header["d/layers.1/mean"]["shape"] = json!([3, 2]);
     });
     refused(&path, &["d/layers.1/mean", "[3, 2]", "[2, 3]"]);
 
     let path = saved(dir.path(), &file("d", "t", 1.0));
     edit_shard(&path, |header, _| {
-        header["d/layers.1/tokens"]["dtype"] = json!("F64")
+        header["d/layers.1/tokens"]["dtype"] = json!("F64");
     });
     refused(&path, &["d/layers.1/tokens", "expected i64"]);
 
@@ -98,7 +98,7 @@ fn damaged_statistics_are_named() {
                 .as_object_mut()
                 .unwrap()
                 .remove("tokens"),
-        )
+        );
     });
     refused(&path, &["`tokens`"]);
 
