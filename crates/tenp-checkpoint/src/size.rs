@@ -68,6 +68,13 @@ struct SourceHead {
     name: Option<String>,
 }
 
+/// Elements of a shape. Saturates: with shards missing, nothing but the config vouches for the sizes.
+fn count(shape: &[usize]) -> u64 {
+    shape
+        .iter()
+        .fold(1, |count, axis| u64::saturating_mul(count, *axis as u64))
+}
+
 impl Checkpoint {
     /// Parameters and bytes. Tensors of missing shards are counted from the config, in parameters only.
     pub fn size(&self) -> CheckpointSize {
@@ -86,30 +93,27 @@ impl Checkpoint {
             size.parameters_total += expected_tensors(config, self.spelling())
                 .iter()
                 .filter(|tensor| !self.contains(&tensor.name))
-                .map(|tensor| {
-                    tensor
-                        .shape
-                        .iter()
-                        .map(|axis| *axis as u64)
-                        .product::<u64>()
-                })
-                .sum::<u64>();
+                .map(|tensor| count(&tensor.shape))
+                .fold(0, u64::saturating_add);
         }
-        let neuron = 3 * config.hidden_size as u64;
-        let mut active_routed = 0;
+        let mut active_routed = 0_u64;
         for index in 0..config.moe_layers.len() {
-            let width: u64 = (0..config.moe.num_experts)
-                .map(|expert| config.width(index, expert) as u64)
+            let width: usize = (0..config.moe.num_experts)
+                .map(|expert| config.width(index, expert))
                 .sum();
-            size.parameters_routed += width * neuron;
-            active_routed +=
-                width * neuron * config.moe.top_k as u64 / config.moe.num_experts as u64;
+            let layer = count(&[3, width, config.hidden_size]);
+            let share =
+                layer.saturating_mul(config.moe.top_k as u64) / config.moe.num_experts as u64;
+            size.parameters_routed = size.parameters_routed.saturating_add(layer);
+            active_routed = active_routed.saturating_add(share);
         }
         size.parameters_active = size
             .parameters_total
             .saturating_sub(size.parameters_routed)
             .saturating_add(active_routed);
-        size.bytes_routed = size.parameters_routed * size.routed_bytes_per_parameter;
+        size.bytes_routed = size
+            .parameters_routed
+            .saturating_mul(size.routed_bytes_per_parameter);
         size
     }
 

@@ -5,7 +5,7 @@ use super::{Family, GroupScore, Moe, Router, RouterGroups, RouterScore};
 use crate::CheckpointError;
 
 /// Far above every published model; bounds what a damaged config can make us allocate.
-const MAX_EXPERTS: usize = 4096;
+const MAX_EXPERTS: usize = 2048;
 
 pub(super) fn moe(fields: Fields<'_>, family: Family) -> Result<Moe, CheckpointError> {
     let count_field = family
@@ -99,10 +99,11 @@ fn router(
         }
         _ => None,
     };
+    // The public classes' own defaults differ between the families, and a wrong factor would go unnoticed.
     let scaling = match family {
-        Family::DeepseekV2 | Family::DeepseekV3 => {
-            fields.float("routed_scaling_factor")?.unwrap_or(1.0)
-        }
+        Family::DeepseekV2 | Family::DeepseekV3 => fields
+            .float("routed_scaling_factor")?
+            .ok_or_else(|| fields.error("routed_scaling_factor", "is missing"))?,
         _ => 1.0,
     };
     Ok(Router {
@@ -123,7 +124,7 @@ fn groups(
     num_experts: usize,
     score: GroupScore,
 ) -> Result<Option<RouterGroups>, CheckpointError> {
-    let num_groups = fields.size("n_group")?.unwrap_or(1);
+    let num_groups = fields.required("n_group")?;
     if num_groups <= 1 {
         return Ok(None);
     }

@@ -12,7 +12,7 @@ use crate::CheckpointError;
 pub(crate) const RAGGED_PREFIX: &str = "tenp_";
 
 /// Far above every published model; bounds what a damaged config can make us allocate.
-const MAX_LAYERS: usize = 1024;
+const MAX_LAYERS: usize = 512;
 
 impl ModelConfig {
     /// Reads a `config.json` already parsed as JSON; `path` is only named in errors.

@@ -250,12 +250,7 @@ fn contradictory_configs_name_the_field() {
         (v3, "hidden_size", json!(0), "is 0"),
         (v3, "hidden_size", json!(u64::MAX), "below 2^28"),
         (v3, "hidden_size", json!("64"), "expected a whole number"),
-        (
-            v3,
-            "num_hidden_layers",
-            json!(100_000),
-            "more than the 1024",
-        ),
+        (v3, "num_hidden_layers", json!(100_000), "more than the 512"),
         (
             v3,
             "first_k_dense_replace",
@@ -269,6 +264,8 @@ fn contradictory_configs_name_the_field() {
             json!({"rope_type": "longrope"}),
             "`longrope`",
         ),
+        (v3, "routed_scaling_factor", Value::Null, "is missing"),
+        (v3, "n_group", Value::Null, "is missing"),
         (mixtral, "vocab_size", Value::Null, "is missing"),
         (mixtral, "eos_token_id", json!(-1), "expected token ids"),
         (
@@ -287,5 +284,39 @@ fn contradictory_configs_name_the_field() {
         let error = edited(path, field, value.clone()).unwrap_err();
         assert!(error.contains(message), "{field} = {value}: {error}");
         assert!(error.contains("config.json"), "{error}");
+    }
+}
+
+/// Any field replaced by any value: a config or an error, no panic.
+#[test]
+fn no_field_can_cause_a_panic() {
+    let values = [
+        json!(0),
+        json!(1),
+        json!(-1),
+        json!(3),
+        json!((1 << 28) - 1),
+        json!(u64::MAX),
+        json!(1e308),
+        json!(0.5),
+        json!(""),
+        json!([]),
+        json!([1, "x"]),
+        json!({}),
+        json!(true),
+        Value::Null,
+    ];
+    for name in TINY {
+        let original = json(&data(&format!("tiny/{name}.json")));
+        for field in original.keys() {
+            for value in &values {
+                let mut json = original.clone();
+                json.insert(field.clone(), value.clone());
+                if let Ok(config) = parse(&json) {
+                    expected_tensors(&config, Spelling::classic(config.family));
+                    expected_tensors(&config, Spelling::fused(config.family));
+                }
+            }
+        }
     }
 }
