@@ -11,21 +11,35 @@ pub(super) fn attention(
     num_layers: usize,
 ) -> Result<Attention, CheckpointError> {
     let num_heads = fields.required("num_attention_heads")?;
-    if matches!(family, Family::DeepseekV2 | Family::DeepseekV3) {
-        let rope_dim = fields.required("qk_rope_head_dim")?;
-        if rope_dim % 2 != 0 {
-            return Err(fields.error("qk_rope_head_dim", "is odd; rotary pairs need an even size"));
-        }
-        return Ok(Attention::Mla {
-            num_heads,
-            q_lora_rank: fields.size("q_lora_rank")?.filter(|rank| *rank > 0),
-            kv_lora_rank: fields.required("kv_lora_rank")?,
-            nope_dim: fields.required("qk_nope_head_dim")?,
-            rope_dim,
-            v_dim: fields.required("v_head_dim")?,
-            bias: fields.flag("attention_bias", false)?,
-        });
+    match family {
+        Family::DeepseekV2 | Family::DeepseekV3 => latent(fields, num_heads),
+        _ => grouped(fields, family, num_heads, hidden_size, num_layers),
     }
+}
+
+fn latent(fields: Fields<'_>, num_heads: usize) -> Result<Attention, CheckpointError> {
+    let rope_dim = fields.required("qk_rope_head_dim")?;
+    if rope_dim % 2 != 0 {
+        return Err(fields.error("qk_rope_head_dim", "is odd; rotary pairs need an even size"));
+    }
+    Ok(Attention::Mla {
+        num_heads,
+        q_lora_rank: fields.size("q_lora_rank")?.filter(|rank| *rank > 0),
+        kv_lora_rank: fields.required("kv_lora_rank")?,
+        nope_dim: fields.required("qk_nope_head_dim")?,
+        rope_dim,
+        v_dim: fields.required("v_head_dim")?,
+        bias: fields.flag("attention_bias", false)?,
+    })
+}
+
+fn grouped(
+    fields: Fields<'_>,
+    family: Family,
+    num_heads: usize,
+    hidden_size: usize,
+    num_layers: usize,
+) -> Result<Attention, CheckpointError> {
     let num_kv_heads = fields.size("num_key_value_heads")?.unwrap_or(num_heads);
     if num_kv_heads == 0 || num_heads % num_kv_heads != 0 {
         return Err(fields.error(
