@@ -34,7 +34,9 @@ impl Layer {
             .iter()
             .map(|&w| {
                 std::array::from_fn(|_| {
-                    (0..w * HIDDEN).map(|_| bf16::from_f32(rng.random_range(-scale..scale))).collect()
+                    (0..w * HIDDEN)
+                        .map(|_| bf16::from_f32(rng.random_range(-scale..scale)))
+                        .collect()
                 })
             })
             .collect();
@@ -42,7 +44,8 @@ impl Layer {
     }
 
     fn experts(&self) -> Vec<ExpertWeights<'_>> {
-        let view = |rows, cols, w| MatrixView::from_bf16(rows, cols, w).expect("made with this shape");
+        let view =
+            |rows, cols, w| MatrixView::from_bf16(rows, cols, w).expect("made with this shape");
         self.weights
             .iter()
             .zip(&self.widths)
@@ -56,10 +59,17 @@ impl Layer {
 }
 
 fn layer(c: &mut Criterion) {
-    let tokens: usize = std::env::var("TENP_BENCH_TOKENS").ok().and_then(|v| v.parse().ok()).unwrap_or(4096);
+    let tokens: usize = std::env::var("TENP_BENCH_TOKENS")
+        .ok()
+        .and_then(|v| v.parse().ok())
+        .unwrap_or(4096);
     let mut rng = ChaCha8Rng::seed_from_u64(2);
-    let x: Vec<f32> = (0..tokens * HIDDEN).map(|_| rng.random_range(-1.7..1.7)).collect();
-    let router: Vec<f32> = (0..EXPERTS * HIDDEN).map(|_| rng.random_range(-0.04..0.04)).collect();
+    let x: Vec<f32> = (0..tokens * HIDDEN)
+        .map(|_| rng.random_range(-1.7..1.7))
+        .collect();
+    let router: Vec<f32> = (0..EXPERTS * HIDDEN)
+        .map(|_| rng.random_range(-0.04..0.04))
+        .collect();
     let router = MatrixView::from_f32(EXPERTS, HIDDEN, &router).expect("made with this shape");
     let spec = RouterSpec {
         num_experts: EXPERTS,
@@ -71,10 +81,14 @@ fn layer(c: &mut Criterion) {
         scaling: 1.0,
     };
     // 60 % of the neurons: a fifth of the experts whole, the rest at half width (TENP at its default α).
-    let sixty = (0..EXPERTS).map(|e| if e % 5 == 0 { WIDTH } else { WIDTH / 2 }).collect::<Vec<_>>();
+    let sixty = (0..EXPERTS)
+        .map(|e| if e % 5 == 0 { WIDTH } else { WIDTH / 2 })
+        .collect::<Vec<_>>();
     let kept = sixty.iter().sum::<usize>() as f64 / (EXPERTS * WIDTH) as f64;
-    let layers =
-        [("full".to_owned(), Layer::random(vec![WIDTH; EXPERTS])), (format!("kept {kept:.3}"), Layer::random(sixty))];
+    let layers = [
+        ("full".to_owned(), Layer::random(vec![WIDTH; EXPERTS])),
+        (format!("kept {kept:.3}"), Layer::random(sixty)),
+    ];
 
     let mut group = c.benchmark_group("v2_lite_layer");
     group.sample_size(10);
@@ -89,12 +103,16 @@ fn layer(c: &mut Criterion) {
                 let mut logits = vec![0f32; tokens * EXPERTS];
                 linear(Compute::F32, &x, &router, None, &mut logits).expect("shapes fit");
                 let routing = spec.route(&mut logits).expect("valid router");
-                let groups = ExpertGroups::new(EXPERTS, TOP_K, &routing.expert_ids, &routing.weights).expect("valid");
+                let groups =
+                    ExpertGroups::new(EXPERTS, TOP_K, &routing.expert_ids, &routing.weights)
+                        .expect("valid");
                 expert_forward(compute, &experts, &groups, &x, a).expect("shapes fit");
                 combine(&groups, a.outputs(), HIDDEN, &mut out).expect("shapes fit");
                 (groups, black_box(&out)[0])
             };
-            group.bench_function(format!("forward/{compute:?}/{name}"), |b| b.iter(|| forward(&mut a)));
+            group.bench_function(format!("forward/{compute:?}/{name}"), |b| {
+                b.iter(|| forward(&mut a))
+            });
             let mut outputs = PackedRows::default();
             let mut sums = NeuronSums::new(RaggedLayout::new(layer.widths.clone()).expect("small"));
             let mut expert_sums = vec![ExpertSums::default(); EXPERTS];
@@ -102,11 +120,29 @@ fn layer(c: &mut Criterion) {
             group.bench_function(format!("forward+statistics/{compute:?}/{name}"), |b| {
                 b.iter(|| {
                     let (groups, _) = forward(&mut a);
-                    let context = TokenContext { x: &x, residual: &x, combined: &combined };
-                    let norms = accumulate_expert_sums(&groups, context, a.outputs(), HIDDEN, &mut expert_sums)
-                        .expect("shapes fit");
-                    accumulate_neuron_sums(compute, &experts, &groups, &a, &norms, &mut outputs, &mut sums)
-                        .expect("shapes fit");
+                    let context = TokenContext {
+                        x: &x,
+                        residual: &x,
+                        combined: &combined,
+                    };
+                    let norms = accumulate_expert_sums(
+                        &groups,
+                        context,
+                        a.outputs(),
+                        HIDDEN,
+                        &mut expert_sums,
+                    )
+                    .expect("shapes fit");
+                    accumulate_neuron_sums(
+                        compute,
+                        &experts,
+                        &groups,
+                        &a,
+                        &norms,
+                        &mut outputs,
+                        &mut sums,
+                    )
+                    .expect("shapes fit");
                 });
             });
         }

@@ -20,10 +20,12 @@ impl RaggedLayout {
         let mut total = 0usize;
         offsets.push(0);
         for &width in &widths {
-            total = total.checked_add(width).ok_or_else(|| KernelError::Invalid {
-                what: "widths",
-                why: "their sum does not fit in memory".into(),
-            })?;
+            total = total
+                .checked_add(width)
+                .ok_or_else(|| KernelError::Invalid {
+                    what: "widths",
+                    why: "their sum does not fit in memory".into(),
+                })?;
             offsets.push(total);
         }
         Ok(Self { widths, offsets })
@@ -80,7 +82,10 @@ impl ExpertGroups {
         weights: &[f32],
     ) -> Result<Self, KernelError> {
         if top_k == 0 {
-            return Err(KernelError::Invalid { what: "top_k", why: "must be at least 1".into() });
+            return Err(KernelError::Invalid {
+                what: "top_k",
+                why: "must be at least 1".into(),
+            });
         }
         let num_tokens = expert_ids.len() / top_k;
         check_len("expert ids", num_tokens * top_k, expert_ids.len())?;
@@ -89,7 +94,11 @@ impl ExpertGroups {
         for &expert in expert_ids {
             let expert = expert as usize;
             if expert >= num_experts {
-                return Err(KernelError::Index { what: "expert id", index: expert, len: num_experts });
+                return Err(KernelError::Index {
+                    what: "expert id",
+                    index: expert,
+                    len: num_experts,
+                });
             }
             offsets[expert + 1] += 1;
         }
@@ -107,7 +116,14 @@ impl ExpertGroups {
             row_weights[row] = weight;
             rows_of_token[slot] = row as u32;
         }
-        Ok(Self { num_tokens, top_k, offsets, token_ids, weights: row_weights, rows_of_token })
+        Ok(Self {
+            num_tokens,
+            top_k,
+            offsets,
+            token_ids,
+            weights: row_weights,
+            rows_of_token,
+        })
     }
 
     /// One expert that every token goes to with weight 1 (a dense or a shared MLP).

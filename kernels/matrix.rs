@@ -40,12 +40,26 @@ impl<'a> MatrixView<'a> {
     ///
     /// # Errors
     /// [`KernelError::Length`] if the byte count is not `rows · cols · dtype.size()`.
-    pub fn new(dtype: Dtype, rows: usize, cols: usize, bytes: &'a [u8]) -> Result<Self, KernelError> {
-        let expected = rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.size())).ok_or_else(|| {
-            KernelError::Invalid { what: "matrix", why: format!("{rows} × {cols} elements do not fit in memory") }
-        })?;
+    pub fn new(
+        dtype: Dtype,
+        rows: usize,
+        cols: usize,
+        bytes: &'a [u8],
+    ) -> Result<Self, KernelError> {
+        let expected = rows
+            .checked_mul(cols)
+            .and_then(|n| n.checked_mul(dtype.size()))
+            .ok_or_else(|| KernelError::Invalid {
+                what: "matrix",
+                why: format!("{rows} × {cols} elements do not fit in memory"),
+            })?;
         crate::error::check_len("matrix bytes", expected, bytes.len())?;
-        Ok(Self { dtype, rows, cols, bytes })
+        Ok(Self {
+            dtype,
+            rows,
+            cols,
+            bytes,
+        })
     }
 
     /// Views f32 values as `[rows, cols]`.
@@ -94,7 +108,11 @@ impl<'a> MatrixView<'a> {
     /// [`KernelError::Index`] past the last row, [`KernelError::Length`] if `out` is not one row long.
     pub fn widen_row(&self, row: usize, out: &mut [f32]) -> Result<(), KernelError> {
         if row >= self.rows {
-            return Err(KernelError::Index { what: "matrix row", index: row, len: self.rows });
+            return Err(KernelError::Index {
+                what: "matrix row",
+                index: row,
+                len: self.rows,
+            });
         }
         crate::error::check_len("widened row", self.cols, out.len())?;
         widen(self.dtype, self.row_bytes(row), out);

@@ -9,7 +9,8 @@ use tenp_kernels::cpu::neuron::{NeuronSums, accumulate_neuron_sums, neuron_weigh
 use tenp_kernels::{Compute, ExpertGroups, MatrixView, RaggedLayout};
 
 fn value(seed: usize, i: usize) -> f32 {
-    let x = (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (seed as u64).wrapping_mul(0xd1b5_4a32_d192_ed03);
+    let x = (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        ^ (seed as u64).wrapping_mul(0xd1b5_4a32_d192_ed03);
     let x = (x ^ (x >> 31)).wrapping_mul(0x94d0_49bb_1331_11eb);
     ((x >> 40) as f32 / (1u64 << 24) as f32) * 2.0 - 1.0
 }
@@ -24,7 +25,11 @@ struct Expert {
 impl Expert {
     fn random(seed: usize, width: usize, hidden: usize) -> Self {
         let scale = 1.0 / (hidden as f32).sqrt();
-        let make = |s: usize, n: usize| (0..n).map(|i| bf16::from_f32(value(s, i) * scale)).collect();
+        let make = |s: usize, n: usize| {
+            (0..n)
+                .map(|i| bf16::from_f32(value(s, i) * scale))
+                .collect()
+        };
         Self {
             width,
             gate: make(seed * 3, width * hidden),
@@ -44,14 +49,23 @@ impl Expert {
     /// (h, y) of one token in f64.
     fn reference(&self, x: &[f32]) -> (Vec<f64>, Vec<f64>) {
         let hidden = x.len();
-        let dot = |row: &[bf16]| -> f64 { row.iter().zip(x).map(|(w, x)| w.to_f64() * f64::from(*x)).sum() };
+        let dot = |row: &[bf16]| -> f64 {
+            row.iter()
+                .zip(x)
+                .map(|(w, x)| w.to_f64() * f64::from(*x))
+                .sum()
+        };
         let h: Vec<f64> = (0..self.width)
             .map(|j| {
                 let gate = dot(&self.gate[j * hidden..(j + 1) * hidden]);
                 gate / (1.0 + (-gate).exp()) * dot(&self.up[j * hidden..(j + 1) * hidden])
             })
             .collect();
-        let y = (0..hidden).map(|r| (0..self.width).map(|j| self.down[r * self.width + j].to_f64() * h[j]).sum());
+        let y = (0..hidden).map(|r| {
+            (0..self.width)
+                .map(|j| self.down[r * self.width + j].to_f64() * h[j])
+                .sum()
+        });
         let y: Vec<f64> = y.collect();
         (h, y)
     }
@@ -68,14 +82,28 @@ struct Case {
 
 impl Case {
     /// `route(token, slot)` is the expert of a slot.
-    fn new(hidden: usize, widths: &[usize], tokens: usize, top_k: usize, route: impl Fn(usize, usize) -> u32) -> Self {
+    fn new(
+        hidden: usize,
+        widths: &[usize],
+        tokens: usize,
+        top_k: usize,
+        route: impl Fn(usize, usize) -> u32,
+    ) -> Self {
         Self {
             hidden,
-            experts: widths.iter().enumerate().map(|(e, &w)| Expert::random(e + 1, w, hidden)).collect(),
+            experts: widths
+                .iter()
+                .enumerate()
+                .map(|(e, &w)| Expert::random(e + 1, w, hidden))
+                .collect(),
             top_k,
             x: (0..tokens * hidden).map(|i| value(777, i)).collect(),
-            ids: (0..tokens * top_k).map(|i| route(i / top_k, i % top_k)).collect(),
-            gates: (0..tokens * top_k).map(|i| 0.1 + value(5, i).abs()).collect(),
+            ids: (0..tokens * top_k)
+                .map(|i| route(i / top_k, i % top_k))
+                .collect(),
+            gates: (0..tokens * top_k)
+                .map(|i| 0.1 + value(5, i).abs())
+                .collect(),
         }
     }
 
@@ -93,7 +121,9 @@ fn cases() -> Vec<Case> {
     vec![
         Case::new(48, &awkward, 61, 2, |t, s| ((t * 3 + s * 5) % 10) as u32),
         // One expert has one token, one has none, the rest share.
-        Case::new(33, &[16, 17, 40, 31], 30, 1, |t, _| if t == 7 { 0 } else { 1 + (t % 2) as u32 }),
+        Case::new(33, &[16, 17, 40, 31], 30, 1, |t, _| {
+            if t == 7 { 0 } else { 1 + (t % 2) as u32 }
+        }),
         // Every token on one expert.
         Case::new(64, &[96, 96, 20], 29, 1, |_, _| 2),
         Case::new(70, &[1408], 15, 1, |_, _| 0),
@@ -121,13 +151,27 @@ fn outputs_and_sums_match_f64() {
             let mut combined = vec![f32::NAN; tokens * hidden];
             combine(&groups, a.outputs(), hidden, &mut combined).unwrap();
             let mut expert_sums = vec![ExpertSums::default(); views.len()];
-            let context = TokenContext { x: &case.x, residual: &residual, combined: &combined };
+            let context = TokenContext {
+                x: &case.x,
+                residual: &residual,
+                combined: &combined,
+            };
             let norms =
-                accumulate_expert_sums(&groups, context, a.outputs(), hidden, &mut expert_sums).unwrap();
-            let layout = RaggedLayout::new(views.iter().map(ExpertWeights::width).collect()).unwrap();
+                accumulate_expert_sums(&groups, context, a.outputs(), hidden, &mut expert_sums)
+                    .unwrap();
+            let layout =
+                RaggedLayout::new(views.iter().map(ExpertWeights::width).collect()).unwrap();
             let mut sums = NeuronSums::new(layout.clone());
-            accumulate_neuron_sums(compute, &views, &groups, &a, &norms, &mut PackedRows::default(), &mut sums)
-                .unwrap();
+            accumulate_neuron_sums(
+                compute,
+                &views,
+                &groups,
+                &a,
+                &norms,
+                &mut PackedRows::default(),
+                &mut sums,
+            )
+            .unwrap();
 
             let mut want_combined = vec![0f64; tokens * hidden];
             for (e, expert) in case.experts.iter().enumerate() {
@@ -155,8 +199,9 @@ fn outputs_and_sums_match_f64() {
                         direction += gate * norm * (1.0 - xy / (xx.sqrt() * norm));
                     }
                     for j in 0..expert.width {
-                        let projected: f64 =
-                            (0..hidden).map(|r| expert.down[r * expert.width + j].to_f64() * y[r]).sum();
+                        let projected: f64 = (0..hidden)
+                            .map(|r| expert.down[r * expert.width + j].to_f64() * y[r])
+                            .sum();
                         contribution[j] += h[j] * projected / (norm + 1e-8);
                         second[j] += h[j] * h[j];
                         energy[j] += (gate * h[j]).powi(2);
@@ -173,7 +218,10 @@ fn outputs_and_sums_match_f64() {
                 ];
                 for (k, (got, want)) in pairs.into_iter().enumerate() {
                     let r = relative(got.iter().copied(), want.iter().copied());
-                    assert!(groups.rows(e).is_empty() || r < tolerance, "sum {k} of expert {e}: {r}");
+                    assert!(
+                        groups.rows(e).is_empty() || r < tolerance,
+                        "sum {k} of expert {e}: {r}"
+                    );
                     assert!(!groups.rows(e).is_empty() || got.iter().all(|&v| v == 0.0));
                 }
                 let s = &expert_sums[e];
@@ -182,9 +230,15 @@ fn outputs_and_sums_match_f64() {
                 assert!((s.direction - direction).abs() <= tolerance * direction.abs());
                 // The contributions of all neurons add up to the norm of the output.
                 let total: f64 = sums.contribution[range].iter().sum();
-                assert!((total - s.norm).abs() <= tolerance * s.norm + 1e-12, "identity of expert {e}");
+                assert!(
+                    (total - s.norm).abs() <= tolerance * s.norm + 1e-12,
+                    "identity of expert {e}"
+                );
             }
-            let r = relative(combined.iter().map(|v| f64::from(*v)), want_combined.into_iter());
+            let r = relative(
+                combined.iter().map(|v| f64::from(*v)),
+                want_combined.into_iter(),
+            );
             assert!(r < tolerance, "combined: {r}");
         }
     }
@@ -198,16 +252,33 @@ fn scaling_flipping_and_permuting_neurons_leave_scores_alone() {
         let views = vec![expert.view(40)];
         let mut a = ExpertActivations::default();
         expert_forward(Compute::F32, &views, &groups, &case.x, &mut a).unwrap();
-        let context = TokenContext { x: &case.x, residual: &case.x, combined: &case.x };
+        let context = TokenContext {
+            x: &case.x,
+            residual: &case.x,
+            combined: &case.x,
+        };
         let mut expert_sums = vec![ExpertSums::default()];
-        let norms = accumulate_expert_sums(&groups, context, a.outputs(), 40, &mut expert_sums).unwrap();
+        let norms =
+            accumulate_expert_sums(&groups, context, a.outputs(), 40, &mut expert_sums).unwrap();
         let mut sums = NeuronSums::new(RaggedLayout::new(vec![33]).unwrap());
-        accumulate_neuron_sums(Compute::F32, &views, &groups, &a, &norms, &mut PackedRows::default(), &mut sums)
-            .unwrap();
+        accumulate_neuron_sums(
+            Compute::F32,
+            &views,
+            &groups,
+            &a,
+            &norms,
+            &mut PackedRows::default(),
+            &mut sums,
+        )
+        .unwrap();
         sums.contribution
     };
     let plain = run(&case.experts[0]);
-    let close = |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5 * (1.0 + b.abs()));
+    let close = |a: &[f64], b: &[f64]| {
+        a.iter()
+            .zip(b)
+            .all(|(a, b)| (a - b).abs() < 1e-5 * (1.0 + b.abs()))
+    };
 
     // Powers of two scale exactly in bf16; −1 flips up row and down column together.
     for factor in [4.0f32, -1.0, -0.5] {
@@ -246,7 +317,12 @@ fn rows_do_not_depend_on_the_batch_and_padding_changes_no_bit() {
         .experts
         .iter()
         .map(|e| {
-            let mut p = Expert { width: 64, gate: e.gate.clone(), up: e.up.clone(), down: Vec::new() };
+            let mut p = Expert {
+                width: 64,
+                gate: e.gate.clone(),
+                up: e.up.clone(),
+                down: Vec::new(),
+            };
             p.gate.resize(64 * hidden, bf16::ZERO);
             p.up.resize(64 * hidden, bf16::ZERO);
             for row in e.down.chunks(e.width) {
@@ -265,8 +341,17 @@ fn rows_do_not_depend_on_the_batch_and_padding_changes_no_bit() {
         assert_eq!(a.outputs(), b.outputs());
 
         let one = ExpertGroups::new(2, 1, &case.ids[9..10], &case.gates[9..10]).unwrap();
-        let row = (0..groups.num_rows()).find(|&r| groups.token_ids()[r] == 9).unwrap();
-        expert_forward(compute, &case.views(), &one, &case.x[9 * hidden..10 * hidden], &mut b).unwrap();
+        let row = (0..groups.num_rows())
+            .find(|&r| groups.token_ids()[r] == 9)
+            .unwrap();
+        expert_forward(
+            compute,
+            &case.views(),
+            &one,
+            &case.x[9 * hidden..10 * hidden],
+            &mut b,
+        )
+        .unwrap();
         assert_eq!(b.outputs(), &a.outputs()[row * hidden..(row + 1) * hidden]);
     }
 }
@@ -278,13 +363,30 @@ fn non_finite_outputs_are_counted_and_stay_in_their_expert() {
     let (groups, views) = (case.groups(), case.views());
     let mut a = ExpertActivations::default();
     expert_forward(Compute::F32, &views, &groups, &case.x, &mut a).unwrap();
-    let context = TokenContext { x: &case.x, residual: &case.x, combined: &case.x };
+    let context = TokenContext {
+        x: &case.x,
+        residual: &case.x,
+        combined: &case.x,
+    };
     let mut expert_sums = vec![ExpertSums::default(); 2];
-    let norms = accumulate_expert_sums(&groups, context, a.outputs(), 32, &mut expert_sums).unwrap();
-    assert_eq!((expert_sums[0].non_finite, expert_sums[1].non_finite), (0, 10));
+    let norms =
+        accumulate_expert_sums(&groups, context, a.outputs(), 32, &mut expert_sums).unwrap();
+    assert_eq!(
+        (expert_sums[0].non_finite, expert_sums[1].non_finite),
+        (0, 10)
+    );
     let layout = RaggedLayout::new(vec![24, 24]).unwrap();
     let mut sums = NeuronSums::new(layout);
-    accumulate_neuron_sums(Compute::F32, &views, &groups, &a, &norms, &mut PackedRows::default(), &mut sums).unwrap();
+    accumulate_neuron_sums(
+        Compute::F32,
+        &views,
+        &groups,
+        &a,
+        &norms,
+        &mut PackedRows::default(),
+        &mut sums,
+    )
+    .unwrap();
     assert!(sums.contribution.iter().all(|v| v.is_finite()));
     assert!(sums.contribution[24..].iter().all(|&v| v == 0.0));
     assert!(sums.second_moment[..24].iter().all(|v| v.is_finite()));
@@ -296,8 +398,11 @@ fn weight_norms_match_their_definition() {
     let (all, down) = neuron_weight_norms(&expert.view(23)).unwrap();
     for j in 0..19 {
         let sq = |v: &[bf16]| v.iter().map(|v| v.to_f64().powi(2)).sum::<f64>();
-        let w: f64 = (0..23).map(|r| expert.down[r * 19 + j].to_f64().powi(2)).sum();
-        let want = sq(&expert.gate[j * 23..(j + 1) * 23]) + sq(&expert.up[j * 23..(j + 1) * 23]) + w;
+        let w: f64 = (0..23)
+            .map(|r| expert.down[r * 19 + j].to_f64().powi(2))
+            .sum();
+        let want =
+            sq(&expert.gate[j * 23..(j + 1) * 23]) + sq(&expert.up[j * 23..(j + 1) * 23]) + w;
         assert!((down[j] - w).abs() < 1e-12 && (all[j] - want).abs() < 1e-12);
     }
 }

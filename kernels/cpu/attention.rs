@@ -74,7 +74,10 @@ fn check(
     if shape.num_kv_heads == 0 || shape.num_heads % shape.num_kv_heads != 0 {
         return Err(KernelError::Invalid {
             what: "attention heads",
-            why: format!("{} query heads over {} key/value heads", shape.num_heads, shape.num_kv_heads),
+            why: format!(
+                "{} query heads over {} key/value heads",
+                shape.num_heads, shape.num_kv_heads
+            ),
         });
     }
     let mut next = 0;
@@ -87,8 +90,16 @@ fn check(
         }
         next = sequence.queries.end;
         let keys = sequence.keys.len() / (shape.num_kv_heads * shape.qk_dim).max(1);
-        check_len("attention keys", keys * shape.num_kv_heads * shape.qk_dim, sequence.keys.len())?;
-        check_len("attention values", keys * shape.num_kv_heads * shape.v_dim, sequence.values.len())?;
+        check_len(
+            "attention keys",
+            keys * shape.num_kv_heads * shape.qk_dim,
+            sequence.keys.len(),
+        )?;
+        check_len(
+            "attention values",
+            keys * shape.num_kv_heads * shape.v_dim,
+            sequence.values.len(),
+        )?;
         if keys < sequence.queries.len() {
             return Err(KernelError::Invalid {
                 what: "attention sequences",
@@ -96,8 +107,16 @@ fn check(
             });
         }
     }
-    check_len("attention queries", next * shape.num_heads * shape.qk_dim, queries.len())?;
-    check_len("attention output", next * shape.num_heads * shape.v_dim, out.len())
+    check_len(
+        "attention queries",
+        next * shape.num_heads * shape.qk_dim,
+        queries.len(),
+    )?;
+    check_len(
+        "attention output",
+        next * shape.num_heads * shape.v_dim,
+        out.len(),
+    )
 }
 
 #[derive(Default)]
@@ -135,10 +154,24 @@ fn one_head(
     let kv_head = head / (shape.num_heads / shape.num_kv_heads);
     let num_keys = sequence.keys.len() / (shape.num_kv_heads * dim);
     let offset = num_keys - sequence.queries.len();
-    take_head(sequence.keys, shape.num_kv_heads, kv_head, dim, &mut s.key_rows);
-    take_head(sequence.values, shape.num_kv_heads, kv_head, v_dim, &mut s.value_rows);
-    let key_view = MatrixView::from_f32(num_keys, dim, &s.key_rows).expect("num_keys rows were copied");
-    let value_view = MatrixView::from_f32(num_keys, v_dim, &s.value_rows).expect("num_keys rows were copied");
+    take_head(
+        sequence.keys,
+        shape.num_kv_heads,
+        kv_head,
+        dim,
+        &mut s.key_rows,
+    );
+    take_head(
+        sequence.values,
+        shape.num_kv_heads,
+        kv_head,
+        v_dim,
+        &mut s.value_rows,
+    );
+    let key_view =
+        MatrixView::from_f32(num_keys, dim, &s.key_rows).expect("num_keys rows were copied");
+    let value_view =
+        MatrixView::from_f32(num_keys, v_dim, &s.value_rows).expect("num_keys rows were copied");
     let key_blocks = num_keys.div_ceil(TILE_COLS);
     s.keys.resize(key_blocks * dim * TILE_COLS, 0);
     for (b, block) in s.keys.chunks_exact_mut(dim * TILE_COLS).enumerate() {
@@ -156,7 +189,8 @@ fn one_head(
         let position = offset + first - sequence.queries.start;
         let seen = position + rows;
         // Keys before every row's window are skipped; a whole block at a time, so that each row's sums keep their order.
-        let skipped = shape.window.map_or(0, |w| (position + 1).saturating_sub(w)) / TILE_COLS * TILE_COLS;
+        let skipped =
+            shape.window.map_or(0, |w| (position + 1).saturating_sub(w)) / TILE_COLS * TILE_COLS;
         let query_rows: [&[f32]; TILE_ROWS] = std::array::from_fn(|r| {
             let row = first + r.min(rows - 1);
             &queries[(row * shape.num_heads + head) * dim..][..dim]
@@ -187,7 +221,13 @@ fn one_head(
         s.weights.resize(steps * rows, 0);
         pack_rows(Packing::F32, &weight_rows[..rows], &mut s.weights);
         for (b, block) in s.values.chunks_exact(value_block).enumerate() {
-            multiply(Packing::F32, &s.weights, rows, &block[skipped * TILE_COLS..seen * TILE_COLS], &mut tile);
+            multiply(
+                Packing::F32,
+                &s.weights,
+                rows,
+                &block[skipped * TILE_COLS..seen * TILE_COLS],
+                &mut tile,
+            );
             let columns = (v_dim - b * TILE_COLS).min(TILE_COLS);
             for (r, row) in tile.0[..rows].iter().enumerate() {
                 let start = ((first + r) * shape.num_heads + head) * v_dim + b * TILE_COLS;
@@ -221,8 +261,11 @@ mod tests {
                         .map(|k| {
                             (0..shape.qk_dim)
                                 .map(|d| {
-                                    f64::from(queries[(row * shape.num_heads + head) * shape.qk_dim + d])
-                                        * f64::from(s.keys[(k * shape.num_kv_heads + kv) * shape.qk_dim + d])
+                                    f64::from(
+                                        queries[(row * shape.num_heads + head) * shape.qk_dim + d],
+                                    ) * f64::from(
+                                        s.keys[(k * shape.num_kv_heads + kv) * shape.qk_dim + d],
+                                    )
                                 })
                                 .sum::<f64>()
                                 * f64::from(shape.scale)
@@ -235,7 +278,10 @@ mod tests {
                             .iter()
                             .enumerate()
                             .map(|(k, w)| {
-                                w * f64::from(s.values[((start + k) * shape.num_kv_heads + kv) * shape.v_dim + d])
+                                w * f64::from(
+                                    s.values
+                                        [((start + k) * shape.num_kv_heads + kv) * shape.v_dim + d],
+                                )
                             })
                             .sum();
                         out.push(sum / total);
@@ -248,9 +294,12 @@ mod tests {
 
     #[test]
     fn matches_the_definition_for_ragged_batches_windows_and_caches() {
-        for (heads, kv_heads, dim, v_dim, window) in
-            [(4, 4, 24, 16, None), (4, 2, 16, 16, None), (2, 1, 33, 40, Some(5)), (1, 1, 8, 70, Some(40))]
-        {
+        for (heads, kv_heads, dim, v_dim, window) in [
+            (4, 4, 24, 16, None),
+            (4, 2, 16, 16, None),
+            (2, 1, 33, 40, Some(5)),
+            (1, 1, 8, 70, Some(40)),
+        ] {
             let shape = AttentionShape {
                 num_heads: heads,
                 num_kv_heads: kv_heads,
@@ -261,42 +310,74 @@ mod tests {
             };
             // (queries, keys): a prompt, a single token, a decode step after a cache, a chunk after a cache, a long one.
             let spans = [(5usize, 5usize), (1, 1), (1, 50), (17, 40), (100, 100)];
-            let keys: Vec<Vec<f32>> =
-                spans.iter().map(|s| (0..s.1 * kv_heads * dim).map(|i| value(i + s.1)).collect()).collect();
-            let values: Vec<Vec<f32>> =
-                spans.iter().map(|s| (0..s.1 * kv_heads * v_dim).map(|i| value(i + 7 * s.1)).collect()).collect();
+            let keys: Vec<Vec<f32>> = spans
+                .iter()
+                .map(|s| (0..s.1 * kv_heads * dim).map(|i| value(i + s.1)).collect())
+                .collect();
+            let values: Vec<Vec<f32>> = spans
+                .iter()
+                .map(|s| {
+                    (0..s.1 * kv_heads * v_dim)
+                        .map(|i| value(i + 7 * s.1))
+                        .collect()
+                })
+                .collect();
             let mut start = 0;
             let sequences: Vec<Sequence<'_>> = spans
                 .iter()
                 .enumerate()
                 .map(|(i, s)| {
                     start += s.0;
-                    Sequence { queries: start - s.0..start, keys: &keys[i], values: &values[i] }
+                    Sequence {
+                        queries: start - s.0..start,
+                        keys: &keys[i],
+                        values: &values[i],
+                    }
                 })
                 .collect();
             let queries: Vec<f32> = (0..start * heads * dim).map(value).collect();
             let mut out = vec![f32::NAN; start * heads * v_dim];
             attention(&shape, &sequences, &queries, &mut out).unwrap();
-            for (i, (got, want)) in out.iter().zip(reference(&shape, &sequences, &queries)).enumerate() {
-                assert!((f64::from(*got) - want).abs() < 1e-4, "{heads} {dim} {window:?} element {i}: {got} {want}");
+            for (i, (got, want)) in out
+                .iter()
+                .zip(reference(&shape, &sequences, &queries))
+                .enumerate()
+            {
+                assert!(
+                    (f64::from(*got) - want).abs() < 1e-4,
+                    "{heads} {dim} {window:?} element {i}: {got} {want}"
+                );
             }
         }
     }
 
     #[test]
     fn a_token_after_a_cache_has_the_bits_of_the_whole_sequence() {
-        let shape =
-            AttentionShape { num_heads: 2, num_kv_heads: 1, qk_dim: 12, v_dim: 9, scale: 0.3, window: None };
+        let shape = AttentionShape {
+            num_heads: 2,
+            num_kv_heads: 1,
+            qk_dim: 12,
+            v_dim: 9,
+            scale: 0.3,
+            window: None,
+        };
         let n = 45;
         let keys: Vec<f32> = (0..n * 12).map(value).collect();
         let values: Vec<f32> = (0..n * 9).map(|i| value(i + 3)).collect();
         let queries: Vec<f32> = (0..n * 24).map(|i| value(i + 5)).collect();
         let mut whole = vec![0.0; n * 18];
-        let all = Sequence { queries: 0..n, keys: &keys, values: &values };
+        let all = Sequence {
+            queries: 0..n,
+            keys: &keys,
+            values: &values,
+        };
         attention(&shape, &[all], &queries, &mut whole).unwrap();
         for t in [0usize, 13, 14, 31, 44] {
-            let one =
-                Sequence { queries: 0..1, keys: &keys[..(t + 1) * 12], values: &values[..(t + 1) * 9] };
+            let one = Sequence {
+                queries: 0..1,
+                keys: &keys[..(t + 1) * 12],
+                values: &values[..(t + 1) * 9],
+            };
             let mut out = vec![0.0; 18];
             attention(&shape, &[one], &queries[t * 24..(t + 1) * 24], &mut out).unwrap();
             assert_eq!(out, whole[t * 18..(t + 1) * 18], "token {t}");
@@ -305,11 +386,25 @@ mod tests {
 
     #[test]
     fn misfits_are_refused() {
-        let shape =
-            AttentionShape { num_heads: 3, num_kv_heads: 2, qk_dim: 4, v_dim: 4, scale: 1.0, window: None };
+        let shape = AttentionShape {
+            num_heads: 3,
+            num_kv_heads: 2,
+            qk_dim: 4,
+            v_dim: 4,
+            scale: 1.0,
+            window: None,
+        };
         assert!(attention(&shape, &[], &[], &mut []).is_err());
-        let shape = AttentionShape { num_heads: 2, num_kv_heads: 2, ..shape };
-        let short = Sequence { queries: 0..2, keys: &[0.0; 8], values: &[0.0; 8] };
+        let shape = AttentionShape {
+            num_heads: 2,
+            num_kv_heads: 2,
+            ..shape
+        };
+        let short = Sequence {
+            queries: 0..2,
+            keys: &[0.0; 8],
+            values: &[0.0; 8],
+        };
         assert!(attention(&shape, &[short], &[0.0; 16], &mut [0.0; 16]).is_err());
     }
 }

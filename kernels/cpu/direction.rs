@@ -74,7 +74,13 @@ pub fn accumulate_expert_sums(
         })
         .collect();
     let weight_sums: Vec<f64> = (0..groups.num_tokens())
-        .map(|t| groups.rows_of_token(t).iter().map(|&r| f64::from(groups.weights()[r as usize])).sum())
+        .map(|t| {
+            groups
+                .rows_of_token(t)
+                .iter()
+                .map(|&r| f64::from(groups.weights()[r as usize]))
+                .sum()
+        })
         .collect();
     let mut norms = vec![0f64; groups.num_rows()];
     let mut rest = &mut norms[..];
@@ -103,7 +109,11 @@ pub fn accumulate_expert_sums(
             sums.norm += *norm;
             sums.norm_sq += yy;
             sums.gated_norm += gate * *norm;
-            let cosine = if xx > 0.0 && yy > 0.0 { xy / (xx * yy).sqrt() } else { 0.0 };
+            let cosine = if xx > 0.0 && yy > 0.0 {
+                xy / (xx * yy).sqrt()
+            } else {
+                0.0
+            };
             sums.direction += gate * *norm * (1.0 - cosine);
             sums.residual_direction += gate * *norm * turns[token];
             sums.output_peak = sums.output_peak.max(f64::from(max_abs(y)));
@@ -116,5 +126,9 @@ pub fn accumulate_expert_sums(
 fn residual_turn(residual: &[f32], combined: &[f32]) -> f64 {
     let after: Vec<f32> = residual.iter().zip(combined).map(|(r, m)| r + m).collect();
     let [rr, ra, aa] = dots(residual, &after);
-    if rr > 0.0 && aa > 0.0 { (1.0 - ra / (rr * aa).sqrt()).max(0.0) } else { 0.0 }
+    if rr > 0.0 && aa > 0.0 {
+        (1.0 - ra / (rr * aa).sqrt()).max(0.0)
+    } else {
+        0.0
+    }
 }

@@ -117,7 +117,10 @@ mod tests {
         while x < 88.0 {
             let want = f64::from(x).exp();
             let got = f64::from(exp(x));
-            assert!((got - want).abs() <= want * 2.4e-7, "exp({x}) = {got}, want {want}");
+            assert!(
+                (got - want).abs() <= want * 2.4e-7,
+                "exp({x}) = {got}, want {want}"
+            );
             x += 0.013;
         }
         assert!(exp(f32::NAN).is_nan() && silu(f32::NAN).is_nan());
@@ -128,7 +131,9 @@ mod tests {
     #[test]
     fn softmax_sums_to_one_and_matches_f64() {
         for len in [1usize, 2, 15, 16, 17, 100] {
-            let values: Vec<f32> = (0..len).map(|i| ((i * 37 % 23) as f32) * 0.3 - 3.0).collect();
+            let values: Vec<f32> = (0..len)
+                .map(|i| ((i * 37 % 23) as f32) * 0.3 - 3.0)
+                .collect();
             let total: f64 = values.iter().map(|&v| f64::from(v).exp()).sum();
             let mut got = values.clone();
             softmax(&mut got);

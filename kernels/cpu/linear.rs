@@ -46,7 +46,12 @@ pub fn linear(
     bias: Option<&[f32]>,
     out: &mut [f32],
 ) -> Result<(), KernelError> {
-    linear_packed(&PackedRows::new(compute, x, weight.cols())?, weight, bias, out)
+    linear_packed(
+        &PackedRows::new(compute, x, weight.cols())?,
+        weight,
+        bias,
+        out,
+    )
 }
 
 /// [`linear`] on rows packed once for several products.
@@ -68,33 +73,38 @@ pub fn linear_packed(
     let steps = x.packing().steps(x.inner());
     let per_task = columns_per_task(steps);
     let out = Disjoint::new(out);
-    (0..outputs.div_ceil(per_task)).into_par_iter().for_each(|task| {
-        let first = task * per_task;
-        let blocks = (outputs - first).min(per_task).div_ceil(TILE_COLS);
-        with_blocks(blocks * steps * TILE_COLS, |packed| {
-            for (b, block) in packed.chunks_exact_mut((steps * TILE_COLS).max(1)).enumerate() {
-                BlockRows::plain(weight, first + b * TILE_COLS).pack(x.packing(), block);
-            }
-            let mut tile = Tile::new();
-            for panel in panels_of(0..x.num_rows()) {
-                for b in 0..blocks {
-                    let block = &packed[b * steps * TILE_COLS..(b + 1) * steps * TILE_COLS];
-                    multiply(x.packing(), x.panel(panel), panel.rows, block, &mut tile);
-                    let column = first + b * TILE_COLS;
-                    let count = (outputs - column).min(TILE_COLS);
-                    for (r, row) in tile.0[..panel.rows].iter().enumerate() {
-                        let start = (panel.first_row + r) * outputs + column;
-                        // SAFETY: rows are this panel's and columns this task's alone.
-                        let to = unsafe { out.range(start..start + count) };
-                        to.copy_from_slice(&row[..count]);
-                        if let Some(bias) = bias {
-                            super::elementwise::add(to, &bias[column..column + count]);
+    (0..outputs.div_ceil(per_task))
+        .into_par_iter()
+        .for_each(|task| {
+            let first = task * per_task;
+            let blocks = (outputs - first).min(per_task).div_ceil(TILE_COLS);
+            with_blocks(blocks * steps * TILE_COLS, |packed| {
+                for (b, block) in packed
+                    .chunks_exact_mut((steps * TILE_COLS).max(1))
+                    .enumerate()
+                {
+                    BlockRows::plain(weight, first + b * TILE_COLS).pack(x.packing(), block);
+                }
+                let mut tile = Tile::new();
+                for panel in panels_of(0..x.num_rows()) {
+                    for b in 0..blocks {
+                        let block = &packed[b * steps * TILE_COLS..(b + 1) * steps * TILE_COLS];
+                        multiply(x.packing(), x.panel(panel), panel.rows, block, &mut tile);
+                        let column = first + b * TILE_COLS;
+                        let count = (outputs - column).min(TILE_COLS);
+                        for (r, row) in tile.0[..panel.rows].iter().enumerate() {
+                            let start = (panel.first_row + r) * outputs + column;
+                            // SAFETY: rows are this panel's and columns this task's alone.
+                            let to = unsafe { out.range(start..start + count) };
+                            to.copy_from_slice(&row[..count]);
+                            if let Some(bias) = bias {
+                                super::elementwise::add(to, &bias[column..column + count]);
+                            }
                         }
                     }
                 }
-            }
+            });
         });
-    });
     Ok(())
 }
 
@@ -105,11 +115,18 @@ mod tests {
 
     #[test]
     fn matches_f64_at_awkward_sizes() {
-        for (rows, inner, outputs) in [(1, 1, 1), (1, 64, 33), (14, 31, 32), (15, 100, 65), (43, 257, 130)] {
+        for (rows, inner, outputs) in [
+            (1, 1, 1),
+            (1, 64, 33),
+            (14, 31, 32),
+            (15, 100, 65),
+            (43, 257, 130),
+        ] {
             let value = |i: usize| ((i * 2_654_435_761) % 2003) as f32 / 1000.0 - 1.0;
             let x: Vec<f32> = (0..rows * inner).map(value).collect();
-            let w: Vec<half::bf16> =
-                (0..outputs * inner).map(|i| half::bf16::from_f32(value(i + 99))).collect();
+            let w: Vec<half::bf16> = (0..outputs * inner)
+                .map(|i| half::bf16::from_f32(value(i + 99)))
+                .collect();
             let weight = MatrixView::from_bf16(outputs, inner, &w).unwrap();
             let bias: Vec<f32> = (0..outputs).map(value).collect();
             for (compute, tolerance) in [(Compute::F32, 1e-6), (Compute::Bf16, 8e-3)] {
@@ -120,13 +137,19 @@ mod tests {
                     for o in 0..outputs {
                         let want = f64::from(bias[o])
                             + (0..inner)
-                                .map(|i| f64::from(x[r * inner + i]) * f64::from(w[o * inner + i].to_f32()))
+                                .map(|i| {
+                                    f64::from(x[r * inner + i])
+                                        * f64::from(w[o * inner + i].to_f32())
+                                })
                                 .sum::<f64>();
                         error += (f64::from(out[r * outputs + o]) - want).powi(2);
                         norm += want * want;
                     }
                 }
-                assert!((error / norm).sqrt() < tolerance, "{rows} {inner} {outputs} {compute:?}");
+                assert!(
+                    (error / norm).sqrt() < tolerance,
+                    "{rows} {inner} {outputs} {compute:?}"
+                );
             }
         }
     }
@@ -143,7 +166,14 @@ mod tests {
             linear(compute, &x, &weight, None, &mut all).unwrap();
             for row in [0usize, 13, 14, 39] {
                 let mut one = vec![0.0; outputs];
-                linear(compute, &x[row * inner..(row + 1) * inner], &weight, None, &mut one).unwrap();
+                linear(
+                    compute,
+                    &x[row * inner..(row + 1) * inner],
+                    &weight,
+                    None,
+                    &mut one,
+                )
+                .unwrap();
                 assert_eq!(one, all[row * outputs..(row + 1) * outputs]);
             }
         }
@@ -158,7 +188,16 @@ mod tests {
             Err(KernelError::Length { .. })
         ));
         assert!(linear(Compute::F32, &[0.0; 3], &weight, None, &mut [0.0; 3]).is_err());
-        assert!(linear(Compute::F32, &[0.0; 3], &weight, Some(&[0.0]), &mut [0.0; 2]).is_err());
+        assert!(
+            linear(
+                Compute::F32,
+                &[0.0; 3],
+                &weight,
+                Some(&[0.0]),
+                &mut [0.0; 2]
+            )
+            .is_err()
+        );
         assert!(MatrixView::new(Dtype::F32, 2, 4, &w).is_err());
     }
 }

@@ -45,7 +45,10 @@ impl ExpertWeights<'_> {
         if dtypes[0] == dtypes[1] {
             return Ok(());
         }
-        Err(KernelError::Invalid { what: "expert weights", why: format!("gate is {:?}, up {:?}", dtypes[0], dtypes[1]) })
+        Err(KernelError::Invalid {
+            what: "expert weights",
+            why: format!("gate is {:?}, up {:?}", dtypes[0], dtypes[1]),
+        })
     }
 }
 
@@ -98,14 +101,20 @@ impl ExpertActivations {
         let count = (width - first).min(TILE_COLS);
         match packing {
             Packing::F32 | Packing::Rounded => {
-                for (j, values) in packed[first * panel.rows..].chunks_exact(panel.rows).take(count).enumerate() {
+                for (j, values) in packed[first * panel.rows..]
+                    .chunks_exact(panel.rows)
+                    .take(count)
+                    .enumerate()
+                {
                     for (row, &v) in tile.iter_mut().zip(values) {
                         row[j] = f32::from_bits(v);
                     }
                 }
             }
             Packing::Pairs => {
-                let pairs = packed[first / 2 * panel.rows..].chunks_exact(panel.rows).take(count.div_ceil(2));
+                let pairs = packed[first / 2 * panel.rows..]
+                    .chunks_exact(panel.rows)
+                    .take(count.div_ceil(2));
                 for (j, values) in pairs.enumerate() {
                     for (row, &v) in tile.iter_mut().zip(values) {
                         row[2 * j] = f32::from_bits(v << 16);
@@ -118,7 +127,13 @@ impl ExpertActivations {
 
     /// h of one row in f32 (`[width]`), as the down projection sees it. For checks; the passes read whole tiles.
     #[must_use]
-    pub fn neuron_values(&self, groups: &ExpertGroups, expert: usize, width: usize, row: usize) -> Vec<f32> {
+    pub fn neuron_values(
+        &self,
+        groups: &ExpertGroups,
+        expert: usize,
+        width: usize,
+        row: usize,
+    ) -> Vec<f32> {
         let rows = groups.rows(expert);
         let panel = panels_of(rows)
             .find(|p| (p.first_row..p.first_row + p.rows).contains(&row))
@@ -168,11 +183,19 @@ struct Task {
 }
 
 /// Splits every expert that has rows into runs of at most `per_task(expert)` of its `size(expert)` items.
-fn tasks(groups: &ExpertGroups, size: impl Fn(usize) -> usize, per_task: impl Fn(usize) -> usize) -> Vec<Task> {
+fn tasks(
+    groups: &ExpertGroups,
+    size: impl Fn(usize) -> usize,
+    per_task: impl Fn(usize) -> usize,
+) -> Vec<Task> {
     let mut tasks = Vec::new();
     for expert in (0..groups.num_experts()).filter(|&e| !groups.rows(e).is_empty()) {
         let (size, step) = (size(expert), per_task(expert));
-        tasks.extend((0..size).step_by(step).map(|first| Task { expert, first, count: (size - first).min(step) }));
+        tasks.extend((0..size).step_by(step).map(|first| Task {
+            expert,
+            first,
+            count: (size - first).min(step),
+        }));
     }
     tasks
 }
@@ -199,7 +222,8 @@ fn gate_up(experts: &[ExpertWeights<'_>], groups: &ExpertGroups, a: &mut ExpertA
         with_blocks(blocks * steps * TILE_COLS, |packed| {
             for b in 0..blocks {
                 let block = &mut packed[b * steps * TILE_COLS..(b + 1) * steps * TILE_COLS];
-                BlockRows::gate_up(&expert.gate, &expert.up, task.first + b * TILE_NEURONS).pack(packing, block);
+                BlockRows::gate_up(&expert.gate, &expert.up, task.first + b * TILE_NEURONS)
+                    .pack(packing, block);
             }
             let mut tile = Tile::new();
             let rows = groups.rows(task.expert);
@@ -308,15 +332,27 @@ fn down(experts: &[ExpertWeights<'_>], groups: &ExpertGroups, a: &mut ExpertActi
 ///
 /// # Errors
 /// [`KernelError::Length`] if `outputs` is not `[rows, H]` or `out` not `[tokens, H]`.
-pub fn combine(groups: &ExpertGroups, outputs: &[f32], hidden: usize, out: &mut [f32]) -> Result<(), KernelError> {
+pub fn combine(
+    groups: &ExpertGroups,
+    outputs: &[f32],
+    hidden: usize,
+    out: &mut [f32],
+) -> Result<(), KernelError> {
     check_len("expert outputs", groups.num_rows() * hidden, outputs.len())?;
     check_len("combined output", groups.num_tokens() * hidden, out.len())?;
-    out.par_chunks_mut(hidden.max(1)).enumerate().with_min_len(16).for_each(|(token, out)| {
-        out.fill(0.0);
-        for &row in groups.rows_of_token(token) {
-            let row = row as usize;
-            add_scaled(out, &outputs[row * hidden..(row + 1) * hidden], groups.weights()[row]);
-        }
-    });
+    out.par_chunks_mut(hidden.max(1))
+        .enumerate()
+        .with_min_len(16)
+        .for_each(|(token, out)| {
+            out.fill(0.0);
+            for &row in groups.rows_of_token(token) {
+                let row = row as usize;
+                add_scaled(
+                    out,
+                    &outputs[row * hidden..(row + 1) * hidden],
+                    groups.weights()[row],
+                );
+            }
+        });
     Ok(())
 }

@@ -95,7 +95,11 @@ pub fn accumulate_neuron_sums(
     sums: &mut NeuronSums,
 ) -> Result<(), KernelError> {
     check_len("experts", groups.num_experts(), experts.len())?;
-    check_len("neuron sums", groups.num_experts(), sums.layout.num_experts())?;
+    check_len(
+        "neuron sums",
+        groups.num_experts(),
+        sums.layout.num_experts(),
+    )?;
     check_len("output norms", groups.num_rows(), norms.len())?;
     for (expert, &width) in experts.iter().zip(sums.layout.widths()) {
         check_len("neuron sums of an expert", expert.width(), width)?;
@@ -108,7 +112,11 @@ pub fn accumulate_neuron_sums(
     let layout = sums.layout.clone();
     let tasks: Vec<(usize, usize)> = (0..groups.num_experts())
         .filter(|&e| !groups.rows(e).is_empty())
-        .flat_map(|e| (0..experts[e].width()).step_by(per_task).map(move |first| (e, first)))
+        .flat_map(|e| {
+            (0..experts[e].width())
+                .step_by(per_task)
+                .map(move |first| (e, first))
+        })
         .collect();
     let tables = sums.tables().map(|t| Disjoint::new(t.as_mut_slice()));
     tasks.par_iter().for_each(|&(e, first)| {
@@ -137,7 +145,13 @@ pub fn accumulate_neuron_sums(
                     let block = &packed[b * steps * TILE_COLS..(b + 1) * steps * TILE_COLS];
                     multiply(packing, outputs.panel(panel), panel.rows, block, &mut q);
                     activations.h_tile(groups, e, width, panel, first + b * TILE_COLS, &mut h);
-                    add_tile(&q, &h, &norms[rows.clone()], &groups.weights()[rows.clone()], tile_sums);
+                    add_tile(
+                        &q,
+                        &h,
+                        &norms[rows.clone()],
+                        &groups.weights()[rows.clone()],
+                        tile_sums,
+                    );
                 }
             }
             for (b, tile_sums) in block_sums.iter().enumerate() {
@@ -145,7 +159,8 @@ pub fn accumulate_neuron_sums(
                 let columns = (width - first - b * TILE_COLS).min(TILE_COLS);
                 for (from, table) in tile_sums.iter().zip(&tables) {
                     // SAFETY: these neurons are this task's alone.
-                    unsafe { table.range(start..start + columns) }.copy_from_slice(&from[..columns]);
+                    unsafe { table.range(start..start + columns) }
+                        .copy_from_slice(&from[..columns]);
                 }
             }
         });
@@ -188,7 +203,9 @@ multiversion! {
 ///
 /// # Errors
 /// Shapes that do not fit together.
-pub fn neuron_weight_norms(expert: &ExpertWeights<'_>) -> Result<(Vec<f64>, Vec<f64>), KernelError> {
+pub fn neuron_weight_norms(
+    expert: &ExpertWeights<'_>,
+) -> Result<(Vec<f64>, Vec<f64>), KernelError> {
     let (width, hidden) = (expert.width(), expert.gate.cols());
     let mut down = vec![0f64; width];
     let mut row = vec![0f32; width];

@@ -15,10 +15,13 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f64, out: &mut [f32]) -> Result<
     let width = weight.len().max(1);
     check_len("rms_norm input", x.len() / width * width, x.len())?;
     check_len("rms_norm output", x.len(), out.len())?;
-    out.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(64).for_each(|(out, x)| {
-        let scale = 1.0 / (sum_squares(x) / width as f64 + eps).sqrt();
-        scale_rows(x, weight, scale as f32, out);
-    });
+    out.par_chunks_mut(width)
+        .zip(x.par_chunks(width))
+        .with_min_len(64)
+        .for_each(|(out, x)| {
+            let scale = 1.0 / (sum_squares(x) / width as f64 + eps).sqrt();
+            scale_rows(x, weight, scale as f32, out);
+        });
     Ok(())
 }
 
@@ -26,13 +29,20 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f64, out: &mut [f32]) -> Result<
 ///
 /// # Errors
 /// [`KernelError::Length`] if `x` is no multiple of `pitch`.
-pub fn rms_norm_strided(x: &mut [f32], pitch: usize, weight: &[f32], eps: f64) -> Result<(), KernelError> {
+pub fn rms_norm_strided(
+    x: &mut [f32],
+    pitch: usize,
+    weight: &[f32],
+    eps: f64,
+) -> Result<(), KernelError> {
     check_len("rms_norm rows", x.len() / pitch.max(1) * pitch, x.len())?;
-    x.par_chunks_mut(pitch.max(1)).with_min_len(64).for_each(|row| {
-        let row = &mut row[..weight.len()];
-        let scale = 1.0 / (sum_squares(row) / weight.len() as f64 + eps).sqrt();
-        scale_in_place(row, weight, scale as f32);
-    });
+    x.par_chunks_mut(pitch.max(1))
+        .with_min_len(64)
+        .for_each(|row| {
+            let row = &mut row[..weight.len()];
+            let scale = 1.0 / (sum_squares(row) / weight.len() as f64 + eps).sqrt();
+            scale_in_place(row, weight, scale as f32);
+        });
     Ok(())
 }
 

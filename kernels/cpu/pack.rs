@@ -40,7 +40,11 @@ impl Packing {
 pub(crate) fn bf16_bits(x: f32) -> u32 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-    if bits & 0x7fff_ffff > 0x7f80_0000 { (bits >> 16) | 0x40 } else { rounded }
+    if bits & 0x7fff_ffff > 0x7f80_0000 {
+        (bits >> 16) | 0x40
+    } else {
+        rounded
+    }
 }
 
 /// `x` rounded to bf16, in f32.
@@ -138,18 +142,38 @@ impl<'a> BlockRows<'a> {
     /// Columns `first..first + 32` are the matrix's rows; rows past the end are zero.
     pub(crate) fn plain(matrix: &MatrixView<'a>, first: usize) -> Self {
         let columns = std::array::from_fn(|c| {
-            if first + c < matrix.rows() { matrix.row_bytes(first + c) } else { &[][..] }
+            if first + c < matrix.rows() {
+                matrix.row_bytes(first + c)
+            } else {
+                &[][..]
+            }
         });
-        Self { columns, dtype: matrix.dtype(), inner: matrix.cols() }
+        Self {
+            columns,
+            dtype: matrix.dtype(),
+            inner: matrix.cols(),
+        }
     }
 
     /// 16 gate rows, then the 16 up rows of the same neurons; neurons past the end are zero.
     pub(crate) fn gate_up(gate: &MatrixView<'a>, up: &MatrixView<'a>, first: usize) -> Self {
         let columns = std::array::from_fn(|c| {
-            let (matrix, row) = if c < 16 { (gate, first + c) } else { (up, first + c - 16) };
-            if row < matrix.rows() { matrix.row_bytes(row) } else { &[][..] }
+            let (matrix, row) = if c < 16 {
+                (gate, first + c)
+            } else {
+                (up, first + c - 16)
+            };
+            if row < matrix.rows() {
+                matrix.row_bytes(row)
+            } else {
+                &[][..]
+            }
         });
-        Self { columns, dtype: gate.dtype(), inner: gate.cols() }
+        Self {
+            columns,
+            dtype: gate.dtype(),
+            inner: gate.cols(),
+        }
     }
 
     /// Writes the block; `out` has `steps(inner) · 32` elements.
@@ -162,19 +186,28 @@ impl<'a> BlockRows<'a> {
             // Steps per 16×16 transpose; bf16 pairs are moved as they lie in the file.
             let wide = match (packing, self.dtype) {
                 (Packing::Pairs, Dtype::Bf16) => Some(avx512::Source::Pairs),
-                (Packing::F32, Dtype::Bf16) | (Packing::Rounded, Dtype::Bf16) => Some(avx512::Source::Bf16),
+                (Packing::F32, Dtype::Bf16) | (Packing::Rounded, Dtype::Bf16) => {
+                    Some(avx512::Source::Bf16)
+                }
                 (Packing::F32, Dtype::F32) => Some(avx512::Source::F32),
                 _ => None,
             };
             if let Some(source) = wide {
                 // Pairs: only whole pairs can be moved.
-                let whole = if packing == Packing::Pairs { self.inner / 2 } else { self.inner };
+                let whole = if packing == Packing::Pairs {
+                    self.inner / 2
+                } else {
+                    self.inner
+                };
                 done = whole / 16 * 16;
                 for half in 0..2 {
-                    let columns: &[&[u8]; 16] =
-                        self.columns[16 * half..16 * half + 16].try_into().expect("32 columns are two halves");
+                    let columns: &[&[u8]; 16] = self.columns[16 * half..16 * half + 16]
+                        .try_into()
+                        .expect("32 columns are two halves");
                     for column in columns {
-                        assert!(column.is_empty() || column.len() == self.inner * self.dtype.size());
+                        assert!(
+                            column.is_empty() || column.len() == self.inner * self.dtype.size()
+                        );
                     }
                     for block in 0..done / 16 {
                         // SAFETY: AVX-512 detected; non-empty columns hold `inner` elements, so 16 steps from
@@ -219,7 +252,12 @@ impl<'a> BlockRows<'a> {
 }
 
 /// Packs columns `first..first + 32` of `matrix` (`[inner, n]`), zero past the end: the transposed product.
-pub(crate) fn pack_columns(packing: Packing, matrix: &MatrixView<'_>, first: usize, out: &mut [u32]) {
+pub(crate) fn pack_columns(
+    packing: Packing,
+    matrix: &MatrixView<'_>,
+    first: usize,
+    out: &mut [u32],
+) {
     let count = (matrix.cols() - first).min(TILE_COLS);
     let size = matrix.dtype().size();
     let slice = |row: usize| &matrix.row_bytes(row)[first * size..(first + count) * size];
@@ -234,7 +272,11 @@ pub(crate) fn pack_columns(packing: Packing, matrix: &MatrixView<'_>, first: usi
         }
         Packing::Pairs => {
             for (pair, step) in out.as_chunks_mut::<TILE_COLS>().0.iter_mut().enumerate() {
-                let second = if 2 * pair + 1 < matrix.rows() { slice(2 * pair + 1) } else { &[][..] };
+                let second = if 2 * pair + 1 < matrix.rows() {
+                    slice(2 * pair + 1)
+                } else {
+                    &[][..]
+                };
                 columns_pairs(matrix.dtype(), slice(2 * pair), second, step);
             }
         }
@@ -298,15 +340,20 @@ pub(crate) fn check_shape(
     if (matrix.rows(), matrix.cols()) == (rows, cols) {
         return Ok(());
     }
-    Err(KernelError::Shape { what, expected: (rows, cols), got: (matrix.rows(), matrix.cols()) })
+    Err(KernelError::Shape {
+        what,
+        expected: (rows, cols),
+        got: (matrix.rows(), matrix.cols()),
+    })
 }
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m256i, __m512i, _mm256_loadu_si256, _mm512_cvtepu16_epi32, _mm512_loadu_si512, _mm512_mask_storeu_epi32,
-        _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_slli_epi32, _mm512_storeu_si512, _mm512_unpackhi_epi32,
-        _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+        __m256i, __m512i, _mm256_loadu_si256, _mm512_cvtepu16_epi32, _mm512_loadu_si512,
+        _mm512_mask_storeu_epi32, _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_slli_epi32,
+        _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32,
+        _mm512_unpacklo_epi64,
     };
 
     /// What 16 consecutive steps of a column are in memory.
@@ -323,7 +370,12 @@ mod avx512 {
     /// # Safety
     /// AVX-512F; non-empty columns hold 16 steps of `source` at step `from`; `to` has 15 · 32 + 16 elements.
     #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn transpose_columns(source: Source, columns: &[&[u8]; 16], from: usize, to: *mut u32) {
+    pub(super) unsafe fn transpose_columns(
+        source: Source,
+        columns: &[&[u8]; 16],
+        from: usize,
+        to: *mut u32,
+    ) {
         let mut v = [_mm512_setzero_si512(); 16];
         for (v, column) in v.iter_mut().zip(columns) {
             if column.is_empty() {
@@ -332,9 +384,12 @@ mod avx512 {
             // SAFETY: in bounds by the caller's promise; the loads need no alignment.
             unsafe {
                 *v = match source {
-                    Source::F32 | Source::Pairs => _mm512_loadu_si512(column.as_ptr().add(4 * from).cast()),
+                    Source::F32 | Source::Pairs => {
+                        _mm512_loadu_si512(column.as_ptr().add(4 * from).cast())
+                    }
                     Source::Bf16 => {
-                        let half = _mm256_loadu_si256(column.as_ptr().add(2 * from).cast::<__m256i>());
+                        let half =
+                            _mm256_loadu_si256(column.as_ptr().add(2 * from).cast::<__m256i>());
                         _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)
                     }
                 };
@@ -404,12 +459,22 @@ mod tests {
         ((i * 2_654_435_761) % 4001) as f32 / 1000.0 - 2.0
     }
 
-    fn packed_value(packing: Packing, packed: &[u32], pitch: usize, inner: usize, column: usize) -> f32 {
+    fn packed_value(
+        packing: Packing,
+        packed: &[u32],
+        pitch: usize,
+        inner: usize,
+        column: usize,
+    ) -> f32 {
         match packing {
             Packing::F32 | Packing::Rounded => f32::from_bits(packed[inner * pitch + column]),
             Packing::Pairs => {
                 let pair = packed[inner / 2 * pitch + column];
-                f32::from_bits(if inner % 2 == 0 { pair << 16 } else { pair & 0xffff_0000 })
+                f32::from_bits(if inner % 2 == 0 {
+                    pair << 16
+                } else {
+                    pair & 0xffff_0000
+                })
             }
         }
     }
@@ -423,7 +488,11 @@ mod tests {
     }
 
     fn expect(packing: Packing, v: f32) -> f32 {
-        if packing == Packing::F32 { v } else { bf16::from_f32(v).to_f32() }
+        if packing == Packing::F32 {
+            v
+        } else {
+            bf16::from_f32(v).to_f32()
+        }
     }
 
     #[test]
@@ -431,7 +500,10 @@ mod tests {
         for i in 0..200_000u32 {
             let x = f32::from_bits(i.wrapping_mul(0x9e37_79b9));
             let (got, want) = (round_bf16(x), bf16::from_f32(x).to_f32());
-            assert!(got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan()), "{x}: {got} {want}");
+            assert!(
+                got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan()),
+                "{x}: {got} {want}"
+            );
         }
     }
 
@@ -446,7 +518,10 @@ mod tests {
                     pack_rows(packing, &rows, &mut out);
                     for r in 0..n {
                         for i in 0..inner {
-                            assert_eq!(packed_value(packing, &out, n, i, r), expect(packing, rows[r][i]));
+                            assert_eq!(
+                                packed_value(packing, &out, n, i, r),
+                                expect(packing, rows[r][i])
+                            );
                         }
                     }
                 }
@@ -457,10 +532,22 @@ mod tests {
     #[test]
     fn weight_blocks_of_every_dtype_match_their_source() {
         for packing in packings() {
-            for (rows, inner) in [(1usize, 1usize), (20, 17), (32, 16), (40, 33), (33, 64), (35, 47)] {
-                let data: Vec<f32> = (0..rows * inner).map(|i| f16::from_f32(value(i)).to_f32()).collect();
+            for (rows, inner) in [
+                (1usize, 1usize),
+                (20, 17),
+                (32, 16),
+                (40, 33),
+                (33, 64),
+                (35, 47),
+            ] {
+                let data: Vec<f32> = (0..rows * inner)
+                    .map(|i| f16::from_f32(value(i)).to_f32())
+                    .collect();
                 let b16: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
-                let h16: Vec<u8> = data.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect();
+                let h16: Vec<u8> = data
+                    .iter()
+                    .flat_map(|&v| f16::from_f32(v).to_le_bytes())
+                    .collect();
                 let views = [
                     MatrixView::from_f32(rows, inner, &data).unwrap(),
                     MatrixView::from_bf16(rows, inner, &b16).unwrap(),
@@ -473,7 +560,11 @@ mod tests {
                         BlockRows::plain(&view, first).pack(packing, &mut out);
                         for c in 0..TILE_COLS {
                             for i in 0..inner {
-                                let want = if first + c < rows { expect(packing, all[(first + c) * inner + i]) } else { 0.0 };
+                                let want = if first + c < rows {
+                                    expect(packing, all[(first + c) * inner + i])
+                                } else {
+                                    0.0
+                                };
                                 assert_eq!(packed_value(packing, &out, TILE_COLS, i, c), want);
                             }
                         }
@@ -483,7 +574,11 @@ mod tests {
                         pack_columns(packing, &view, first, &mut out);
                         for c in 0..TILE_COLS {
                             for i in 0..rows {
-                                let want = if first + c < inner { expect(packing, all[i * inner + first + c]) } else { 0.0 };
+                                let want = if first + c < inner {
+                                    expect(packing, all[i * inner + first + c])
+                                } else {
+                                    0.0
+                                };
                                 assert_eq!(packed_value(packing, &out, TILE_COLS, i, c), want);
                             }
                         }

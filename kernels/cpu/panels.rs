@@ -19,7 +19,10 @@ pub(crate) struct Panel {
 /// The panels of a group of consecutive rows.
 pub(crate) fn panels_of(rows: Range<usize>) -> impl Iterator<Item = Panel> {
     let end = rows.end;
-    rows.step_by(TILE_ROWS).map(move |first_row| Panel { first_row, rows: (end - first_row).min(TILE_ROWS) })
+    rows.step_by(TILE_ROWS).map(move |first_row| Panel {
+        first_row,
+        rows: (end - first_row).min(TILE_ROWS),
+    })
 }
 
 /// Rows of length `inner`, packed for the tile kernel. The buffer is kept from call to call.
@@ -33,7 +36,12 @@ pub struct PackedRows {
 
 impl Default for PackedRows {
     fn default() -> Self {
-        Self { packing: Packing::F32, inner: 0, num_rows: 0, data: Vec::new() }
+        Self {
+            packing: Packing::F32,
+            inner: 0,
+            num_rows: 0,
+            data: Vec::new(),
+        }
     }
 }
 
@@ -46,24 +54,52 @@ impl PackedRows {
         let mut packed = Self::default();
         let num_rows = if inner == 0 { 0 } else { x.len() / inner };
         check_len("packed rows", num_rows * inner, x.len())?;
-        packed.fill(compute, inner, std::iter::once(0..num_rows), num_rows, |row| &x[row * inner..(row + 1) * inner]);
+        packed.fill(
+            compute,
+            inner,
+            std::iter::once(0..num_rows),
+            num_rows,
+            |row| &x[row * inner..(row + 1) * inner],
+        );
         Ok(packed)
     }
 
     /// Packs the rows of `x` (`[tokens, inner]`) that each expert's tokens select.
-    pub(crate) fn gather(&mut self, compute: Compute, x: &[f32], inner: usize, groups: &ExpertGroups) {
+    pub(crate) fn gather(
+        &mut self,
+        compute: Compute,
+        x: &[f32],
+        inner: usize,
+        groups: &ExpertGroups,
+    ) {
         let ids = groups.token_ids();
-        self.fill(compute, inner, (0..groups.num_experts()).map(|e| groups.rows(e)), groups.num_rows(), |row| {
-            let token = ids[row] as usize;
-            &x[token * inner..(token + 1) * inner]
-        });
+        self.fill(
+            compute,
+            inner,
+            (0..groups.num_experts()).map(|e| groups.rows(e)),
+            groups.num_rows(),
+            |row| {
+                let token = ids[row] as usize;
+                &x[token * inner..(token + 1) * inner]
+            },
+        );
     }
 
     /// Packs rows that are already grouped, `[rows, inner]`.
-    pub(crate) fn grouped(&mut self, compute: Compute, rows: &[f32], inner: usize, groups: &ExpertGroups) {
-        self.fill(compute, inner, (0..groups.num_experts()).map(|e| groups.rows(e)), groups.num_rows(), |row| {
-            &rows[row * inner..(row + 1) * inner]
-        });
+    pub(crate) fn grouped(
+        &mut self,
+        compute: Compute,
+        rows: &[f32],
+        inner: usize,
+        groups: &ExpertGroups,
+    ) {
+        self.fill(
+            compute,
+            inner,
+            (0..groups.num_experts()).map(|e| groups.rows(e)),
+            groups.num_rows(),
+            |row| &rows[row * inner..(row + 1) * inner],
+        );
     }
 
     fn fill<'x>(
@@ -87,15 +123,17 @@ impl PackedRows {
             work.push((panel, mine));
         }
         let packing = self.packing;
-        work.into_par_iter().with_min_len(8).for_each(|(panel, out)| {
-            let mut rows: [&[f32]; TILE_ROWS] = [&[]; TILE_ROWS];
-            for (i, slot) in rows[..panel.rows].iter_mut().enumerate() {
-                *slot = row(panel.first_row + i);
-            }
-            if steps > 0 {
-                pack_rows(packing, &rows[..panel.rows], out);
-            }
-        });
+        work.into_par_iter()
+            .with_min_len(8)
+            .for_each(|(panel, out)| {
+                let mut rows: [&[f32]; TILE_ROWS] = [&[]; TILE_ROWS];
+                for (i, slot) in rows[..panel.rows].iter_mut().enumerate() {
+                    *slot = row(panel.first_row + i);
+                }
+                if steps > 0 {
+                    pack_rows(packing, &rows[..panel.rows], out);
+                }
+            });
     }
 
     pub(crate) fn packing(&self) -> Packing {

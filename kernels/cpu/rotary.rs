@@ -49,15 +49,23 @@ impl RotaryTable {
         positions: usize,
     ) -> Result<Self, KernelError> {
         if dim % 2 != 0 {
-            return Err(KernelError::Invalid { what: "rotary dimension", why: format!("{dim} is odd") });
+            return Err(KernelError::Invalid {
+                what: "rotary dimension",
+                why: format!("{dim} is odd"),
+            });
         }
         let pairs = dim / 2;
         let frequencies = inverse_frequencies(dim, theta, scaling);
         let scale = match scaling {
-            RotaryScaling::Yarn { attention_factor, .. } => *attention_factor,
+            RotaryScaling::Yarn {
+                attention_factor, ..
+            } => *attention_factor,
             _ => 1.0,
         };
-        let (mut cos, mut sin) = (Vec::with_capacity(positions * pairs), Vec::with_capacity(positions * pairs));
+        let (mut cos, mut sin) = (
+            Vec::with_capacity(positions * pairs),
+            Vec::with_capacity(positions * pairs),
+        );
         for position in 0..positions {
             for &frequency in &frequencies {
                 // Reference implementations keep frequencies and angles in f32; at long positions the rounding of the
@@ -67,13 +75,22 @@ impl RotaryTable {
                 sin.push((angle.sin() * scale) as f32);
             }
         }
-        Ok(Self { pairs, interleaved, cos, sin })
+        Ok(Self {
+            pairs,
+            interleaved,
+            cos,
+            sin,
+        })
     }
 
     /// Number of positions the table holds.
     #[must_use]
     pub fn positions(&self) -> usize {
-        if self.pairs == 0 { 0 } else { self.cos.len() / self.pairs }
+        if self.pairs == 0 {
+            0
+        } else {
+            self.cos.len() / self.pairs
+        }
     }
 
     /// Rotates the last `2 · pairs` elements of each head of `x`: `[tokens, heads, head_dim]`, token t at
@@ -81,7 +98,12 @@ impl RotaryTable {
     ///
     /// # Errors
     /// [`KernelError::Length`] for lengths that do not fit, [`KernelError::Index`] for a position past the table.
-    pub fn rotate(&self, x: &mut [f32], head_dim: usize, positions: &[u32]) -> Result<(), KernelError> {
+    pub fn rotate(
+        &self,
+        x: &mut [f32],
+        head_dim: usize,
+        positions: &[u32],
+    ) -> Result<(), KernelError> {
         let per_token = x.len() / positions.len().max(1);
         check_len("rotary input", per_token * positions.len(), x.len())?;
         if head_dim < 2 * self.pairs || per_token % head_dim.max(1) != 0 {
@@ -91,25 +113,37 @@ impl RotaryTable {
             });
         }
         if let Some(&p) = positions.iter().find(|&&p| p as usize >= self.positions()) {
-            return Err(KernelError::Index { what: "rotary position", index: p as usize, len: self.positions() });
+            return Err(KernelError::Index {
+                what: "rotary position",
+                index: p as usize,
+                len: self.positions(),
+            });
         }
-        x.par_chunks_mut(per_token.max(1)).zip(positions).with_min_len(32).for_each(|(token, &position)| {
-            let at = position as usize * self.pairs;
-            let (cos, sin) = (&self.cos[at..at + self.pairs], &self.sin[at..at + self.pairs]);
-            for head in token.chunks_exact_mut(head_dim) {
-                let part = &mut head[head_dim - 2 * self.pairs..];
-                if self.interleaved {
-                    for ((pair, &c), &s) in part.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin) {
-                        *pair = [pair[0] * c - pair[1] * s, pair[0] * s + pair[1] * c];
-                    }
-                } else {
-                    let (low, high) = part.split_at_mut(self.pairs);
-                    for (((a, b), &c), &s) in low.iter_mut().zip(high).zip(cos).zip(sin) {
-                        (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+        x.par_chunks_mut(per_token.max(1))
+            .zip(positions)
+            .with_min_len(32)
+            .for_each(|(token, &position)| {
+                let at = position as usize * self.pairs;
+                let (cos, sin) = (
+                    &self.cos[at..at + self.pairs],
+                    &self.sin[at..at + self.pairs],
+                );
+                for head in token.chunks_exact_mut(head_dim) {
+                    let part = &mut head[head_dim - 2 * self.pairs..];
+                    if self.interleaved {
+                        for ((pair, &c), &s) in
+                            part.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin)
+                        {
+                            *pair = [pair[0] * c - pair[1] * s, pair[0] * s + pair[1] * c];
+                        }
+                    } else {
+                        let (low, high) = part.split_at_mut(self.pairs);
+                        for (((a, b), &c), &s) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                            (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+                        }
                     }
                 }
-            }
-        });
+            });
         Ok(())
     }
 }
@@ -119,10 +153,17 @@ fn inverse_frequencies(dim: usize, theta: f64, scaling: &RotaryScaling) -> Vec<f
     match *scaling {
         RotaryScaling::None => (0..dim / 2).map(|p| plain(p) as f32).collect(),
         RotaryScaling::Linear(factor) => (0..dim / 2).map(|p| (plain(p) / factor) as f32).collect(),
-        RotaryScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, .. } => {
+        RotaryScaling::Yarn {
+            factor,
+            beta_fast,
+            beta_slow,
+            original_max_positions,
+            ..
+        } => {
             // The pair whose wavelength makes `rotations` turns over the original context.
             let pair_at = |rotations: f64| {
-                dim as f64 * (original_max_positions as f64 / (rotations * std::f64::consts::TAU)).ln()
+                dim as f64
+                    * (original_max_positions as f64 / (rotations * std::f64::consts::TAU)).ln()
                     / (2.0 * theta.ln())
             };
             let low = pair_at(beta_fast).floor().max(0.0);
@@ -183,6 +224,13 @@ mod tests {
     #[test]
     fn positions_past_the_table_are_refused() {
         let table = RotaryTable::new(4, 1e4, &RotaryScaling::None, true, 3).unwrap();
-        assert!(matches!(table.rotate(&mut [0.0; 4], 4, &[3]), Err(KernelError::Index { index: 3, len: 3, .. })));
+        assert!(matches!(
+            table.rotate(&mut [0.0; 4], 4, &[3]),
+            Err(KernelError::Index {
+                index: 3,
+                len: 3,
+                ..
+            })
+        ));
     }
 }

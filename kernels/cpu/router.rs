@@ -51,20 +51,37 @@ impl RouterSpec {
     /// # Errors
     /// [`KernelError::Invalid`] for a top-k or groups that cannot be met, [`KernelError::Length`] for the bias.
     pub fn check(&self) -> Result<(), KernelError> {
-        let invalid = |why: String| Err(KernelError::Invalid { what: "router", why });
+        let invalid = |why: String| {
+            Err(KernelError::Invalid {
+                what: "router",
+                why,
+            })
+        };
         if self.top_k == 0 || self.top_k > self.num_experts {
-            return invalid(format!("top-{} of {} experts", self.top_k, self.num_experts));
+            return invalid(format!(
+                "top-{} of {} experts",
+                self.top_k, self.num_experts
+            ));
         }
         if let Some(bias) = &self.correction_bias {
             check_len("router correction bias", self.num_experts, bias.len())?;
         }
         if let Some(g) = self.groups {
-            if g.num_groups == 0 || self.num_experts % g.num_groups != 0 || g.top_groups > g.num_groups {
-                return invalid(format!("{} of {} groups over {} experts", g.top_groups, g.num_groups, self.num_experts));
+            if g.num_groups == 0
+                || self.num_experts % g.num_groups != 0
+                || g.top_groups > g.num_groups
+            {
+                return invalid(format!(
+                    "{} of {} groups over {} experts",
+                    g.top_groups, g.num_groups, self.num_experts
+                ));
             }
             let size = self.num_experts / g.num_groups;
             if self.top_k > g.top_groups * size {
-                return invalid(format!("top-{} of {} groups of {size} experts", self.top_k, g.top_groups));
+                return invalid(format!(
+                    "top-{} of {} groups of {size} experts",
+                    self.top_k, g.top_groups
+                ));
             }
         }
         Ok(())
@@ -80,8 +97,10 @@ impl RouterSpec {
         self.check()?;
         let tokens = logits.len() / self.num_experts;
         check_len("router logits", tokens * self.num_experts, logits.len())?;
-        let mut routing =
-            Routing { expert_ids: vec![0; tokens * self.top_k], weights: vec![0.0; tokens * self.top_k] };
+        let mut routing = Routing {
+            expert_ids: vec![0; tokens * self.top_k],
+            weights: vec![0.0; tokens * self.top_k],
+        };
         logits
             .par_chunks_mut(self.num_experts)
             .zip(routing.expert_ids.par_chunks_mut(self.top_k))
@@ -150,7 +169,9 @@ fn top(values: &[f32], out: &mut [u32]) {
     for slot in out {
         let mut best: Option<usize> = None;
         for (i, &v) in values.iter().enumerate() {
-            if !taken[i] && best.is_none_or(|b| v > values[b] || (values[b].is_nan() && !v.is_nan())) {
+            if !taken[i]
+                && best.is_none_or(|b| v > values[b] || (values[b].is_nan() && !v.is_nan()))
+            {
                 best = Some(i);
             }
         }
@@ -187,7 +208,9 @@ mod tests {
         router.normalise = true;
         router.scaling = 2.5;
         let routing = router.route(&mut logits.clone()).unwrap();
-        assert!((routing.weights[0] - 1.25).abs() < 1e-6 && (routing.weights[1] - 1.25).abs() < 1e-6);
+        assert!(
+            (routing.weights[0] - 1.25).abs() < 1e-6 && (routing.weights[1] - 1.25).abs() < 1e-6
+        );
     }
 
     #[test]
@@ -206,9 +229,17 @@ mod tests {
         let logits = [3.0f32, -9.0, 2.0, 2.0];
         let mut router = spec(4, 1);
         router.sigmoid = true;
-        router.groups = Some(GroupLimit { num_groups: 2, top_groups: 1, top_two_sum: false });
+        router.groups = Some(GroupLimit {
+            num_groups: 2,
+            top_groups: 1,
+            top_two_sum: false,
+        });
         assert_eq!(router.route(&mut logits.clone()).unwrap().expert_ids, [0]);
-        router.groups = Some(GroupLimit { num_groups: 2, top_groups: 1, top_two_sum: true });
+        router.groups = Some(GroupLimit {
+            num_groups: 2,
+            top_groups: 1,
+            top_two_sum: true,
+        });
         assert_eq!(router.route(&mut logits.clone()).unwrap().expert_ids, [2]);
     }
 
@@ -216,9 +247,17 @@ mod tests {
     fn impossible_counts_are_refused() {
         assert!(spec(4, 5).check().is_err());
         let mut router = spec(8, 3);
-        router.groups = Some(GroupLimit { num_groups: 4, top_groups: 1, top_two_sum: true });
+        router.groups = Some(GroupLimit {
+            num_groups: 4,
+            top_groups: 1,
+            top_two_sum: true,
+        });
         assert!(router.check().is_err());
-        router.groups = Some(GroupLimit { num_groups: 3, top_groups: 1, top_two_sum: true });
+        router.groups = Some(GroupLimit {
+            num_groups: 3,
+            top_groups: 1,
+            top_two_sum: true,
+        });
         assert!(router.check().is_err());
     }
 }

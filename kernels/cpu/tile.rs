@@ -26,7 +26,9 @@ impl Tile {
 /// `a` is `[steps, rows]`, `b` is `[steps, 32]`.
 pub(crate) fn multiply(packing: Packing, a: &[u32], rows: usize, b: &[u32], tile: &mut Tile) {
     let steps = b.len() / TILE_COLS;
-    assert!((1..=TILE_ROWS).contains(&rows) && b.len() == steps * TILE_COLS && a.len() == steps * rows);
+    assert!(
+        (1..=TILE_ROWS).contains(&rows) && b.len() == steps * TILE_COLS && a.len() == steps * rows
+    );
     #[cfg(target_arch = "x86_64")]
     {
         use super::{Isa, isa};
@@ -70,8 +72,8 @@ fn portable(a: &[u32], rows: usize, b: &[u32], tile: &mut Tile) {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m512, __m512bh, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps,
-        _mm512_loadu_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_store_ps,
+        __m512, __m512bh, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+        _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_store_ps,
     };
 
     use super::{TILE_COLS, Tile};
@@ -92,7 +94,13 @@ mod avx512 {
     /// # Safety
     /// AVX-512F; `a` has `steps · rows` elements, `b` has `steps · 32`, 1 ≤ rows ≤ 14.
     #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn multiply_f32(steps: usize, a: *const u32, rows: usize, b: *const u32, tile: &mut Tile) {
+    pub(super) unsafe fn multiply_f32(
+        steps: usize,
+        a: *const u32,
+        rows: usize,
+        b: *const u32,
+        tile: &mut Tile,
+    ) {
         // SAFETY: passed on unchanged.
         unsafe { by_rows!(tile_f32, rows, steps, a.cast(), b.cast(), tile) }
     }
@@ -100,13 +108,24 @@ mod avx512 {
     /// # Safety
     /// As [`multiply_f32`], and AVX512_BF16.
     #[target_feature(enable = "avx512f,avx512bf16")]
-    pub(super) unsafe fn multiply_pairs(steps: usize, a: *const u32, rows: usize, b: *const u32, tile: &mut Tile) {
+    pub(super) unsafe fn multiply_pairs(
+        steps: usize,
+        a: *const u32,
+        rows: usize,
+        b: *const u32,
+        tile: &mut Tile,
+    ) {
         // SAFETY: passed on unchanged.
         unsafe { by_rows!(tile_pairs, rows, steps, a, b, tile) }
     }
 
     #[target_feature(enable = "avx512f")]
-    unsafe fn tile_f32<const R: usize>(steps: usize, mut a: *const f32, mut b: *const f32, tile: &mut Tile) {
+    unsafe fn tile_f32<const R: usize>(
+        steps: usize,
+        mut a: *const f32,
+        mut b: *const f32,
+        tile: &mut Tile,
+    ) {
         let mut acc = [[_mm512_setzero_ps(); 2]; R];
         for _ in 0..steps {
             // SAFETY: step i reads 32 elements of b at 32·i and R of a at R·i, inside both by the caller's lengths.
@@ -125,7 +144,12 @@ mod avx512 {
     }
 
     #[target_feature(enable = "avx512f,avx512bf16")]
-    unsafe fn tile_pairs<const R: usize>(steps: usize, mut a: *const u32, mut b: *const u32, tile: &mut Tile) {
+    unsafe fn tile_pairs<const R: usize>(
+        steps: usize,
+        mut a: *const u32,
+        mut b: *const u32,
+        tile: &mut Tile,
+    ) {
         let mut acc = [[_mm512_setzero_ps(); 2]; R];
         for _ in 0..steps {
             // SAFETY: step i reads 32 pairs of b at 32·i and R of a at R·i, inside both by the caller's lengths.
@@ -133,7 +157,9 @@ mod avx512 {
                 let b0: __m512bh = std::mem::transmute(_mm512_loadu_ps(b.cast()));
                 let b1: __m512bh = std::mem::transmute(_mm512_loadu_ps(b.add(16).cast()));
                 for (r, acc) in acc.iter_mut().enumerate() {
-                    let x: __m512bh = std::mem::transmute(_mm512_castsi512_ps(_mm512_set1_epi32(*a.add(r).cast())));
+                    let x: __m512bh = std::mem::transmute(_mm512_castsi512_ps(_mm512_set1_epi32(
+                        *a.add(r).cast(),
+                    )));
                     acc[0] = _mm512_dpbf16_ps(acc[0], x, b0);
                     acc[1] = _mm512_dpbf16_ps(acc[1], x, b1);
                 }
@@ -169,7 +195,13 @@ mod avx2 {
     /// # Safety
     /// AVX2 and FMA; `a` has `steps · rows` elements, `b` has `steps · 32`, 1 ≤ rows ≤ 14.
     #[target_feature(enable = "avx2,fma")]
-    pub(super) unsafe fn multiply_f32(steps: usize, a: *const u32, rows: usize, b: *const u32, tile: &mut Tile) {
+    pub(super) unsafe fn multiply_f32(
+        steps: usize,
+        a: *const u32,
+        rows: usize,
+        b: *const u32,
+        tile: &mut Tile,
+    ) {
         let (a, b): (*const f32, *const f32) = (a.cast(), b.cast());
         let mut first = 0;
         while first < rows {
@@ -237,7 +269,9 @@ mod tests {
             for steps in [0usize, 1, 2, 7, 33] {
                 let value = |i: usize| ((i * 2_654_435_761) % 1000) as f32 / 500.0 - 1.0;
                 let a: Vec<u32> = (0..steps * rows).map(|i| value(i + 7).to_bits()).collect();
-                let b: Vec<u32> = (0..steps * TILE_COLS).map(|i| value(i + 1).to_bits()).collect();
+                let b: Vec<u32> = (0..steps * TILE_COLS)
+                    .map(|i| value(i + 1).to_bits())
+                    .collect();
                 let (mut got, mut want) = (Tile([[9.0; TILE_COLS]; TILE_ROWS]), Tile::new());
                 multiply(Packing::F32, &a, rows, &b, &mut got);
                 portable(&a, rows, &b, &mut want);

@@ -1,1 +1,32 @@
-//! x
+//! Streaming forward pass of Mixture-of-Experts language models.
+//!
+//! One layer is resident at a time: its weights are read from the memory-mapped checkpoint, used for every token, and
+//! let go; hidden states are all that is kept between layers. What runs on top of it:
+//!
+//! | what | where |
+//! |---|---|
+//! | token batches | [`sequences`] |
+//! | the layer-by-layer pass | [`forward`] |
+//! | calibration statistics | [`calibrate`] |
+//! | likelihoods, perplexity, comparison with a reference | [`evaluate`] |
+//! | text generation with a key/value cache | [`generate`] |
+//! | tokenizer, chat template, data files | [`text`] |
+
+mod attention;
+mod cache;
+pub mod calibrate;
+mod error;
+pub mod evaluate;
+pub mod forward;
+pub mod generate;
+mod head;
+mod mlp;
+pub mod sequences;
+pub mod text;
+mod weights;
+
+pub use cache::KvCache;
+pub use error::ModelError;
+pub use forward::{Model, MoeBlock, Observer, Run};
+pub use head::Head;
+pub use sequences::Sequences;

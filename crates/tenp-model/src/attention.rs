@@ -1,0 +1,322 @@
+//! The attention block: projections, norms, rotary positions, attention, output projection.
+
+use std::ops::Range;
+
+use tenp_checkpoint::config::{Attention, QkNorm};
+use tenp_checkpoint::{Checkpoint, ModelConfig};
+use tenp_kernels::Compute;
+use tenp_kernels::cpu::attention::{AttentionShape, Sequence, attention};
+use tenp_kernels::cpu::linear::{PackedRows, linear_packed};
+use tenp_kernels::cpu::norm::rms_norm_strided;
+use tenp_kernels::cpu::rotary::RotaryTable;
+
+use crate::cache::CachedSequence;
+use crate::error::AtLayer;
+use crate::weights::view;
+use crate::{ModelError, Sequences};
+
+/// The compressed query and key/value norms of DeepSeek use this whatever `rms_norm_eps` says.
+const LORA_NORM_EPS: f64 = 1e-6;
+
+/// What one layer's attention needs besides its input.
+pub(crate) struct AttentionBlock<'a> {
+    pub(crate) checkpoint: &'a Checkpoint,
+    pub(crate) compute: Compute,
+    pub(crate) layer: usize,
+    pub(crate) rotary: &'a RotaryTable,
+    /// Factor of YaRN's `mscale_all_dim` on the softmax scale.
+    pub(crate) softmax_factor: f64,
+}
+
+/// Queries, keys and values of a block of rows.
+struct Projected {
+    queries: Vec<f32>,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+impl AttentionBlock<'_> {
+    fn config(&self) -> &ModelConfig {
+        self.checkpoint.config()
+    }
+
+    /// `x · Wᵀ + b` of the layer's projection `name`; the bias is read where `bias` says so.
+    fn project(
+        &self,
+        x: &PackedRows,
+        name: &str,
+        outputs: usize,
+        bias: bool,
+    ) -> Result<Vec<f32>, ModelError> {
+        let prefix = format!("model.layers.{}.self_attn.{name}", self.layer);
+        let weight = self
+            .checkpoint
+            .matrix(&format!("{prefix}.weight"), outputs, x.inner())?;
+        let bias = match bias {
+            true => Some(
+                self.checkpoint
+                    .vector_f32(&format!("{prefix}.bias"), outputs)?,
+            ),
+            false => None,
+        };
+        let mut out = vec![0.0; x.num_rows() * outputs];
+        linear_packed(x, &view(&weight).at(self.layer)?, bias.as_deref(), &mut out)
+            .at(self.layer)?;
+        Ok(out)
+    }
+
+    fn norm_weight(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
+        Ok(self.checkpoint.vector_f32(
+            &format!("model.layers.{}.self_attn.{name}.weight", self.layer),
+            len,
+        )?)
+    }
+
+    /// Attention output of a block of sequences: `x` is the normed input of `block`'s rows, `positions` theirs.
+    pub(crate) fn run(
+        &self,
+        x: &[f32],
+        sequences: &Sequences,
+        block: &Range<usize>,
+        positions: &[u32],
+        cache: Option<&mut [CachedSequence]>,
+    ) -> Result<Vec<f32>, ModelError> {
+        let hidden = self.config().hidden_size;
+        let packed = PackedRows::new(self.compute, x, hidden).at(self.layer)?;
+        let (shape, o_bias) = self.shape();
+        let projected = match &self.config().attention {
+            Attention::Mla { .. } => self.project_mla(&packed, positions)?,
+            Attention::Gqa { .. } => self.project_gqa(&packed, positions)?,
+        };
+        let heads = attend(&shape, &projected, sequences, block, cache).at(self.layer)?;
+        let packed =
+            PackedRows::new(self.compute, &heads, shape.num_heads * shape.v_dim).at(self.layer)?;
+        self.project(&packed, "o_proj", hidden, o_bias)
+    }
+
+    fn shape(&self) -> (AttentionShape, bool) {
+        match &self.config().attention {
+            Attention::Mla {
+                num_heads,
+                nope_dim,
+                rope_dim,
+                v_dim,
+                bias,
+                ..
+            } => {
+                let qk_dim = nope_dim + rope_dim;
+                let scale = self.softmax_factor / (qk_dim as f64).sqrt();
+                let (num_heads, v_dim) = (*num_heads, *v_dim);
+                let scale = scale as f32;
+                let shape = AttentionShape {
+                    num_heads,
+                    num_kv_heads: num_heads,
+                    qk_dim,
+                    v_dim,
+                    scale,
+                    window: None,
+                };
+                (shape, *bias)
+            }
+            Attention::Gqa {
+                num_heads,
+                num_kv_heads,
+                head_dim,
+                o_bias,
+                sliding_window,
+                ..
+            } => {
+                let shape = AttentionShape {
+                    num_heads: *num_heads,
+                    num_kv_heads: *num_kv_heads,
+                    qk_dim: *head_dim,
+                    v_dim: *head_dim,
+                    scale: (1.0 / (*head_dim as f64).sqrt()) as f32,
+                    window: sliding_window.get(self.layer).copied().flatten(),
+                };
+                (shape, *o_bias)
+            }
+        }
+    }
+
+    fn project_mla(&self, x: &PackedRows, positions: &[u32]) -> Result<Projected, ModelError> {
+        let Attention::Mla {
+            num_heads,
+            q_lora_rank,
+            kv_lora_rank,
+            nope_dim,
+            rope_dim,
+            v_dim,
+            bias,
+        } = self.config().attention
+        else {
+            unreachable!("called for MLA layers only");
+        };
+        let qk_dim = nope_dim + rope_dim;
+        let mut queries = if let Some(rank) = q_lora_rank {
+            let mut low = self.project(x, "q_a_proj", rank, bias)?;
+            let norm = self.norm_weight("q_a_layernorm", rank)?;
+            rms_norm_strided(&mut low, rank, &norm, LORA_NORM_EPS).at(self.layer)?;
+            let low = PackedRows::new(self.compute, &low, rank).at(self.layer)?;
+            self.project(&low, "q_b_proj", num_heads * qk_dim, false)?
+        } else {
+            self.project(x, "q_proj", num_heads * qk_dim, false)?
+        };
+        self.rotary
+            .rotate(&mut queries, qk_dim, positions)
+            .at(self.layer)?;
+
+        let pitch = kv_lora_rank + rope_dim;
+        let mut compressed = self.project(x, "kv_a_proj_with_mqa", pitch, bias)?;
+        let norm = self.norm_weight("kv_a_layernorm", kv_lora_rank)?;
+        rms_norm_strided(&mut compressed, pitch, &norm, LORA_NORM_EPS).at(self.layer)?;
+        self.rotary
+            .rotate(&mut compressed, pitch, positions)
+            .at(self.layer)?;
+        let latent: Vec<f32> = compressed
+            .chunks_exact(pitch)
+            .flat_map(|row| &row[..kv_lora_rank])
+            .copied()
+            .collect();
+        let latent = PackedRows::new(self.compute, &latent, kv_lora_rank).at(self.layer)?;
+        let expanded = self.project(&latent, "kv_b_proj", num_heads * (nope_dim + v_dim), false)?;
+
+        let tokens = positions.len();
+        let mut keys = Vec::with_capacity(tokens * num_heads * qk_dim);
+        let mut values = Vec::with_capacity(tokens * num_heads * v_dim);
+        for (row, compressed) in expanded
+            .chunks_exact(num_heads * (nope_dim + v_dim))
+            .zip(compressed.chunks_exact(pitch))
+        {
+            for head in row.chunks_exact(nope_dim + v_dim) {
+                keys.extend_from_slice(&head[..nope_dim]);
+                keys.extend_from_slice(&compressed[kv_lora_rank..]);
+                values.extend_from_slice(&head[nope_dim..]);
+            }
+        }
+        Ok(Projected {
+            queries,
+            keys,
+            values,
+        })
+    }
+
+    fn project_gqa(&self, x: &PackedRows, positions: &[u32]) -> Result<Projected, ModelError> {
+        let Attention::Gqa {
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            qkv_bias,
+            qk_norm,
+            clip_qkv,
+            ..
+        } = &self.config().attention
+        else {
+            unreachable!("called for GQA layers only");
+        };
+        let eps = self.config().rms_norm_eps;
+        let mut queries = self.project(x, "q_proj", num_heads * head_dim, *qkv_bias)?;
+        let mut keys = self.project(x, "k_proj", num_kv_heads * head_dim, *qkv_bias)?;
+        let mut values = self.project(x, "v_proj", num_kv_heads * head_dim, *qkv_bias)?;
+        for (rows, name, heads) in [
+            (&mut queries, "q_norm", num_heads),
+            (&mut keys, "k_norm", num_kv_heads),
+        ] {
+            let len = match qk_norm {
+                QkNorm::None => continue,
+                QkNorm::PerHead => *head_dim,
+                QkNorm::WholeProjection => heads * head_dim,
+            };
+            rms_norm_strided(rows, len, &self.norm_weight(name, len)?, eps).at(self.layer)?;
+        }
+        if let Some(clip) = clip_qkv {
+            let clip = *clip as f32;
+            for v in queries.iter_mut().chain(&mut keys).chain(&mut values) {
+                *v = v.clamp(-clip, clip);
+            }
+        }
+        self.rotary
+            .rotate(&mut queries, *head_dim, positions)
+            .at(self.layer)?;
+        self.rotary
+            .rotate(&mut keys, *head_dim, positions)
+            .at(self.layer)?;
+        Ok(Projected {
+            queries,
+            keys,
+            values,
+        })
+    }
+}
+
+/// Runs attention with each sequence's own past: cached, its stem's, or none.
+fn attend(
+    shape: &AttentionShape,
+    projected: &Projected,
+    sequences: &Sequences,
+    block: &Range<usize>,
+    cache: Option<&mut [CachedSequence]>,
+) -> Result<Vec<f32>, tenp_kernels::KernelError> {
+    let spans = &sequences.spans()[block.clone()];
+    let first = sequences.rows(block).start;
+    let (key_pitch, value_pitch) = (
+        shape.num_kv_heads * shape.qk_dim,
+        shape.num_kv_heads * shape.v_dim,
+    );
+    let rows = |span: &crate::sequences::Span| span.rows.start - first..span.rows.end - first;
+    let own = |span| {
+        let r = rows(span);
+        let keys = &projected.keys[r.start * key_pitch..r.end * key_pitch];
+        (
+            keys,
+            &projected.values[r.start * value_pitch..r.end * value_pitch],
+        )
+    };
+
+    // Keys and values that are not one contiguous run of this block's rows.
+    let mut joined: Vec<(Vec<f32>, Vec<f32>)> = Vec::new();
+    if cache.is_none() {
+        for span in spans.iter().filter(|s| s.parent.is_some()) {
+            let stem = &sequences.spans()[span.parent.expect("filtered")];
+            let ((stem_keys, stem_values), (keys, values)) = (own(stem), own(span));
+            joined.push(([stem_keys, keys].concat(), [stem_values, values].concat()));
+        }
+    }
+    let cached: Option<&[CachedSequence]> = match cache {
+        None => None,
+        Some(cached) => {
+            for (sequence, span) in cached[block.clone()].iter_mut().zip(spans) {
+                let (keys, values) = own(span);
+                sequence.keys.extend_from_slice(keys);
+                sequence.values.extend_from_slice(values);
+            }
+            Some(&*cached)
+        }
+    };
+    let mut next_joined = joined.iter();
+    let batch: Vec<Sequence<'_>> = spans
+        .iter()
+        .enumerate()
+        .map(|(i, span)| {
+            let (keys, values) = match (cached, span.parent) {
+                (Some(cached), _) => {
+                    let sequence = &cached[block.start + i];
+                    (&sequence.keys[..], &sequence.values[..])
+                }
+                (None, None) => own(span),
+                (None, Some(_)) => {
+                    let (keys, values) = next_joined.next().expect("one entry per branch");
+                    (&keys[..], &values[..])
+                }
+            };
+            Sequence {
+                queries: rows(span),
+                keys,
+                values,
+            }
+        })
+        .collect();
+    let mut out = vec![0.0; projected.queries.len() / shape.qk_dim * shape.v_dim];
+    attention(shape, &batch, &projected.queries, &mut out)?;
+    Ok(out)
+}

@@ -1,0 +1,78 @@
+//! From hidden states to logits.
+
+use tenp_checkpoint::Checkpoint;
+use tenp_kernels::cpu::linear::linear;
+use tenp_kernels::{Compute, MatrixView};
+
+use crate::ModelError;
+use crate::error::AtLayer;
+use crate::weights::view;
+
+/// The output head of a model (its embedding matrix, where the two are tied).
+#[derive(Clone, Copy, Debug)]
+pub struct Head<'c> {
+    weight: MatrixView<'c>,
+    compute: Compute,
+    num_layers: usize,
+}
+
+impl<'c> Head<'c> {
+    pub(crate) fn new(checkpoint: &'c Checkpoint, compute: Compute) -> Result<Self, ModelError> {
+        let config = checkpoint.config();
+        let name = if config.tie_word_embeddings {
+            "model.embed_tokens.weight"
+        } else {
+            "lm_head.weight"
+        };
+        let weight = checkpoint.matrix(name, config.vocab_size, config.hidden_size)?;
+        Ok(Self {
+            weight: view(&weight).at(config.num_layers)?,
+            compute,
+            num_layers: config.num_layers,
+        })
+    }
+
+    /// Vocabulary size.
+    pub fn vocab_size(&self) -> usize {
+        self.weight.rows()
+    }
+
+    /// Logits `[rows, vocab]` of normed hidden states `[rows, H]`.
+    ///
+    /// # Errors
+    /// A number of values that is no multiple of H.
+    pub fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>, ModelError> {
+        let mut out = vec![0.0; hidden.len() / self.weight.cols() * self.weight.rows()];
+        linear(self.compute, hidden, &self.weight, None, &mut out).at(self.num_layers)?;
+        Ok(out)
+    }
+
+    /// Calls `visit(row, logits)` for each of `rows` of `hidden`, a bounded number of rows in memory at a time.
+    ///
+    /// # Errors
+    /// As [`Self::logits`].
+    pub fn for_each(
+        &self,
+        hidden: &[f32],
+        rows: &[usize],
+        mut visit: impl FnMut(usize, &[f32]),
+    ) -> Result<(), ModelError> {
+        let width = self.weight.cols();
+        // 64 MiB of logits at a time.
+        let batch = ((64 << 20) / 4 / self.vocab_size().max(1)).clamp(14, 4096);
+        for rows in rows.chunks(batch) {
+            let gathered: Vec<f32> = rows
+                .iter()
+                .flat_map(|&r| &hidden[r * width..(r + 1) * width])
+                .copied()
+                .collect();
+            for (&row, logits) in rows
+                .iter()
+                .zip(self.logits(&gathered)?.chunks_exact(self.vocab_size()))
+            {
+                visit(row, logits);
+            }
+        }
+        Ok(())
+    }
+}

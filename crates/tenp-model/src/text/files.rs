@@ -1,0 +1,289 @@
+//! Calibration and evaluation files: `.jsonl`, `.txt`, `.safetensors`.
+
+use std::path::{Path, PathBuf};
+
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+
+use super::Tokenizer;
+use crate::ModelError;
+
+/// A `[DOMAIN=]FILE` argument.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Data {
+    /// Domain, `default` when none was given.
+    pub domain: String,
+    /// The file.
+    pub path: PathBuf,
+}
+
+impl std::str::FromStr for Data {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (domain, path) = match text.split_once('=') {
+            // A path that contains `=` but no domain still works if the file exists.
+            Some(_) if Path::new(text).exists() => ("default", text),
+            Some((domain, path)) => (domain, path),
+            None => ("default", text),
+        };
+        if domain.is_empty() || domain.contains(['/', '\\']) || path.is_empty() {
+            return Err(format!("`{text}` is not [DOMAIN=]FILE"));
+        }
+        Ok(Self {
+            domain: domain.to_owned(),
+            path: PathBuf::from(path),
+        })
+    }
+}
+
+/// The first `limit` samples of a file as token ids, each cut at `seq_len`.
+///
+/// `tokenizer` is called only for files that hold text.
+///
+/// # Errors
+/// Unreadable or empty files, lines without a usable field, a tokenizer that cannot be opened.
+pub fn read_samples<'t>(
+    path: &Path,
+    limit: usize,
+    seq_len: usize,
+    tokenizer: &mut dyn FnMut() -> Result<&'t Tokenizer, ModelError>,
+) -> Result<Vec<Vec<u32>>, ModelError> {
+    let mut samples = match extension(path) {
+        "safetensors" => token_ids(path, limit)?,
+        "jsonl" => {
+            let tokenizer = tokenizer()?;
+            let mut samples = Vec::new();
+            for (line, value) in json_lines(path)?.into_iter().take(limit) {
+                samples.push(sample(path, line, &value, tokenizer)?);
+            }
+            samples
+        }
+        "txt" => {
+            let tokenizer = tokenizer()?;
+            let text = read_text(path)?;
+            let lines = text.lines().filter(|l| !l.trim().is_empty()).take(limit);
+            lines
+                .map(|line| tokenizer.sequence(line))
+                .collect::<Result<_, _>>()?
+        }
+        _ => {
+            return Err(data(
+                path,
+                None,
+                "unknown kind of file; use .jsonl, .txt or .safetensors",
+            ));
+        }
+    };
+    for sample in &mut samples {
+        sample.truncate(seq_len);
+    }
+    samples.retain(|s| !s.is_empty());
+    if samples.is_empty() {
+        return Err(data(path, None, "there is no sample in this file"));
+    }
+    Ok(samples)
+}
+
+/// One multiple-choice question.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TaskItem {
+    /// Token ids of the prompt, with the beginning-of-sequence token where the tokenizer wants one.
+    pub prompt: Vec<u32>,
+    /// Token ids of each choice.
+    pub choices: Vec<Vec<u32>>,
+    /// Index of the right choice.
+    pub answer: usize,
+}
+
+/// A file of multiple-choice questions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Task {
+    /// The file's stem.
+    pub name: String,
+    /// Its questions.
+    pub items: Vec<TaskItem>,
+}
+
+/// Reads a task: `.jsonl` with `prompt`, `choices` and `answer` (an index).
+///
+/// # Errors
+/// Unreadable or empty files, lines without these fields, an answer that is no choice, a choice without tokens.
+pub fn read_task(path: &Path, tokenizer: &Tokenizer) -> Result<Task, ModelError> {
+    let mut items = Vec::new();
+    for (line, value) in json_lines(path)? {
+        let bad = |why: &str| data(path, Some(line), why);
+        let prompt = value["prompt"]
+            .as_str()
+            .ok_or_else(|| bad("`prompt` is missing"))?;
+        let choices = value["choices"]
+            .as_array()
+            .ok_or_else(|| bad("`choices` is missing"))?;
+        let answer = value["answer"]
+            .as_u64()
+            .ok_or_else(|| bad("`answer` must be the index of a choice"))?
+            as usize;
+        if answer >= choices.len() {
+            return Err(bad(&format!(
+                "`answer` is {answer} but there are {} choices",
+                choices.len()
+            )));
+        }
+        let choices = choices
+            .iter()
+            .map(|choice| {
+                let ids = tokenizer.ids(
+                    choice
+                        .as_str()
+                        .ok_or_else(|| bad("a choice is not a text"))?,
+                )?;
+                if ids.is_empty() {
+                    Err(bad("a choice has no tokens"))
+                } else {
+                    Ok(ids)
+                }
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let prompt = tokenizer.sequence(prompt)?;
+        if prompt.is_empty() {
+            return Err(bad(
+                "the prompt has no tokens, so nothing comes before the choices",
+            ));
+        }
+        items.push(TaskItem {
+            prompt,
+            choices,
+            answer,
+        });
+    }
+    if items.is_empty() {
+        return Err(data(path, None, "there is no question in this file"));
+    }
+    let name = path
+        .file_stem()
+        .map_or_else(String::new, |s| s.to_string_lossy().into_owned());
+    Ok(Task { name, items })
+}
+
+fn extension(path: &Path) -> &str {
+    path.extension()
+        .and_then(|e| e.to_str())
+        .unwrap_or_default()
+}
+
+fn data(path: &Path, line: Option<usize>, why: &str) -> ModelError {
+    ModelError::Data {
+        path: path.to_owned(),
+        line,
+        why: why.to_owned(),
+    }
+}
+
+fn read_text(path: &Path) -> Result<String, ModelError> {
+    let bytes = std::fs::read(path).map_err(|source| ModelError::Io {
+        path: path.to_owned(),
+        source,
+    })?;
+    String::from_utf8(bytes).map_err(|e| {
+        let line = e.as_bytes()[..e.utf8_error().valid_up_to()]
+            .iter()
+            .filter(|&&b| b == b'\n')
+            .count()
+            + 1;
+        data(path, Some(line), "is not UTF-8 text")
+    })
+}
+
+/// Non-empty lines with their numbers.
+fn json_lines(path: &Path) -> Result<Vec<(usize, Value)>, ModelError> {
+    let text = read_text(path)?;
+    text.lines()
+        .enumerate()
+        .filter(|(_, line)| !line.trim().is_empty())
+        .map(|(i, line)| match serde_json::from_str(line) {
+            Ok(value) => Ok((i + 1, value)),
+            Err(e) => Err(data(path, Some(i + 1), &format!("is not JSON: {e}"))),
+        })
+        .collect()
+}
+
+fn sample(
+    path: &Path,
+    line: usize,
+    value: &Value,
+    tokenizer: &Tokenizer,
+) -> Result<Vec<u32>, ModelError> {
+    if let Some(text) = value["text"].as_str() {
+        return tokenizer.sequence(text);
+    }
+    if let (Some(prompt), Some(answer)) = (value["prompt"].as_str(), value["answer"].as_str()) {
+        // Apart, so that the boundary is where it is at test time.
+        let mut ids = tokenizer.sequence(prompt)?;
+        ids.extend(tokenizer.ids(answer)?);
+        return Ok(ids);
+    }
+    if value["messages"].is_array() {
+        return tokenizer.chat(&value["messages"]);
+    }
+    Err(data(
+        path,
+        Some(line),
+        "needs `text`, or `prompt` and `answer`, or `messages`",
+    ))
+}
+
+/// `input_ids` `[n, len]`, used as they are.
+fn token_ids(path: &Path, limit: usize) -> Result<Vec<Vec<u32>>, ModelError> {
+    let bytes = std::fs::read(path).map_err(|source| ModelError::Io {
+        path: path.to_owned(),
+        source,
+    })?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| data(path, None, &e.to_string()))?;
+    let tensor = file
+        .tensor("input_ids")
+        .map_err(|_| data(path, None, "has no tensor `input_ids`"))?;
+    let &[_, len] = tensor.shape() else {
+        return Err(data(
+            path,
+            None,
+            &format!(
+                "`input_ids` has shape {:?}, not [samples, length]",
+                tensor.shape()
+            ),
+        ));
+    };
+    let wide: Vec<i64> = match tensor.dtype() {
+        Dtype::I64 => tensor
+            .data()
+            .as_chunks::<8>()
+            .0
+            .iter()
+            .map(|b| i64::from_le_bytes(*b))
+            .collect(),
+        Dtype::I32 => tensor
+            .data()
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|b| i32::from_le_bytes(*b).into())
+            .collect(),
+        other => {
+            return Err(data(
+                path,
+                None,
+                &format!("`input_ids` is {other:?}, not I64 or I32"),
+            ));
+        }
+    };
+    let ids = wide
+        .into_iter()
+        .map(|id| {
+            u32::try_from(id).map_err(|_| data(path, None, &format!("`input_ids` holds {id}")))
+        })
+        .collect::<Result<Vec<u32>, _>>()?;
+    Ok(if len == 0 {
+        Vec::new()
+    } else {
+        ids.chunks(len).take(limit).map(<[u32]>::to_vec).collect()
+    })
+}
