@@ -41,7 +41,7 @@ fn grouped(
     num_layers: usize,
 ) -> Result<Attention, CheckpointError> {
     let num_kv_heads = fields.size("num_key_value_heads")?.unwrap_or(num_heads);
-    if num_kv_heads == 0 || num_heads % num_kv_heads != 0 {
+    if num_kv_heads == 0 || !num_heads.is_multiple_of(num_kv_heads) {
         return Err(fields.error(
             "num_key_value_heads",
             format!("is {num_kv_heads}, which does not divide num_attention_heads = {num_heads}"),
