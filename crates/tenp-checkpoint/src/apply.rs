@@ -155,6 +155,16 @@ pub fn apply(
     })
 }
 
+/// Refuses an output folder that [`apply`] would refuse, before any other work. An earlier output passes: only the run's
+/// fingerprint tells whether it is finished.
+///
+/// # Errors
+/// [`CheckpointError::Output`], or an unreadable folder.
+pub fn check_output(checkpoint: &Checkpoint, out: &Path, force: bool) -> Result<(), CheckpointError> {
+    let earlier = out.join("report.json").exists() && out.join("tenp_plan.json").exists();
+    Target::find(out, checkpoint.dir(), force || earlier, "").map(drop)
+}
+
 fn write_tensors(
     checkpoint: &Checkpoint,
     tensors: &[layout::OutputTensor<'_>],

@@ -168,6 +168,27 @@ impl<'c> Model<'c> {
         4 * self.config().hidden_size
     }
 
+    /// Anonymous memory that a calibration pass over `tokens` tokens takes at most, about: hidden states, and one
+    /// block's activations and statistics.
+    pub fn working_bytes(&self, tokens: usize) -> usize {
+        let config = self.config();
+        let moe = &config.moe;
+        let block = self.block_tokens().min(tokens);
+        let heads = match &config.attention {
+            Attention::Mla { num_heads, nope_dim, rope_dim, v_dim, .. } => {
+                num_heads * (3 * (nope_dim + rope_dim) + 3 * v_dim)
+            }
+            Attention::Gqa { num_heads, num_kv_heads, head_dim, .. } => {
+                (2 * num_heads + 2 * num_kv_heads) * head_dim
+            }
+        };
+        let routed = moe.top_k * (3 * config.hidden_size + moe.expert_width);
+        let shared = 2 * config.hidden_size + moe.shared_width.max(config.dense_width);
+        let block_values = block * (4 * config.hidden_size + heads.max(routed).max(shared));
+        let statistics = 8 * 9 * (1 + config.moe_layers.len()) * moe.num_experts * moe.expert_width;
+        tokens * self.hidden_bytes_per_token() + 4 * block_values + statistics
+    }
+
     /// Tokens of a block: as many as the expert activations may take memory for.
     pub(crate) fn block_tokens(&self) -> usize {
         let moe = &self.config().moe;

@@ -20,8 +20,6 @@
 //! same arguments give the same plan everywhere.
 
 #![forbid(unsafe_code)]
-// Formulas and the names of models are prose here, not identifiers.
-#![allow(clippy::doc_markdown)]
 
 pub mod allocate;
 pub mod calibration;

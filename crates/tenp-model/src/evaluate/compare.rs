@@ -85,12 +85,68 @@ pub fn compare(
             });
         }
     }
-    let mut sequences = Sequences::default();
-    for sample in samples {
-        sequences.push(sample, 0);
+    let max_tokens = super::score::PASS_BYTES / 4 / model.hidden_bytes_per_token();
+    let mut total = Sums::default();
+    let mut first = 0;
+    while first < samples.len() {
+        let mut sequences = Sequences::default();
+        let mut last = first;
+        while last < samples.len() && (last == first || sequences.num_tokens() < max_tokens) {
+            sequences.push(&samples[last], 0);
+            last += 1;
+        }
+        one_pass(model, reference, &sequences, kept_experts, &mut total, progress)?;
+        first = last;
     }
-    let (mut run, mut reference_run) = (model.begin(&sequences)?, reference.begin(&sequences)?);
-    let mut layers = Vec::new();
+    Ok(total.into_comparison())
+}
+
+/// Sums over the passes.
+#[derive(Default)]
+struct Sums {
+    tokens: usize,
+    kl: f64,
+    same: usize,
+    layers: Vec<LayerSums>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct LayerSums {
+    layer: usize,
+    error_sq: f64,
+    norm_sq: f64,
+    /// Chosen experts in common, and chosen experts of the reference.
+    routing: Option<(usize, usize)>,
+}
+
+impl Sums {
+    fn into_comparison(self) -> Comparison {
+        let tokens = self.tokens.max(1) as f64;
+        let layers = self.layers.iter().map(|l| LayerComparison {
+            layer: l.layer,
+            output_error: if l.error_sq == 0.0 { 0.0 } else { (l.error_sq / l.norm_sq).sqrt() },
+            routing_shift: l.routing.map(|(shared, all)| 1.0 - shared as f64 / all.max(1) as f64),
+        });
+        Comparison {
+            tokens: self.tokens,
+            kl: self.kl / tokens,
+            top1: self.same as f64 / tokens,
+            layers: layers.collect(),
+        }
+    }
+}
+
+fn one_pass(
+    model: &Model<'_>,
+    reference: &Model<'_>,
+    sequences: &Sequences,
+    kept_experts: Option<&[Vec<usize>]>,
+    total: &mut Sums,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<(), ModelError> {
+    let same_experts = model.config().moe.num_experts == reference.config().moe.num_experts;
+    let (mut run, mut reference_run) = (model.begin(sequences)?, reference.begin(sequences)?);
+    let mut index = 0;
     loop {
         let layer = run.layer();
         let (mut ours, mut theirs) = (Capture::default(), Capture::default());
@@ -99,74 +155,56 @@ pub fn compare(
         }
         reference_run.step(&mut theirs, None)?;
         progress(layer, sequences.num_tokens());
-        if !ours.outputs.is_empty() && ours.outputs.len() == theirs.outputs.len() {
-            let kept = kept_experts
-                .and_then(|k| k.get(layers.len()))
-                .map(Vec::as_slice);
-            let comparable = kept.is_some() || a.moe.num_experts == b.moe.num_experts;
-            layers.push(LayerComparison {
-                layer,
-                output_error: relative_error(&ours.outputs, &theirs.outputs),
-                routing_shift: comparable.then(|| routing_shift(&ours, &theirs, kept)),
-            });
+        if ours.outputs.is_empty() || ours.outputs.len() != theirs.outputs.len() {
+            continue;
         }
+        if total.layers.len() == index {
+            total.layers.push(LayerSums { layer, ..LayerSums::default() });
+        }
+        let sums = &mut total.layers[index];
+        for (a, b) in ours.outputs.iter().zip(&theirs.outputs) {
+            let (a, b) = (f64::from(*a), f64::from(*b));
+            sums.error_sq += (a - b) * (a - b);
+            sums.norm_sq += b * b;
+        }
+        let kept = kept_experts.and_then(|k| k.get(index)).map(Vec::as_slice);
+        if kept.is_some() || same_experts {
+            let (shared, all) = sums.routing.unwrap_or_default();
+            let (more, of) = experts_in_common(&ours, &theirs, kept);
+            sums.routing = Some((shared + more, all + of));
+        }
+        index += 1;
     }
     let (hidden, reference_hidden) = (run.finish()?, reference_run.finish()?);
-    let (kl, top1) = divergence(
-        (&model.head()?, &hidden),
-        (&reference.head()?, &reference_hidden),
-        a.hidden_size,
-    )?;
-    Ok(Comparison {
-        tokens: sequences.num_tokens(),
-        kl,
-        top1,
-        layers,
-    })
+    let width = model.config().hidden_size;
+    let (kl, same) = divergence((&model.head()?, &hidden), (&reference.head()?, &reference_hidden), width)?;
+    total.tokens += sequences.num_tokens();
+    total.kl += kl;
+    total.same += same;
+    Ok(())
 }
 
-fn relative_error(ours: &[f32], theirs: &[f32]) -> f64 {
-    let (mut error, mut norm) = (0f64, 0f64);
-    for (a, b) in ours.iter().zip(theirs) {
-        let (a, b) = (f64::from(*a), f64::from(*b));
-        error += (a - b) * (a - b);
-        norm += b * b;
-    }
-    if norm == 0.0 {
-        if error == 0.0 { 0.0 } else { f64::INFINITY }
-    } else {
-        (error / norm).sqrt()
-    }
-}
-
-fn routing_shift(ours: &Capture, theirs: &Capture, kept: Option<&[usize]>) -> f64 {
-    let tokens = ours.expert_ids.chunks_exact(ours.top_k.max(1));
-    let count = tokens.len();
-    let shared: usize = tokens
+/// (chosen experts in common, chosen experts of the reference).
+fn experts_in_common(ours: &Capture, theirs: &Capture, kept: Option<&[usize]>) -> (usize, usize) {
+    let original = |e: u32| kept.map_or(e, |k| k.get(e as usize).map_or(u32::MAX, |&o| o as u32));
+    let shared = ours
+        .expert_ids
+        .chunks_exact(ours.top_k.max(1))
         .zip(theirs.expert_ids.chunks_exact(theirs.top_k.max(1)))
-        .map(|(a, b)| {
-            a.iter()
-                .filter(|&&e| {
-                    let original =
-                        kept.map_or(e, |k| k.get(e as usize).map_or(u32::MAX, |&o| o as u32));
-                    b.contains(&original)
-                })
-                .count()
-        })
-        .sum();
-    1.0 - shared as f64 / (count * theirs.top_k).max(1) as f64
+        .map(|(a, b)| a.iter().filter(|&&e| b.contains(&original(e))).count());
+    (shared.sum(), theirs.expert_ids.len())
 }
 
-/// (mean KL(reference ‖ model), top-1 agreement) over all rows.
+/// (sum of KL(reference ‖ model), rows whose likeliest tokens agree).
 fn divergence(
     (head, hidden): (&Head<'_>, &[f32]),
     (reference_head, reference_hidden): (&Head<'_>, &[f32]),
     width: usize,
-) -> Result<(f64, f64), ModelError> {
+) -> Result<(f64, usize), ModelError> {
     let vocab = head.vocab_size();
     // Two sets of logits, 64 MiB each.
     let batch = ((64 << 20) / 4 / vocab.max(1)).clamp(14, 4096) * width;
-    let (mut kl, mut same, mut rows) = (0f64, 0usize, 0usize);
+    let (mut kl, mut same) = (0f64, 0usize);
     for (ours, theirs) in hidden.chunks(batch).zip(reference_hidden.chunks(batch)) {
         let (ours, theirs) = (head.logits(ours)?, reference_head.logits(theirs)?);
         // Collected in row order, so that the sum does not depend on the threads.
@@ -185,8 +223,7 @@ fn divergence(
         for (row_kl, agree) in per_row {
             kl += row_kl;
             same += usize::from(agree);
-            rows += 1;
         }
     }
-    Ok((kl / rows.max(1) as f64, same as f64 / rows.max(1) as f64))
+    Ok((kl, same))
 }

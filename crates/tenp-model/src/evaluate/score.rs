@@ -7,7 +7,7 @@ use crate::text::Task;
 use crate::{Model, ModelError, Observer, Sequences};
 
 /// Hidden states of one pass may take this much memory; longer inputs take several passes.
-const PASS_BYTES: usize = 1 << 30;
+pub(super) const PASS_BYTES: usize = 1 << 30;
 
 /// Outcome of a task.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

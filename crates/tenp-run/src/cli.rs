@@ -1,0 +1,361 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use tenp_model::text::Data;
+use tenp_prune::{ExpertScore, Method, NeuronScore};
+
+/// Shrink Mixture-of-Experts checkpoints without training.
+///
+/// Reads a Hugging Face folder, measures on a few calibration samples which experts and neurons matter, and writes a
+/// smaller checkpoint. Data goes to stdout, progress and notes to stderr.
+///
+/// Exit codes: 0 done, 1 failed, 2 usage, 3 environment, 4 verification found a difference.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 110, after_help = "First steps:\n  tenp-run demo\n  tenp-run prune MODEL --data calibration.jsonl --keep 0.6 -o OUT")]
+pub(crate) struct Cli {
+    /// Threads to use; all cores by default. Results do not depend on it.
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) threads: Option<u16>,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Say what a checkpoint is: family, layers, experts, parameters, bytes.
+    #[command(after_help = "Example:\n  tenp-run inspect ./DeepSeek-V2-Lite --json")]
+    Inspect(Inspect),
+    /// Run calibration text through the model and collect every statistic in one pass.
+    #[command(after_help = "Example:\n  tenp-run calibrate ./DeepSeek-V2-Lite --data math=math.jsonl --data code=code.jsonl -o stats.safetensors")]
+    Calibrate(Calibrate),
+    /// Merge or show statistics files.
+    #[command(subcommand, after_help = "Examples:\n  tenp-run stats merge a.safetensors b.safetensors -o all.safetensors\n  tenp-run stats show all.safetensors")]
+    Stats(Stats),
+    /// Decide which experts and neurons stay. Takes seconds, reads no weights.
+    #[command(after_help = "Example:\n  tenp-run plan ./DeepSeek-V2-Lite --stats stats.safetensors --method tenp --keep 0.6 -o plan.json")]
+    Plan(PlanCommand),
+    /// Write the checkpoint that a plan describes.
+    #[command(after_help = "Example:\n  tenp-run apply ./DeepSeek-V2-Lite --plan plan.json -o ./DeepSeek-V2-Lite-60")]
+    Apply(Apply),
+    /// Calibrate, plan and apply in one go.
+    #[command(after_help = "Example:\n  tenp-run prune ./DeepSeek-V2-Lite --data calibration.jsonl --keep 0.6 -o ./DeepSeek-V2-Lite-60")]
+    Prune(Prune),
+    /// Measure a model: multiple choice, perplexity, distance from a reference model.
+    #[command(after_help = "Example:\n  tenp-run eval ./DeepSeek-V2-Lite-60 --reference ./DeepSeek-V2-Lite --tasks tasks/ --text held-out.jsonl")]
+    Eval(Eval),
+    /// Write the logits of given token ids.
+    #[command(after_help = "Example:\n  tenp-run logits ./model --input ids.safetensors --output logits.safetensors")]
+    Logits(Logits),
+    /// Continue a prompt.
+    #[command(after_help = "Example:\n  tenp-run generate ./model --prompt \"The town of Kibuko\" --max-tokens 20")]
+    Generate(Generate),
+    /// The whole story on the bundled checkpoint, in under a minute.
+    #[command(after_help = "Example:\n  tenp-run demo")]
+    Demo(Demo),
+}
+
+/// Precision of the products.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ComputeArg {
+    /// Weights widened to f32, everything in f32.
+    #[default]
+    F32,
+    /// Products of bf16 values, sums in f32.
+    Bf16,
+}
+
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct ComputeArgs {
+    /// Precision of the products.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) compute: ComputeArg,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Inspect {
+    /// Folder of the checkpoint.
+    pub(crate) model: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct DataArgs {
+    /// Calibration text: .jsonl (`text`, or `prompt` and `answer`, or `messages`), .txt (a sample a line), or
+    /// .safetensors (`input_ids` [n, len]). A file without DOMAIN= is of domain `default`. May repeat.
+    #[arg(long, required = true, num_args = 1.., value_name = "[DOMAIN=]FILE")]
+    pub(crate) data: Vec<Data>,
+    /// Samples per domain, the first ones.
+    #[arg(long, default_value_t = 128, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) samples: u32,
+    /// Tokens per sample; longer ones are cut.
+    #[arg(long, default_value_t = 2048, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) seq_len: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Calibrate {
+    /// Folder of the checkpoint.
+    pub(crate) model: PathBuf,
+    #[command(flatten)]
+    pub(crate) data: DataArgs,
+    #[command(flatten)]
+    pub(crate) compute: ComputeArgs,
+    /// Statistics file to write.
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Stats {
+    /// Add up statistics files of the same checkpoint.
+    #[command(after_help = "Example:\n  tenp-run stats merge a.safetensors b.safetensors -o all.safetensors")]
+    Merge {
+        /// Statistics files.
+        #[arg(required = true, num_args = 2..)]
+        files: Vec<PathBuf>,
+        /// Statistics file to write.
+        #[arg(short, long, value_name = "FILE")]
+        output: PathBuf,
+    },
+    /// Say what is in a statistics file.
+    #[command(after_help = "Example:\n  tenp-run stats show stats.safetensors --json")]
+    Show {
+        /// Statistics file.
+        file: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct PlanArgs {
+    /// What decides: tenp, enp; experts dropped by frequency, gating, ean, reap, man, msan, easy-ep, random-experts;
+    /// or random-neurons.
+    #[arg(long, default_value = "tenp")]
+    pub(crate) method: Method,
+    /// Share of the routed-expert neurons to keep, above 0 and at most 1. Needed by every allocation but file:PATH.
+    #[arg(long, value_name = "SHARE")]
+    pub(crate) keep: Option<f64>,
+    /// Share of the experts that stay whole [default: 5/9 of the square of --keep].
+    #[arg(long, value_name = "SHARE")]
+    pub(crate) alpha: Option<f64>,
+    /// How much wider deeper layers are: 0 the same everywhere, 1 a full triangle, negative inverted [default: 1/3].
+    #[arg(long, value_name = "SLOPE", allow_negative_numbers = true)]
+    pub(crate) slope: Option<f64>,
+    /// Widths are multiples of this [default: the largest of 32, 16, 8, … that divides the width, at most a twelfth].
+    #[arg(long, value_name = "Q")]
+    pub(crate) width_multiple: Option<usize>,
+    /// Budget over layers and experts: trapezoid, uniform, global, or file:PATH (JSON, widths per layer and expert).
+    #[arg(long, value_name = "ALLOCATION")]
+    pub(crate) allocation: Option<String>,
+    /// Expert importance: direction, frequency, gating, ean, reap, man, msan, easy-ep, random.
+    #[arg(long, value_name = "SCORE")]
+    pub(crate) expert_score: Option<ExpertScore>,
+    /// Neuron importance: contribution, contribution-abs, activation-norm, energy, wifv, weight-norm, random.
+    #[arg(long, value_name = "SCORE")]
+    pub(crate) neuron_score: Option<NeuronScore>,
+    /// Keep experts with extreme outputs whole.
+    #[arg(long)]
+    pub(crate) protect_super: bool,
+    /// With uniform widths: meet the budget to the neuron, some experts a quantum wider.
+    #[arg(long)]
+    pub(crate) exact: bool,
+    /// Divide scores by their norm: `layer` (global allocation) or `domains` (each domain's neuron scores).
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub(crate) normalise: Vec<Normalise>,
+    /// Weight of a domain, 1 by default. May repeat.
+    #[arg(long, value_name = "DOMAIN=WEIGHT", value_parser = domain_weight)]
+    pub(crate) domain_weight: Vec<(String, f64)>,
+    /// Seed of random scores.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Normalise {
+    /// Scores by their layer's norm.
+    Layer,
+    /// Each domain's neuron scores by their norm.
+    Domains,
+}
+
+fn domain_weight(text: &str) -> Result<(String, f64), String> {
+    let (domain, weight) = text.split_once('=').ok_or("expected DOMAIN=WEIGHT")?;
+    let weight = weight.parse().map_err(|_| format!("`{weight}` is not a number"))?;
+    Ok((domain.to_owned(), weight))
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PlanCommand {
+    /// Folder of the checkpoint.
+    pub(crate) model: PathBuf,
+    /// Statistics file of this checkpoint.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) stats: PathBuf,
+    #[command(flatten)]
+    pub(crate) plan: PlanArgs,
+    /// Plan to write.
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: PathBuf,
+    /// Print the accounting as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// How narrowed experts are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FormArg {
+    /// True shapes; runs in tenp-run.
+    #[default]
+    Ragged,
+    /// Zeros up to the old width; loads everywhere, saves nothing.
+    Padded,
+    /// One width for all experts; loads everywhere. Needs a plan with one width (--method enp).
+    Uniform,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct OutputArgs {
+    /// Folder to write.
+    #[arg(short, long, value_name = "FOLDER")]
+    pub(crate) output: PathBuf,
+    /// How narrowed experts are written.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) form: FormArg,
+    /// Largest shard, such as 5GB or 500MB.
+    #[arg(long, default_value = "5GB", value_parser = size, value_name = "SIZE")]
+    pub(crate) shard_size: u64,
+    /// Replace an output folder that is not empty.
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    let text = text.trim();
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let factor = match text[digits..].trim().to_ascii_uppercase().as_str() {
+        "" | "B" => 1.0,
+        "KB" => 1e3,
+        "MB" => 1e6,
+        "GB" => 1e9,
+        "KIB" => 1024.0,
+        "MIB" => 1024.0 * 1024.0,
+        "GIB" => 1024.0 * 1024.0 * 1024.0,
+        other => return Err(format!("unknown unit `{other}`; use B, KB, MB or GB")),
+    };
+    let value: f64 = text[..digits].parse().map_err(|_| format!("`{text}` is not a size such as 5GB"))?;
+    let bytes = value * factor;
+    if bytes >= 1.0 { Ok(bytes as u64) } else { Err(format!("`{text}` is less than a byte")) }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Apply {
+    /// Folder of the checkpoint.
+    pub(crate) model: PathBuf,
+    /// Plan of this checkpoint.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) plan: PathBuf,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+    /// Print the outcome as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Prune {
+    /// Folder of the checkpoint.
+    pub(crate) model: PathBuf,
+    #[command(flatten)]
+    pub(crate) data: DataArgs,
+    #[command(flatten)]
+    pub(crate) compute: ComputeArgs,
+    #[command(flatten)]
+    pub(crate) plan: PlanArgs,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+    /// Keep the statistics here, to plan other budgets without calibrating again.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) save_stats: Option<PathBuf>,
+    /// Only say what it would take: sizes, memory, time.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Print the outcome as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Eval {
+    /// Folder of the checkpoint.
+    pub(crate) model: PathBuf,
+    /// Compare with this checkpoint on the same tokens.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) reference: Option<PathBuf>,
+    /// Multiple-choice questions: .jsonl with `prompt`, `choices`, `answer`, or folders of such files.
+    #[arg(long, num_args = 1.., value_name = "FILE|FOLDER")]
+    pub(crate) tasks: Vec<PathBuf>,
+    /// Texts for the perplexity: the kinds of files that calibrate takes.
+    #[arg(long, num_args = 1.., value_name = "FILE")]
+    pub(crate) text: Vec<PathBuf>,
+    /// Tokens per text sample; longer ones are cut.
+    #[arg(long, default_value_t = 2048, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    pub(crate) seq_len: u32,
+    #[command(flatten)]
+    pub(crate) compute: ComputeArgs,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Logits {
+    /// Folder of the checkpoint.
+    pub(crate) model: PathBuf,
+    /// .safetensors with `input_ids` [n, len].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) input: PathBuf,
+    /// .safetensors to write: `logits` [n, len, vocab], f32.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) output: PathBuf,
+    #[command(flatten)]
+    pub(crate) compute: ComputeArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Generate {
+    /// Folder of the checkpoint.
+    pub(crate) model: PathBuf,
+    /// Text to continue.
+    #[arg(long)]
+    pub(crate) prompt: String,
+    /// Tokens to generate at most.
+    #[arg(long, default_value_t = 100, value_name = "N")]
+    pub(crate) max_tokens: usize,
+    /// 0 takes the likeliest token; higher values sample.
+    #[arg(long, default_value_t = 0.0, value_name = "T")]
+    pub(crate) temperature: f64,
+    /// Seed of the sampling.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    #[command(flatten)]
+    pub(crate) compute: ComputeArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Demo {
+    /// Folder of the demo: checkpoint, calibration/, tasks/.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) folder: Option<PathBuf>,
+    /// Share of the routed-expert neurons to keep.
+    #[arg(long, default_value_t = 0.6, value_name = "SHARE")]
+    pub(crate) keep: f64,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}

@@ -1,0 +1,36 @@
+//! One file per command.
+
+mod apply;
+mod calibrate;
+mod demo;
+mod eval;
+mod generate;
+mod inspect;
+mod logits;
+mod plan;
+mod prune;
+mod stats;
+
+use anyhow::{Context, Result};
+
+use crate::cli::{Cli, Command};
+
+/// Runs the command of the command line.
+pub(crate) fn run(cli: Cli) -> Result<()> {
+    if let Some(threads) = cli.threads {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
+        pool.build_global().context("cannot start the threads")?;
+    }
+    match cli.command {
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
+        Command::Stats(args) => stats::run(args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Apply(args) => apply::run(&args),
+        Command::Prune(args) => prune::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Logits(args) => logits::run(&args),
+        Command::Generate(args) => generate::run(&args),
+        Command::Demo(args) => demo::run(&args),
+    }
+}

@@ -1,0 +1,222 @@
+//! `eval`: accuracy, perplexity, distance from a reference.
+
+use anyhow::Result;
+use serde_json::{Map, Value, json};
+use tenp_checkpoint::Checkpoint;
+use tenp_kernels::Compute;
+use tenp_model::evaluate::{Comparison, TaskScore, TextScore, compare, score_tasks, score_text};
+use tenp_model::text::Task;
+use tenp_model::{Model, Observer};
+
+use crate::cli::Eval;
+use crate::failure::usage;
+use crate::progress::{Progress, Unit};
+use crate::{console, models};
+
+/// Passes a run's progress on.
+pub(super) struct Watch<'p>(pub(super) &'p mut Progress);
+
+impl Observer for Watch<'_> {
+    fn progress(&mut self, _layer: usize, tokens: usize) {
+        self.0.advance(tokens as u64);
+    }
+}
+
+/// Everything measured of one model.
+#[derive(Default)]
+pub(super) struct Measures {
+    pub(super) tasks: Vec<(String, TaskScore)>,
+    pub(super) text: Vec<(String, TextScore)>,
+    pub(super) reference: Option<Comparison>,
+}
+
+impl Measures {
+    pub(super) fn mean_accuracy(&self) -> f64 {
+        self.tasks.iter().map(|(_, t)| t.accuracy).sum::<f64>() / self.tasks.len().max(1) as f64
+    }
+
+    /// Mean over tasks of the answers' negative log-likelihood.
+    pub(super) fn mean_nll(&self) -> f64 {
+        self.tasks.iter().map(|(_, t)| t.nll).sum::<f64>() / self.tasks.len().max(1) as f64
+    }
+}
+
+pub(super) fn run(args: &Eval) -> Result<()> {
+    if args.tasks.is_empty() && args.text.is_empty() {
+        return Err(usage("nothing to measure: give --tasks, --text or both"));
+    }
+    let checkpoint = models::open(&args.model)?;
+    let texts = models::Texts::new(&checkpoint);
+    let tasks = texts.tasks(&args.tasks)?;
+    let mut samples = Vec::new();
+    for path in &args.text {
+        let name = path.file_stem().map_or_else(String::new, |s| s.to_string_lossy().into_owned());
+        samples.push((name, texts.samples(path, usize::MAX, args.seq_len as usize)?));
+    }
+    let compute = args.compute.into();
+    let mut measures = Measures { tasks: run_tasks(&checkpoint, &tasks, compute, "tasks")?, ..Measures::default() };
+    for (name, samples) in &samples {
+        measures.text.push((name.clone(), run_text(&checkpoint, name, samples, compute)?));
+    }
+    if let Some(dir) = &args.reference {
+        let reference = models::open(dir)?;
+        measures.reference = Some(run_reference(&checkpoint, &reference, &tasks, &samples, compute)?);
+    }
+    if args.json {
+        console::json(&as_json(&measures));
+    } else {
+        console::data(&as_text(&measures));
+    }
+    Ok(())
+}
+
+/// Scores every task.
+pub(super) fn run_tasks(
+    checkpoint: &Checkpoint,
+    tasks: &[Task],
+    compute: Compute,
+    label: &str,
+) -> Result<Vec<(String, TaskScore)>> {
+    if tasks.is_empty() {
+        return Ok(Vec::new());
+    }
+    let model = Model::new(checkpoint, compute);
+    let layers = checkpoint.config().num_layers;
+    let tokens: usize = tasks
+        .iter()
+        .flat_map(|t| &t.items)
+        .map(|i| i.prompt.len() + i.choices.iter().map(|c| c.len() - 1).sum::<usize>())
+        .sum();
+    let mut progress = Progress::new(label, Unit::Tokens, (tokens * layers) as u64, layers);
+    let mut scores = Vec::new();
+    for task in tasks {
+        scores.push((task.name.clone(), score_tasks(&model, task, &mut Watch(&mut progress))?));
+    }
+    progress.finish();
+    Ok(scores)
+}
+
+fn run_text(checkpoint: &Checkpoint, name: &str, samples: &[Vec<u32>], compute: Compute) -> Result<TextScore> {
+    let layers = checkpoint.config().num_layers;
+    let tokens: usize = samples.iter().map(Vec::len).sum();
+    let mut progress = Progress::new(name, Unit::Tokens, (tokens * layers) as u64, layers);
+    let score = score_text(&Model::new(checkpoint, compute), samples, &mut Watch(&mut progress))?;
+    progress.finish();
+    Ok(score)
+}
+
+/// Compares on the texts and on the prompts with their right answers.
+fn run_reference(
+    checkpoint: &Checkpoint,
+    reference: &Checkpoint,
+    tasks: &[Task],
+    texts: &[(String, Vec<Vec<u32>>)],
+    compute: Compute,
+) -> Result<Comparison> {
+    let answered = tasks.iter().flat_map(|t| &t.items).map(|i| [&i.prompt[..], &i.choices[i.answer]].concat());
+    let samples: Vec<Vec<u32>> = texts.iter().flat_map(|(_, s)| s.iter().cloned()).chain(answered).collect();
+    let layers = checkpoint.config().num_layers;
+    let tokens: usize = samples.iter().map(Vec::len).sum();
+    let mut progress = Progress::new("reference", Unit::Tokens, (tokens * layers) as u64, layers);
+    let kept = models::kept_experts(checkpoint, reference)?;
+    let comparison = compare(
+        &Model::new(checkpoint, compute),
+        &Model::new(reference, compute),
+        &samples,
+        kept.as_deref(),
+        &mut |_, tokens| progress.advance(tokens as u64),
+    )?;
+    progress.finish();
+    Ok(comparison)
+}
+
+fn as_json(m: &Measures) -> Value {
+    let mut out = Map::new();
+    let tasks: Map<String, Value> = m
+        .tasks
+        .iter()
+        .map(|(name, t)| {
+            let value = json!({
+                "n": t.n, "accuracy": t.accuracy, "stderr": t.stderr, "exact_match": t.exact_match, "nll": t.nll,
+            });
+            (name.clone(), value)
+        })
+        .collect();
+    if !tasks.is_empty() {
+        out.insert("tasks".into(), Value::Object(tasks));
+        out.insert("mean_accuracy".into(), json!(m.mean_accuracy()));
+    }
+    if !m.text.is_empty() {
+        let text: Map<String, Value> = m
+            .text
+            .iter()
+            .map(|(name, t)| (name.clone(), json!({"tokens": t.tokens, "nll": t.nll, "perplexity": t.perplexity})))
+            .collect();
+        out.insert("text".into(), Value::Object(text));
+    }
+    if let Some(r) = &m.reference {
+        let layers: Vec<Value> = r
+            .layers
+            .iter()
+            .map(|l| json!({"layer": l.layer, "output_error": l.output_error, "routing_shift": l.routing_shift}))
+            .collect();
+        out.insert("reference".into(), json!({"kl": r.kl, "top1": r.top1, "layers": layers}));
+    }
+    Value::Object(out)
+}
+
+fn as_text(m: &Measures) -> String {
+    let mut parts = Vec::new();
+    if !m.tasks.is_empty() {
+        let mut rows: Vec<Vec<String>> = m
+            .tasks
+            .iter()
+            .map(|(name, t)| {
+                vec![
+                    name.clone(),
+                    t.n.to_string(),
+                    format!("{:.3} ± {:.3}", t.accuracy, t.stderr),
+                    format!("{:.3}", t.exact_match),
+                    format!("{:.4}", t.nll),
+                ]
+            })
+            .collect();
+        let mean = |f: &dyn Fn(&TaskScore) -> f64| m.tasks.iter().map(|(_, t)| f(t)).sum::<f64>() / m.tasks.len() as f64;
+        rows.push(vec![
+            "mean".into(),
+            String::new(),
+            format!("{:.3}        ", m.mean_accuracy()),
+            format!("{:.3}", mean(&|t| t.exact_match)),
+            format!("{:.4}", m.mean_nll()),
+        ]);
+        parts.push(console::table(&["task", "n", "accuracy", "exact match", "answer NLL"], &rows));
+    }
+    if !m.text.is_empty() {
+        let rows: Vec<Vec<String>> = m
+            .text
+            .iter()
+            .map(|(name, t)| {
+                vec![name.clone(), t.tokens.to_string(), format!("{:.4}", t.nll), format!("{:.3}", t.perplexity)]
+            })
+            .collect();
+        parts.push(console::table(&["text", "tokens", "NLL", "perplexity"], &rows));
+    }
+    if let Some(r) = &m.reference {
+        parts.push(format!(
+            "against the reference, {} tokens: KL {:.5} nats, top-1 agreement {}\n",
+            r.tokens,
+            r.kl,
+            console::percent(r.top1)
+        ));
+        let rows: Vec<Vec<String>> = r
+            .layers
+            .iter()
+            .map(|l| {
+                let shift = l.routing_shift.map_or_else(|| "–".to_owned(), console::percent);
+                vec![l.layer.to_string(), format!("{:.4}", l.output_error), shift]
+            })
+            .collect();
+        parts.push(console::table(&["layer", "output error", "routing shift"], &rows));
+    }
+    parts.join("\n")
+}

@@ -1,0 +1,59 @@
+//! What the shell sees when something fails: one message on stderr and a documented exit code.
+
+use std::process::ExitCode;
+
+use tenp_checkpoint::CheckpointError;
+use tenp_prune::PruneError;
+
+/// 1: the work failed.
+const FAILED: u8 = 1;
+/// 2: the command line cannot be carried out as it stands.
+const USAGE: u8 = 2;
+
+/// A command line that cannot be carried out; the message names the flag and the remedy.
+#[derive(Debug)]
+pub(crate) struct UsageError(pub(crate) String);
+
+impl std::fmt::Display for UsageError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for UsageError {}
+
+/// A usage error as an `anyhow` error.
+pub(crate) fn usage(message: impl Into<String>) -> anyhow::Error {
+    anyhow::Error::new(UsageError(message.into()))
+}
+
+/// Prints the error with its causes and says what the process ends with.
+pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
+    crate::console::note(&format!("tenp-run: {error:#}"));
+    let code = error.chain().map(code_of).max().unwrap_or(FAILED);
+    ExitCode::from(code)
+}
+
+fn code_of(cause: &(dyn std::error::Error + 'static)) -> u8 {
+    let usage = cause.is::<UsageError>()
+        || cause.downcast_ref::<PruneError>().is_some_and(is_usage)
+        || cause.downcast_ref::<CheckpointError>().is_some_and(|e| {
+            matches!(e, CheckpointError::Form { .. } | CheckpointError::Output { .. })
+        });
+    if usage { USAGE } else { FAILED }
+}
+
+/// Refusals of option values, as opposed to statistics or checkpoints that do not fit.
+fn is_usage(error: &PruneError) -> bool {
+    matches!(
+        error,
+        PruneError::UnknownName { .. }
+            | PruneError::Keep { .. }
+            | PruneError::Alpha { .. }
+            | PruneError::Slope { .. }
+            | PruneError::WidthMultiple { .. }
+            | PruneError::NoEffect { .. }
+            | PruneError::UnknownDomain { .. }
+            | PruneError::DomainWeight { .. }
+    )
+}

@@ -1,0 +1,106 @@
+//! Progress: a bar with rate and time left on a terminal, a plain line now and then elsewhere.
+
+use std::time::{Duration, Instant};
+
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+
+use crate::console;
+
+/// Lines elsewhere than on a terminal come at most this often.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// What is counted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unit {
+    Tokens,
+    Bytes,
+}
+
+/// Progress of one stage.
+pub(crate) struct Progress {
+    label: String,
+    unit: Unit,
+    total: u64,
+    done: u64,
+    /// Tokens pass every layer: the rate is in tokens through the whole model.
+    per_item: f64,
+    started: Instant,
+    last_line: Instant,
+    bar: Option<ProgressBar>,
+}
+
+impl Progress {
+    /// `total` counts every layer's tokens when `layers` is more than 1.
+    pub(crate) fn new(label: &str, unit: Unit, total: u64, layers: usize) -> Self {
+        let bar = console::user_attended_stderr().then(|| {
+            let bar = ProgressBar::new(total);
+            let template = "{msg:24} {wide_bar:.cyan/dim} {percent:>3} %  {rate}  ETA {eta}";
+            let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+            let per_item = layers.max(1) as f64;
+            let style = style.with_key("rate", move |state: &indicatif::ProgressState, out: &mut dyn std::fmt::Write| {
+                let _ = out.write_str(&rate(unit, state.per_sec() / per_item));
+            });
+            bar.set_style(style.progress_chars("━╸━"));
+            bar.set_message(label.to_owned());
+            bar
+        });
+        let now = Instant::now();
+        Self {
+            label: label.to_owned(),
+            unit,
+            total,
+            done: 0,
+            per_item: layers.max(1) as f64,
+            started: now,
+            last_line: now,
+            bar,
+        }
+    }
+
+    pub(crate) fn advance(&mut self, by: u64) {
+        self.set(self.done + by);
+    }
+
+    pub(crate) fn set(&mut self, done: u64) {
+        self.done = done;
+        if let Some(bar) = &self.bar {
+            bar.set_position(done);
+        } else if self.last_line.elapsed() >= LINE_EVERY && done < self.total {
+            self.last_line = Instant::now();
+            let share = done as f64 / self.total.max(1) as f64;
+            let left = self.started.elapsed().mul_f64((1.0 - share) / share.max(1e-9));
+            console::note(&format!(
+                "{}: {:.0} %, {}, about {} left",
+                self.label,
+                share * 100.0,
+                self.rate(),
+                HumanDuration(left)
+            ));
+        }
+    }
+
+    fn rate(&self) -> String {
+        let seconds = self.started.elapsed().as_secs_f64().max(1e-9);
+        rate(self.unit, self.done as f64 / self.per_item / seconds)
+    }
+
+    /// Clears the bar and leaves one line.
+    pub(crate) fn finish(self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+        let seconds = self.started.elapsed().as_secs_f64();
+        let amount = match self.unit {
+            Unit::Tokens => format!("{} tokens", (self.done as f64 / self.per_item).round()),
+            Unit::Bytes => console::bytes(self.done),
+        };
+        console::note(&format!("{}: {amount} in {seconds:.1} s ({})", self.label, self.rate()));
+    }
+}
+
+fn rate(unit: Unit, per_second: f64) -> String {
+    match unit {
+        Unit::Tokens => format!("{per_second:.0} tokens/s"),
+        Unit::Bytes => format!("{}/s", console::bytes(per_second as u64)),
+    }
+}

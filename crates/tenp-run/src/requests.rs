@@ -1,0 +1,93 @@
+//! From flags to a planning request.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use tenp_checkpoint::{Checkpoint, Plan, Statistics};
+use tenp_prune::{Allocation, ModelSize, PlanRequest};
+
+use crate::cli::{Normalise, PlanArgs};
+use crate::failure::usage;
+
+/// What the flags ask for.
+pub(crate) fn request(args: &PlanArgs) -> Result<PlanRequest> {
+    let allocation = args.allocation.as_deref().map(allocation).transpose()?;
+    let keep = match (args.keep, &allocation) {
+        (Some(_), Some(Allocation::File(_))) => {
+            return Err(usage("--keep has no effect with --allocation file:PATH, whose widths are the budget"));
+        }
+        (Some(keep), _) => keep,
+        (None, Some(Allocation::File(_))) => 1.0,
+        (None, _) => return Err(usage("--keep is missing: the share of neurons to keep, such as --keep 0.6")),
+    };
+    let defaults = PlanRequest::default();
+    if args.slope.is_some() && allocation.as_ref().is_some_and(|a| *a != Allocation::Trapezoid) {
+        return Err(usage("--slope has no effect with this --allocation; it needs trapezoid"));
+    }
+    Ok(PlanRequest {
+        method: args.method,
+        keep,
+        alpha: args.alpha,
+        slope: args.slope.unwrap_or(defaults.slope),
+        width_multiple: args.width_multiple,
+        allocation,
+        expert_score: args.expert_score,
+        neuron_score: args.neuron_score,
+        protect_super: args.protect_super,
+        exact: args.exact,
+        normalise_layer: args.normalise.contains(&Normalise::Layer),
+        normalise_domains: args.normalise.contains(&Normalise::Domains),
+        domain_weights: args.domain_weight.iter().cloned().collect(),
+        seed: args.seed,
+    })
+}
+
+fn allocation(text: &str) -> Result<Allocation> {
+    match text.split_once(':') {
+        Some(("file", path)) => Ok(Allocation::File(widths(Path::new(path))?)),
+        _ => match text {
+            "trapezoid" => Ok(Allocation::Trapezoid),
+            "uniform" => Ok(Allocation::Uniform),
+            "global" => Ok(Allocation::Global),
+            _ => Err(usage(format!("--allocation {text}: expected trapezoid, uniform, global or file:PATH"))),
+        },
+    }
+}
+
+/// Widths from JSON: `[[…], …]`, or an object whose `widths` (or `tenp.widths`, a ragged config) is that.
+fn widths(path: &Path) -> Result<Vec<Vec<usize>>> {
+    let text = std::fs::read(path).with_context(|| format!("--allocation file:{}", path.display()))?;
+    let value: serde_json::Value =
+        serde_json::from_slice(&text).map_err(|e| usage(format!("--allocation file:{}: {e}", path.display())))?;
+    let found = [&value, &value["widths"], &value["tenp"]["widths"]].into_iter().find(|v| v.is_array());
+    found.and_then(|v| serde_json::from_value(v.clone()).ok()).ok_or_else(|| {
+        let what = "expected widths as [[width, …], …], one list per MoE layer";
+        usage(format!("--allocation file:{}: {what}", path.display()))
+    })
+}
+
+/// Plans a checkpoint from its statistics.
+pub(crate) fn plan(checkpoint: &Checkpoint, statistics: &Statistics, request: &PlanRequest) -> Result<Plan> {
+    if let Some(original) = checkpoint.pruned_from() {
+        let dir = checkpoint.dir().display();
+        return Err(usage(format!("{dir} is already pruned (from {original}); plan from the original checkpoint")));
+    }
+    let size = checkpoint.size();
+    let config = checkpoint.config();
+    let layer = config.moe_layers.first().copied().unwrap_or_default();
+    let router = checkpoint.router(layer)?;
+    let bias_bytes = match router.correction_bias {
+        Some(_) => checkpoint.tensor(&checkpoint.spelling().correction_bias(layer))?.dtype.size() as u64,
+        None => 0,
+    };
+    let row = config.hidden_size as u64;
+    let model_size = ModelSize {
+        parameters_total: size.parameters_total,
+        parameters_routed: size.parameters_routed,
+        bytes_total: size.bytes_total,
+        routed_bytes: size.bytes_routed,
+        router_row_bytes: row * router.weight.dtype.size() as u64 + bias_bytes,
+        router_row_parameters: row + u64::from(bias_bytes > 0),
+    };
+    Ok(tenp_prune::plan(config, &model_size, checkpoint.fingerprint(), statistics, request)?)
+}
