@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::disjoint::Disjoint;
 use super::elementwise::softmax;
 use super::pack::{BlockRows, Packing, pack_columns, pack_rows};
-use super::tile::{TILE_COLS, TILE_ROWS, Tile, multiply};
+use super::tile::{TILE_COLS, TILE_ROWS, Tile, copy_row, multiply};
 use crate::error::check_len;
 use crate::{KernelError, MatrixView};
 
@@ -232,7 +232,7 @@ fn one_head(
             for (r, row) in tile.0[..rows].iter().enumerate() {
                 let start = ((first + r) * shape.num_heads + head) * v_dim + b * TILE_COLS;
                 // SAFETY: rows are this sequence's and columns this head's alone.
-                unsafe { out.range(start..start + columns) }.copy_from_slice(&row[..columns]);
+                copy_row(row, unsafe { out.range(start..start + columns) });
             }
         }
     }

@@ -5,7 +5,7 @@
 
 use rayon::prelude::*;
 
-use super::reduce::{dots, max_abs};
+use super::reduce::{dot_and_square, dots_with_sum, max_abs, sum_squares};
 use crate::error::check_len;
 use crate::{ExpertGroups, KernelError};
 
@@ -58,19 +58,21 @@ pub fn accumulate_expert_sums(
     hidden: usize,
     sums: &mut [ExpertSums],
 ) -> Result<Vec<f64>, KernelError> {
-    let tokens = groups.num_tokens() * hidden;
+    let len = groups.num_tokens() * hidden;
     check_len("expert sums", groups.num_experts(), sums.len())?;
-    check_len("layer input", tokens, context.x.len())?;
-    check_len("residual stream", tokens, context.residual.len())?;
-    check_len("combined output", tokens, context.combined.len())?;
+    check_len("layer input", len, context.x.len())?;
+    check_len("residual stream", len, context.residual.len())?;
+    check_len("combined output", len, context.combined.len())?;
     check_len("expert outputs", groups.num_rows() * hidden, outputs.len())?;
 
-    let turns: Vec<f64> = (0..groups.num_tokens())
+    // Per token: ‖x‖² and how far the layer turns the residual stream.
+    let tokens: Vec<(f64, f64)> = (0..groups.num_tokens())
         .into_par_iter()
         .with_min_len(16)
         .map(|t| {
             let at = t * hidden..(t + 1) * hidden;
-            residual_turn(&context.residual[at.clone()], &context.combined[at])
+            let turn = residual_turn(&context.residual[at.clone()], &context.combined[at.clone()]);
+            (sum_squares(&context.x[at]), turn)
         })
         .collect();
     let weight_sums: Vec<f64> = (0..groups.num_tokens())
@@ -94,7 +96,8 @@ pub fn accumulate_expert_sums(
         for (row, norm) in groups.rows(expert).zip(norms) {
             let token = groups.token_ids()[row] as usize;
             let y = &outputs[row * hidden..(row + 1) * hidden];
-            let [xx, xy, yy] = dots(&context.x[token * hidden..(token + 1) * hidden], y);
+            let [xy, yy] = dot_and_square(&context.x[token * hidden..(token + 1) * hidden], y);
+            let (xx, turn) = tokens[token];
             let gate = f64::from(groups.weights()[row]);
             sums.tokens += 1;
             sums.gate += gate;
@@ -115,7 +118,7 @@ pub fn accumulate_expert_sums(
                 0.0
             };
             sums.direction += gate * *norm * (1.0 - cosine);
-            sums.residual_direction += gate * *norm * turns[token];
+            sums.residual_direction += gate * *norm * turn;
             sums.output_peak = sums.output_peak.max(f64::from(max_abs(y)));
         }
     });
@@ -124,8 +127,7 @@ pub fn accumulate_expert_sums(
 
 /// max(0, 1 − cos(r, r + m)); 0 where either vector is zero.
 fn residual_turn(residual: &[f32], combined: &[f32]) -> f64 {
-    let after: Vec<f32> = residual.iter().zip(combined).map(|(r, m)| r + m).collect();
-    let [rr, ra, aa] = dots(residual, &after);
+    let [rr, ra, aa] = dots_with_sum(residual, combined);
     if rr > 0.0 && aa > 0.0 {
         (1.0 - ra / (rr * aa).sqrt()).max(0.0)
     } else {

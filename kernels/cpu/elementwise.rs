@@ -1,6 +1,8 @@
 //! exp, sigmoid, SiLU, softmax: one implementation for every instruction set, so that f32 results are the same
 //! everywhere.
 
+use rayon::prelude::*;
+
 use super::dispatch::multiversion;
 
 /// e^x to about 1 ulp; NaN stays NaN, large arguments saturate at the ends of the f32 range.
@@ -77,12 +79,34 @@ multiversion! {
     }
 }
 
+/// `out += x`, on all threads where it is long.
+pub fn add(out: &mut [f32], x: &[f32]) {
+    const CHUNK: usize = 1 << 14;
+    if out.len() <= CHUNK {
+        return add_chunk(out, x);
+    }
+    out.par_chunks_mut(CHUNK)
+        .zip(x.par_chunks(CHUNK))
+        .for_each(|(out, x)| add_chunk(out, x));
+}
+
 multiversion! {
-    /// `out += x`.
-    pub fn add(out: &mut [f32], x: &[f32]) {
+    fn add_chunk(out: &mut [f32], x: &[f32]) {
         for (o, &v) in out.iter_mut().zip(x) {
             *o += v;
         }
+    }
+}
+
+/// Whether every element is finite.
+pub fn all_finite(x: &[f32]) -> bool {
+    x.par_chunks(1 << 14).all(chunk_is_finite)
+}
+
+multiversion! {
+    fn chunk_is_finite(x: &[f32]) -> bool {
+        // All exponent bits set: infinity or NaN.
+        x.iter().fold(0u32, |max, v| max.max(v.to_bits() & 0x7f80_0000)) < 0x7f80_0000
     }
 }
 

@@ -7,8 +7,8 @@ use rayon::prelude::*;
 use super::disjoint::Disjoint;
 use super::pack::{BlockRows, check_shape};
 pub use super::panels::PackedRows;
-use super::panels::panels_of;
-use super::tile::{TILE_COLS, Tile, multiply};
+use super::panels::{panels_of, row_runs};
+use super::tile::{TILE_COLS, Tile, copy_row, multiply};
 use crate::error::check_len;
 use crate::{Compute, KernelError, MatrixView};
 
@@ -72,39 +72,40 @@ pub fn linear_packed(
     }
     let steps = x.packing().steps(x.inner());
     let per_task = columns_per_task(steps);
+    let column_tasks = outputs.div_ceil(per_task);
+    let tasks: Vec<_> = row_runs(0..x.num_rows(), column_tasks)
+        .flat_map(|rows| (0..column_tasks).map(move |task| (rows.clone(), task * per_task)))
+        .collect();
     let out = Disjoint::new(out);
-    (0..outputs.div_ceil(per_task))
-        .into_par_iter()
-        .for_each(|task| {
-            let first = task * per_task;
-            let blocks = (outputs - first).min(per_task).div_ceil(TILE_COLS);
-            with_blocks(blocks * steps * TILE_COLS, |packed| {
-                for (b, block) in packed
-                    .chunks_exact_mut((steps * TILE_COLS).max(1))
-                    .enumerate()
-                {
-                    BlockRows::plain(weight, first + b * TILE_COLS).pack(x.packing(), block);
-                }
-                let mut tile = Tile::new();
-                for panel in panels_of(0..x.num_rows()) {
-                    for b in 0..blocks {
-                        let block = &packed[b * steps * TILE_COLS..(b + 1) * steps * TILE_COLS];
-                        multiply(x.packing(), x.panel(panel), panel.rows, block, &mut tile);
-                        let column = first + b * TILE_COLS;
-                        let count = (outputs - column).min(TILE_COLS);
-                        for (r, row) in tile.0[..panel.rows].iter().enumerate() {
-                            let start = (panel.first_row + r) * outputs + column;
-                            // SAFETY: rows are this panel's and columns this task's alone.
-                            let to = unsafe { out.range(start..start + count) };
-                            to.copy_from_slice(&row[..count]);
-                            if let Some(bias) = bias {
-                                super::elementwise::add(to, &bias[column..column + count]);
-                            }
+    tasks.into_par_iter().for_each(|(rows, first)| {
+        let blocks = (outputs - first).min(per_task).div_ceil(TILE_COLS);
+        with_blocks(blocks * steps * TILE_COLS, |packed| {
+            for (b, block) in packed
+                .chunks_exact_mut((steps * TILE_COLS).max(1))
+                .enumerate()
+            {
+                BlockRows::plain(weight, first + b * TILE_COLS).pack(x.packing(), block);
+            }
+            let mut tile = Tile::new();
+            for panel in panels_of(rows) {
+                for b in 0..blocks {
+                    let block = &packed[b * steps * TILE_COLS..(b + 1) * steps * TILE_COLS];
+                    multiply(x.packing(), x.panel(panel), panel.rows, block, &mut tile);
+                    let column = first + b * TILE_COLS;
+                    let count = (outputs - column).min(TILE_COLS);
+                    for (r, row) in tile.0[..panel.rows].iter().enumerate() {
+                        let start = (panel.first_row + r) * outputs + column;
+                        // SAFETY: this pair of rows and columns is this task's alone.
+                        let to = unsafe { out.range(start..start + count) };
+                        copy_row(row, to);
+                        if let Some(bias) = bias {
+                            super::elementwise::add(to, &bias[column..column + count]);
                         }
                     }
                 }
-            });
+            }
         });
+    });
     Ok(())
 }
 

@@ -3,6 +3,8 @@
 //! For expert e with width I_e and rows T_e (arXiv 2606.09885 notation, `docs/methods.md` section 1):
 //! `h = silu(W_gate x) · (W_up x)` `[T_e, I_e]`, `y = W_down h` `[T_e, H]`, `out_t = Σ g y`.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::disjoint::Disjoint;
@@ -10,8 +12,8 @@ use super::dispatch::multiversion;
 use super::elementwise::{add_scaled, silu};
 use super::linear::{columns_per_task, with_blocks};
 use super::pack::{BlockRows, Packing, bf16_bits, check_shape, round_bf16};
-use super::panels::{PackedRows, Panel, panels_of};
-use super::tile::{TILE_COLS, TILE_ROWS, Tile, multiply};
+use super::panels::{PackedRows, Panel, grow, panels_of, row_runs};
+use super::tile::{TILE_COLS, TILE_ROWS, Tile, copy_row, multiply};
 use crate::error::check_len;
 use crate::{Compute, ExpertGroups, KernelError, MatrixView};
 
@@ -60,6 +62,7 @@ pub struct ExpertActivations {
     h: Vec<u32>,
     h_offsets: Vec<usize>,
     y: Vec<f32>,
+    num_rows: usize,
     hidden: usize,
     packing: Option<Packing>,
 }
@@ -68,7 +71,7 @@ impl ExpertActivations {
     /// `[rows, H]` ungated expert outputs y of the last forward pass.
     #[must_use]
     pub fn outputs(&self) -> &[f32] {
-        &self.y
+        &self.y[..self.num_rows * self.hidden]
     }
 
     /// Hidden size H of the last forward pass.
@@ -178,24 +181,33 @@ pub fn expert_forward(
 /// A run of neurons (or outputs) of one expert: the unit of parallel work.
 struct Task {
     expert: usize,
+    rows: Range<usize>,
     first: usize,
     count: usize,
 }
 
-/// Splits every expert that has rows into runs of at most `per_task(expert)` of its `size(expert)` items.
+/// Splits every expert that has rows into runs of at most `per_task(expert)` of its `size(expert)` items, and its rows
+/// too where that alone makes too few tasks.
 fn tasks(
     groups: &ExpertGroups,
     size: impl Fn(usize) -> usize,
     per_task: impl Fn(usize) -> usize,
 ) -> Vec<Task> {
+    let busy: Vec<usize> = (0..groups.num_experts())
+        .filter(|&e| !groups.rows(e).is_empty())
+        .collect();
+    let column_tasks: usize = busy.iter().map(|&e| size(e).div_ceil(per_task(e))).sum();
     let mut tasks = Vec::new();
-    for expert in (0..groups.num_experts()).filter(|&e| !groups.rows(e).is_empty()) {
+    for expert in busy {
         let (size, step) = (size(expert), per_task(expert));
-        tasks.extend((0..size).step_by(step).map(|first| Task {
-            expert,
-            first,
-            count: (size - first).min(step),
-        }));
+        for rows in row_runs(groups.rows(expert), column_tasks) {
+            tasks.extend((0..size).step_by(step).map(|first| Task {
+                expert,
+                rows: rows.clone(),
+                first,
+                count: (size - first).min(step),
+            }));
+        }
     }
     tasks
 }
@@ -209,7 +221,7 @@ fn gate_up(experts: &[ExpertWeights<'_>], groups: &ExpertGroups, a: &mut ExpertA
         a.h_offsets.push(total);
         total += groups.rows(e).len() * packing.steps(expert.width());
     }
-    a.h.resize(total, 0);
+    grow(&mut a.h, total);
     let steps = packing.steps(a.hidden);
     let per_task = columns_per_task(steps) / 2;
     let tasks = tasks(groups, |e| experts[e].width(), |_| per_task);
@@ -227,7 +239,7 @@ fn gate_up(experts: &[ExpertWeights<'_>], groups: &ExpertGroups, a: &mut ExpertA
             }
             let mut tile = Tile::new();
             let rows = groups.rows(task.expert);
-            for panel in panels_of(rows.clone()) {
+            for panel in panels_of(task.rows.clone()) {
                 let base = h_offsets[task.expert] + (panel.first_row - rows.start) * h_steps;
                 for b in 0..blocks {
                     let block = &packed[b * steps * TILE_COLS..(b + 1) * steps * TILE_COLS];
@@ -293,7 +305,8 @@ multiversion! {
 fn down(experts: &[ExpertWeights<'_>], groups: &ExpertGroups, a: &mut ExpertActivations) {
     let hidden = a.hidden;
     let mut y = std::mem::take(&mut a.y);
-    y.resize(groups.num_rows() * hidden, 0.0);
+    a.num_rows = groups.num_rows();
+    grow(&mut y, a.num_rows * hidden);
     let packing = a.packing();
     let steps_of = |e: usize| packing.steps(experts[e].width());
     let tasks = tasks(groups, |_| hidden, |e| columns_per_task(steps_of(e)));
@@ -309,7 +322,7 @@ fn down(experts: &[ExpertWeights<'_>], groups: &ExpertGroups, a: &mut ExpertActi
                 BlockRows::plain(&expert.down, task.first + b * TILE_COLS).pack(packing, block);
             }
             let mut tile = Tile::new();
-            for panel in panels_of(groups.rows(task.expert)) {
+            for panel in panels_of(task.rows.clone()) {
                 let h = activations.h_panel(groups, task.expert, steps, panel);
                 for b in 0..blocks {
                     let block = &packed[b * steps * TILE_COLS..(b + 1) * steps * TILE_COLS];
@@ -319,7 +332,7 @@ fn down(experts: &[ExpertWeights<'_>], groups: &ExpertGroups, a: &mut ExpertActi
                     for (r, row) in tile.0[..panel.rows].iter().enumerate() {
                         let start = (panel.first_row + r) * hidden + column;
                         // SAFETY: the row is this expert's, the columns are this task's alone.
-                        unsafe { out.range(start..start + count) }.copy_from_slice(&row[..count]);
+                        copy_row(row, unsafe { out.range(start..start + count) });
                     }
                 }
             }

@@ -25,6 +25,29 @@ pub(crate) fn panels_of(rows: Range<usize>) -> impl Iterator<Item = Panel> {
     })
 }
 
+/// Splits a group's rows into runs that are worth a task of their own, where `column_tasks` alone would leave threads idle.
+/// Every run but the last is whole panels, so the panels are those of the undivided group.
+pub(crate) fn row_runs(
+    rows: Range<usize>,
+    column_tasks: usize,
+) -> impl Iterator<Item = Range<usize>> {
+    // Fewer rows than this would repeat the packing of the weights too often.
+    const MIN_PANELS: usize = 10;
+    let wanted = (4 * rayon::current_num_threads()).div_ceil(column_tasks.max(1));
+    let panels = rows.len().div_ceil(TILE_ROWS);
+    let per_run = panels.div_ceil(wanted).max(MIN_PANELS.min(panels)).max(1) * TILE_ROWS;
+    let end = rows.end;
+    rows.step_by(per_run)
+        .map(move |first| first..(first + per_run).min(end))
+}
+
+/// Makes room for `len` elements without touching those that are there: results overwrite them anyway.
+pub(crate) fn grow<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) {
+    if buffer.len() < len {
+        buffer.resize(len, T::default());
+    }
+}
+
 /// Rows of length `inner`, packed for the tile kernel. The buffer is kept from call to call.
 #[derive(Debug)]
 pub struct PackedRows {
@@ -51,15 +74,34 @@ impl PackedRows {
     /// # Errors
     /// [`KernelError::Length`] if `x` is no multiple of `inner`.
     pub fn new(compute: Compute, x: &[f32], inner: usize) -> Result<Self, KernelError> {
+        Self::strided(compute, x, inner, inner)
+    }
+
+    /// Packs the first `inner` elements of every `pitch` as one group.
+    ///
+    /// # Errors
+    /// [`KernelError::Length`] if `x` is no multiple of `pitch`, [`KernelError::Invalid`] if rows are longer than it.
+    pub fn strided(
+        compute: Compute,
+        x: &[f32],
+        inner: usize,
+        pitch: usize,
+    ) -> Result<Self, KernelError> {
+        if inner > pitch {
+            return Err(KernelError::Invalid {
+                what: "packed rows",
+                why: format!("{inner} elements do not fit in rows of {pitch}"),
+            });
+        }
         let mut packed = Self::default();
-        let num_rows = if inner == 0 { 0 } else { x.len() / inner };
-        check_len("packed rows", num_rows * inner, x.len())?;
+        let num_rows = if pitch == 0 { 0 } else { x.len() / pitch };
+        check_len("packed rows", num_rows * pitch, x.len())?;
         packed.fill(
             compute,
             inner,
             std::iter::once(0..num_rows),
             num_rows,
-            |row| &x[row * inner..(row + 1) * inner],
+            |row| &x[row * pitch..row * pitch + inner],
         );
         Ok(packed)
     }
@@ -114,8 +156,8 @@ impl PackedRows {
         self.inner = inner;
         self.num_rows = num_rows;
         let steps = self.packing.steps(inner);
-        self.data.resize(num_rows * steps, 0);
-        let mut rest = &mut self.data[..];
+        grow(&mut self.data, num_rows * steps);
+        let mut rest = &mut self.data[..num_rows * steps];
         let mut work = Vec::with_capacity(num_rows.div_ceil(TILE_ROWS) + 8);
         for panel in groups.flat_map(panels_of) {
             let (mine, tail) = rest.split_at_mut(panel.rows * steps);

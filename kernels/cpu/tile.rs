@@ -21,6 +21,15 @@ impl Tile {
     }
 }
 
+/// Copies the first columns of a tile's row; whole rows, by far the most, without a call.
+#[inline]
+pub(crate) fn copy_row(row: &[f32; TILE_COLS], to: &mut [f32]) {
+    match <&mut [f32; TILE_COLS]>::try_from(&mut *to) {
+        Ok(whole) => *whole = *row,
+        Err(_) => to.copy_from_slice(&row[..to.len()]),
+    }
+}
+
 /// `tile[r][c] = Σ_step a[step][r] · b[step][c]` for `rows` rows and all 32 columns.
 ///
 /// `a` is `[steps, rows]`, `b` is `[steps, 32]`.

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use rayon::prelude::*;
 use tenp_checkpoint::config::{Attention, QkNorm};
 use tenp_checkpoint::{Checkpoint, ModelConfig};
 use tenp_kernels::Compute;
@@ -28,11 +29,34 @@ pub(crate) struct AttentionBlock<'a> {
     pub(crate) softmax_factor: f64,
 }
 
-/// Queries, keys and values of a block of rows.
-struct Projected {
+/// Intermediate results, kept from block to block so that they are allocated once.
+#[derive(Default)]
+pub(crate) struct AttentionBuffers {
     queries: Vec<f32>,
     keys: Vec<f32>,
     values: Vec<f32>,
+    /// The query's low-rank form.
+    low: Vec<f32>,
+    /// Latent keys and values, and the rotary key.
+    compressed: Vec<f32>,
+    expanded: Vec<f32>,
+    heads: Vec<f32>,
+    out: Vec<f32>,
+}
+
+/// The first `len` elements of a buffer, grown if need be; they hold what was there before.
+fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
+}
+
+/// Queries, keys and values of a block of rows.
+struct Projected<'b> {
+    queries: &'b [f32],
+    keys: &'b [f32],
+    values: &'b [f32],
 }
 
 impl AttentionBlock<'_> {
@@ -41,13 +65,14 @@ impl AttentionBlock<'_> {
     }
 
     /// `x · Wᵀ + b` of the layer's projection `name`; the bias is read where `bias` says so.
-    fn project(
+    fn project<'b>(
         &self,
         x: &PackedRows,
         name: &str,
         outputs: usize,
         bias: bool,
-    ) -> Result<Vec<f32>, ModelError> {
+        out: &'b mut Vec<f32>,
+    ) -> Result<&'b mut [f32], ModelError> {
         let prefix = format!("model.layers.{}.self_attn.{name}", self.layer);
         let weight = self
             .checkpoint
@@ -59,10 +84,13 @@ impl AttentionBlock<'_> {
             ),
             false => None,
         };
-        let mut out = vec![0.0; x.num_rows() * outputs];
-        linear_packed(x, &view(&weight).at(self.layer)?, bias.as_deref(), &mut out)
-            .at(self.layer)?;
+        let out = sized(out, x.num_rows() * outputs);
+        linear_packed(x, &view(&weight).at(self.layer)?, bias.as_deref(), out).at(self.layer)?;
         Ok(out)
+    }
+
+    fn pack(&self, x: &[f32], inner: usize) -> Result<PackedRows, ModelError> {
+        PackedRows::new(self.compute, x, inner).at(self.layer)
     }
 
     fn norm_weight(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
@@ -73,25 +101,33 @@ impl AttentionBlock<'_> {
     }
 
     /// Attention output of a block of sequences: `x` is the normed input of `block`'s rows, `positions` theirs.
-    pub(crate) fn run(
+    pub(crate) fn run<'b>(
         &self,
         x: &[f32],
         sequences: &Sequences,
         block: &Range<usize>,
         positions: &[u32],
         cache: Option<&mut [CachedSequence]>,
-    ) -> Result<Vec<f32>, ModelError> {
+        buffers: &'b mut AttentionBuffers,
+    ) -> Result<&'b [f32], ModelError> {
         let hidden = self.config().hidden_size;
-        let packed = PackedRows::new(self.compute, x, hidden).at(self.layer)?;
+        let packed = self.pack(x, hidden)?;
         let (shape, o_bias) = self.shape();
-        let projected = match &self.config().attention {
-            Attention::Mla { .. } => self.project_mla(&packed, positions)?,
-            Attention::Gqa { .. } => self.project_gqa(&packed, positions)?,
+        match &self.config().attention {
+            Attention::Mla { .. } => self.project_mla(&packed, positions, buffers)?,
+            Attention::Gqa { .. } => self.project_gqa(&packed, positions, buffers)?,
+        }
+        let tokens = positions.len();
+        let projected = Projected {
+            queries: &buffers.queries[..tokens * shape.num_heads * shape.qk_dim],
+            keys: &buffers.keys[..tokens * shape.num_kv_heads * shape.qk_dim],
+            values: &buffers.values[..tokens * shape.num_kv_heads * shape.v_dim],
         };
-        let heads = attend(&shape, &projected, sequences, block, cache).at(self.layer)?;
-        let packed =
-            PackedRows::new(self.compute, &heads, shape.num_heads * shape.v_dim).at(self.layer)?;
-        self.project(&packed, "o_proj", hidden, o_bias)
+        let width = shape.num_heads * shape.v_dim;
+        let heads = sized(&mut buffers.heads, tokens * width);
+        attend(&shape, &projected, sequences, block, cache, heads).at(self.layer)?;
+        let packed = self.pack(heads, width)?;
+        Ok(self.project(&packed, "o_proj", hidden, o_bias, &mut buffers.out)?)
     }
 
     fn shape(&self) -> (AttentionShape, bool) {
@@ -139,7 +175,12 @@ impl AttentionBlock<'_> {
         }
     }
 
-    fn project_mla(&self, x: &PackedRows, positions: &[u32]) -> Result<Projected, ModelError> {
+    fn project_mla(
+        &self,
+        x: &PackedRows,
+        positions: &[u32],
+        buffers: &mut AttentionBuffers,
+    ) -> Result<(), ModelError> {
         let Attention::Mla {
             num_heads,
             q_lora_rank,
@@ -153,55 +194,77 @@ impl AttentionBlock<'_> {
             unreachable!("called for MLA layers only");
         };
         let qk_dim = nope_dim + rope_dim;
-        let mut queries = if let Some(rank) = q_lora_rank {
-            let mut low = self.project(x, "q_a_proj", rank, bias)?;
+        let queries = &mut buffers.queries;
+        let queries = if let Some(rank) = q_lora_rank {
+            let low = self.project(x, "q_a_proj", rank, bias, &mut buffers.low)?;
             let norm = self.norm_weight("q_a_layernorm", rank)?;
-            rms_norm_strided(&mut low, rank, &norm, LORA_NORM_EPS).at(self.layer)?;
-            let low = PackedRows::new(self.compute, &low, rank).at(self.layer)?;
-            self.project(&low, "q_b_proj", num_heads * qk_dim, false)?
+            rms_norm_strided(low, rank, &norm, LORA_NORM_EPS).at(self.layer)?;
+            self.project(
+                &self.pack(low, rank)?,
+                "q_b_proj",
+                num_heads * qk_dim,
+                false,
+                queries,
+            )?
         } else {
-            self.project(x, "q_proj", num_heads * qk_dim, false)?
+            self.project(x, "q_proj", num_heads * qk_dim, false, queries)?
         };
         self.rotary
-            .rotate(&mut queries, qk_dim, positions)
+            .rotate(queries, qk_dim, positions)
             .at(self.layer)?;
 
         let pitch = kv_lora_rank + rope_dim;
-        let mut compressed = self.project(x, "kv_a_proj_with_mqa", pitch, bias)?;
+        let compressed = self.project(
+            x,
+            "kv_a_proj_with_mqa",
+            pitch,
+            bias,
+            &mut buffers.compressed,
+        )?;
         let norm = self.norm_weight("kv_a_layernorm", kv_lora_rank)?;
-        rms_norm_strided(&mut compressed, pitch, &norm, LORA_NORM_EPS).at(self.layer)?;
+        rms_norm_strided(compressed, pitch, &norm, LORA_NORM_EPS).at(self.layer)?;
         self.rotary
-            .rotate(&mut compressed, pitch, positions)
+            .rotate(compressed, pitch, positions)
             .at(self.layer)?;
-        let latent: Vec<f32> = compressed
-            .chunks_exact(pitch)
-            .flat_map(|row| &row[..kv_lora_rank])
-            .copied()
-            .collect();
-        let latent = PackedRows::new(self.compute, &latent, kv_lora_rank).at(self.layer)?;
-        let expanded = self.project(&latent, "kv_b_proj", num_heads * (nope_dim + v_dim), false)?;
+        let latent =
+            PackedRows::strided(self.compute, compressed, kv_lora_rank, pitch).at(self.layer)?;
+        let per_token = num_heads * (nope_dim + v_dim);
+        let expanded = self.project(
+            &latent,
+            "kv_b_proj",
+            per_token,
+            false,
+            &mut buffers.expanded,
+        )?;
 
         let tokens = positions.len();
-        let mut keys = Vec::with_capacity(tokens * num_heads * qk_dim);
-        let mut values = Vec::with_capacity(tokens * num_heads * v_dim);
-        for (row, compressed) in expanded
-            .chunks_exact(num_heads * (nope_dim + v_dim))
-            .zip(compressed.chunks_exact(pitch))
-        {
-            for head in row.chunks_exact(nope_dim + v_dim) {
-                keys.extend_from_slice(&head[..nope_dim]);
-                keys.extend_from_slice(&compressed[kv_lora_rank..]);
-                values.extend_from_slice(&head[nope_dim..]);
-            }
-        }
-        Ok(Projected {
-            queries,
-            keys,
-            values,
-        })
+        let keys = sized(&mut buffers.keys, tokens * num_heads * qk_dim);
+        let values = sized(&mut buffers.values, tokens * num_heads * v_dim);
+        keys.par_chunks_exact_mut(num_heads * qk_dim)
+            .zip(values.par_chunks_exact_mut(num_heads * v_dim))
+            .zip(expanded.par_chunks_exact(per_token))
+            .zip(compressed.par_chunks_exact(pitch))
+            .with_min_len(64)
+            .for_each(|(((keys, values), expanded), compressed)| {
+                let heads = expanded.chunks_exact(nope_dim + v_dim);
+                let out = keys
+                    .chunks_exact_mut(qk_dim)
+                    .zip(values.chunks_exact_mut(v_dim));
+                for ((key, value), head) in out.zip(heads) {
+                    key[..nope_dim].copy_from_slice(&head[..nope_dim]);
+                    key[nope_dim..].copy_from_slice(&compressed[kv_lora_rank..]);
+                    value.copy_from_slice(&head[nope_dim..]);
+                }
+            });
+        Ok(())
     }
 
-    fn project_gqa(&self, x: &PackedRows, positions: &[u32]) -> Result<Projected, ModelError> {
+    fn project_gqa(
+        &self,
+        x: &PackedRows,
+        positions: &[u32],
+        buffers: &mut AttentionBuffers,
+    ) -> Result<(), ModelError> {
         let Attention::Gqa {
             num_heads,
             num_kv_heads,
@@ -215,48 +278,46 @@ impl AttentionBlock<'_> {
             unreachable!("called for GQA layers only");
         };
         let eps = self.config().rms_norm_eps;
-        let mut queries = self.project(x, "q_proj", num_heads * head_dim, *qkv_bias)?;
-        let mut keys = self.project(x, "k_proj", num_kv_heads * head_dim, *qkv_bias)?;
-        let mut values = self.project(x, "v_proj", num_kv_heads * head_dim, *qkv_bias)?;
-        for (rows, name, heads) in [
-            (&mut queries, "q_norm", num_heads),
-            (&mut keys, "k_norm", num_kv_heads),
+        let (q_width, kv_width) = (num_heads * head_dim, num_kv_heads * head_dim);
+        let queries = self.project(x, "q_proj", q_width, *qkv_bias, &mut buffers.queries)?;
+        let keys = self.project(x, "k_proj", kv_width, *qkv_bias, &mut buffers.keys)?;
+        let values = self.project(x, "v_proj", kv_width, *qkv_bias, &mut buffers.values)?;
+        for (rows, name, width) in [
+            (&mut *queries, "q_norm", q_width),
+            (&mut *keys, "k_norm", kv_width),
         ] {
             let len = match qk_norm {
                 QkNorm::None => continue,
                 QkNorm::PerHead => *head_dim,
-                QkNorm::WholeProjection => heads * head_dim,
+                QkNorm::WholeProjection => width,
             };
             rms_norm_strided(rows, len, &self.norm_weight(name, len)?, eps).at(self.layer)?;
         }
         if let Some(clip) = clip_qkv {
             let clip = *clip as f32;
-            for v in queries.iter_mut().chain(&mut keys).chain(&mut values) {
+            for v in queries.iter_mut().chain(keys.iter_mut()).chain(values) {
                 *v = v.clamp(-clip, clip);
             }
         }
         self.rotary
-            .rotate(&mut queries, *head_dim, positions)
+            .rotate(queries, *head_dim, positions)
             .at(self.layer)?;
         self.rotary
-            .rotate(&mut keys, *head_dim, positions)
+            .rotate(keys, *head_dim, positions)
             .at(self.layer)?;
-        Ok(Projected {
-            queries,
-            keys,
-            values,
-        })
+        Ok(())
     }
 }
 
 /// Runs attention with each sequence's own past: cached, its stem's, or none.
 fn attend(
     shape: &AttentionShape,
-    projected: &Projected,
+    projected: &Projected<'_>,
     sequences: &Sequences,
     block: &Range<usize>,
     cache: Option<&mut [CachedSequence]>,
-) -> Result<Vec<f32>, tenp_kernels::KernelError> {
+    out: &mut [f32],
+) -> Result<(), tenp_kernels::KernelError> {
     let spans = &sequences.spans()[block.clone()];
     let first = sequences.rows(block).start;
     let (key_pitch, value_pitch) = (
@@ -316,7 +377,5 @@ fn attend(
             }
         })
         .collect();
-    let mut out = vec![0.0; projected.queries.len() / shape.qk_dim * shape.v_dim];
-    attention(shape, &batch, &projected.queries, &mut out)?;
-    Ok(out)
+    attention(shape, &batch, projected.queries, out)
 }

@@ -51,6 +51,7 @@ pub fn calibrate(
         domains,
         statistics,
         current: None,
+        outputs: PackedRows::default(),
         progress,
     };
     let mut run = model.begin(&sequences)?;
@@ -77,6 +78,8 @@ struct Collector<'m, 'c> {
     domains: &'m [(String, Vec<Vec<u32>>)],
     statistics: Statistics,
     current: Option<LayerSums>,
+    /// Packed expert outputs; the buffer serves every layer.
+    outputs: PackedRows,
     progress: &'m mut dyn FnMut(usize, usize),
 }
 
@@ -90,7 +93,6 @@ struct LayerSums {
     experts: Vec<Vec<ExpertSums>>,
     neurons: Vec<NeuronSums>,
     total_tokens: Vec<i64>,
-    outputs: PackedRows,
 }
 
 impl LayerSums {
@@ -113,7 +115,6 @@ impl LayerSums {
             experts: vec![vec![ExpertSums::default(); experts.len()]; num_domains],
             neurons: vec![NeuronSums::new(layout.clone()); num_domains],
             total_tokens: vec![0; num_domains],
-            outputs: PackedRows::default(),
             layout,
         })
     }
@@ -145,7 +146,7 @@ impl Observer for Collector<'_, '_> {
             block.groups,
             block.activations,
             &norms,
-            &mut sums.outputs,
+            &mut self.outputs,
             &mut sums.neurons[d],
         )
         .at(layer)?;

@@ -12,14 +12,14 @@ use crate::ModelError;
 use crate::error::AtLayer;
 use crate::weights::{expert, shared, view};
 
-/// Output of a dense MLP layer for normed rows `x`.
+/// Runs a dense MLP layer on normed rows `x`; `activations` then hold its output.
 pub(crate) fn dense_block(
     checkpoint: &Checkpoint,
     compute: Compute,
     layer: usize,
     x: &[f32],
     activations: &mut ExpertActivations,
-) -> Result<Vec<f32>, ModelError> {
+) -> Result<(), ModelError> {
     let (hidden, width) = (
         checkpoint.config().hidden_size,
         checkpoint.config().dense_width,
@@ -31,8 +31,7 @@ pub(crate) fn dense_block(
         down: view(&matrix(Part::Down, hidden, width)?).at(layer)?,
     };
     let groups = ExpertGroups::dense(x.len() / hidden);
-    expert_forward(compute, &[weights], &groups, x, activations).at(layer)?;
-    Ok(activations.outputs().to_vec())
+    expert_forward(compute, &[weights], &groups, x, activations).at(layer)
 }
 
 /// A MoE layer's weights, looked up once per layer.
@@ -49,8 +48,6 @@ pub(crate) struct MoeWeights<'a> {
 pub(crate) struct RoutedOutput {
     pub(crate) routing: Routing,
     pub(crate) groups: ExpertGroups,
-    /// `[tokens, H]` Σ g y.
-    pub(crate) combined: Vec<f32>,
 }
 
 impl<'a> MoeWeights<'a> {
@@ -97,12 +94,13 @@ impl<'a> MoeWeights<'a> {
         })
     }
 
-    /// Routes normed rows `x` and runs the routed experts on them.
+    /// Routes normed rows `x` and runs the routed experts on them; `combined` becomes Σ g y, `[tokens, H]`.
     pub(crate) fn routed(
         &self,
         compute: Compute,
         x: &[f32],
         activations: &mut ExpertActivations,
+        combined: &mut [f32],
     ) -> Result<RoutedOutput, ModelError> {
         let tokens = x.len() / self.hidden;
         let mut logits = vec![0.0; tokens * self.spec.num_experts];
@@ -117,13 +115,8 @@ impl<'a> MoeWeights<'a> {
         )
         .at(self.layer)?;
         expert_forward(compute, &self.experts, &groups, x, activations).at(self.layer)?;
-        let mut combined = vec![0.0; x.len()];
-        combine(&groups, activations.outputs(), self.hidden, &mut combined).at(self.layer)?;
-        Ok(RoutedOutput {
-            routing,
-            groups,
-            combined,
-        })
+        combine(&groups, activations.outputs(), self.hidden, combined).at(self.layer)?;
+        Ok(RoutedOutput { routing, groups })
     }
 
     /// Adds the shared expert's output to `out`; overwrites `activations`.

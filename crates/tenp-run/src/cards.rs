@@ -11,14 +11,22 @@ pub(crate) fn command_line() -> String {
     words[0] = "tenp-run".to_owned();
     let quoted = words.iter().map(|word| {
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=,:+".contains(c);
-        if !word.is_empty() && word.chars().all(plain) { word.clone() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+        if !word.is_empty() && word.chars().all(plain) {
+            word.clone()
+        } else {
+            format!("'{}'", word.replace('\'', r"'\''"))
+        }
     });
     quoted.collect::<Vec<_>>().join(" ")
 }
 
 fn base_name(checkpoint: &Checkpoint) -> String {
-    let dir = checkpoint.dir().canonicalize().unwrap_or_else(|_| checkpoint.dir().to_path_buf());
-    dir.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned())
+    let dir = checkpoint
+        .dir()
+        .canonicalize()
+        .unwrap_or_else(|_| checkpoint.dir().to_path_buf());
+    dir.file_name()
+        .map_or_else(String::new, |n| n.to_string_lossy().into_owned())
 }
 
 /// Rows of the accounting, for people.
@@ -26,10 +34,20 @@ pub(crate) fn accounting_rows(plan: &Plan) -> Vec<Vec<String>> {
     let a = &plan.accounting;
     [
         ("routed-expert parameters kept (E)", console::percent(a.E)),
-        ("routed-expert parameters run per token (A)", console::percent(a.A)),
+        (
+            "routed-expert parameters run per token (A)",
+            console::percent(a.A),
+        ),
         ("activations on whole experts (f)", console::percent(a.f)),
         ("whole model kept", console::percent(a.model)),
-        ("bytes", format!("{} → {}", console::bytes(a.bytes_before), console::bytes(a.bytes_after))),
+        (
+            "bytes",
+            format!(
+                "{} → {}",
+                console::bytes(a.bytes_before),
+                console::bytes(a.bytes_after)
+            ),
+        ),
     ]
     .into_iter()
     .map(|(name, value)| vec![name.to_owned(), value])
@@ -37,7 +55,11 @@ pub(crate) fn accounting_rows(plan: &Plan) -> Vec<Vec<String>> {
 }
 
 /// `report.json`, but for what the writer adds.
-pub(crate) fn report(checkpoint: &Checkpoint, plan: &Plan, calibration: Option<Value>) -> Map<String, Value> {
+pub(crate) fn report(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    calibration: Option<Value>,
+) -> Map<String, Value> {
     let config = checkpoint.config();
     let layers: Vec<Value> = plan
         .layers
@@ -55,7 +77,10 @@ pub(crate) fn report(checkpoint: &Checkpoint, plan: &Plan, calibration: Option<V
         })
         .collect();
     let mut report = Map::new();
-    report.insert("program".into(), json!(format!("tenp-run {}", env!("CARGO_PKG_VERSION"))));
+    report.insert(
+        "program".into(),
+        json!(format!("tenp-run {}", env!("CARGO_PKG_VERSION"))),
+    );
     report.insert("command".into(), json!(command_line()));
     report.insert("method".into(), json!(plan.method));
     report.insert("options".into(), Value::Object(plan.options.clone()));
@@ -95,13 +120,24 @@ pub(crate) fn model_card(checkpoint: &Checkpoint, plan: &Plan, form: OutputForm)
             }
         }
     };
-    let rows: String =
-        accounting_rows(plan).iter().map(|r| format!("| {} | {} |\n", r[0], r[1])).collect();
-    let options = plan.options.iter().map(|(k, v)| format!("`{k}` {v}")).collect::<Vec<_>>().join(", ");
+    let rows: String = accounting_rows(plan)
+        .iter()
+        .map(|r| format!("| {} | {} |\n", r[0], r[1]))
+        .collect();
+    let options = plan
+        .options
+        .iter()
+        .map(|(k, v)| format!("`{k}` {v}"))
+        .collect::<Vec<_>>()
+        .join(", ");
     let uncalibrated = match plan.uncalibrated.len() {
         0 => String::new(),
         n => {
-            let list: Vec<String> = plan.uncalibrated.iter().map(|(l, e)| format!("{l}/{e}")).collect();
+            let list: Vec<String> = plan
+                .uncalibrated
+                .iter()
+                .map(|(l, e)| format!("{l}/{e}"))
+                .collect();
             format!(
                 "\n{n} experts saw no calibration token and were scored by weight norm (layer/expert): {}.\n",
                 list.join(", ")

@@ -13,7 +13,11 @@ use tenp_prune::{ExpertScore, Method, NeuronScore};
 ///
 /// Exit codes: 0 done, 1 failed, 2 usage, 3 environment, 4 verification found a difference.
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 110, after_help = "First steps:\n  tenp-run demo\n  tenp-run prune MODEL --data calibration.jsonl --keep 0.6 -o OUT")]
+#[command(
+    version,
+    max_term_width = 110,
+    after_help = "First steps:\n  tenp-run demo\n  tenp-run prune MODEL --data calibration.jsonl --keep 0.6 -o OUT"
+)]
 pub(crate) struct Cli {
     /// Threads to use; all cores by default. Results do not depend on it.
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
@@ -28,28 +32,45 @@ pub(crate) enum Command {
     #[command(after_help = "Example:\n  tenp-run inspect ./DeepSeek-V2-Lite --json")]
     Inspect(Inspect),
     /// Run calibration text through the model and collect every statistic in one pass.
-    #[command(after_help = "Example:\n  tenp-run calibrate ./DeepSeek-V2-Lite --data math=math.jsonl --data code=code.jsonl -o stats.safetensors")]
+    #[command(
+        after_help = "Example:\n  tenp-run calibrate ./DeepSeek-V2-Lite --data math=math.jsonl --data code=code.jsonl -o stats.safetensors"
+    )]
     Calibrate(Calibrate),
     /// Merge or show statistics files.
-    #[command(subcommand, after_help = "Examples:\n  tenp-run stats merge a.safetensors b.safetensors -o all.safetensors\n  tenp-run stats show all.safetensors")]
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  tenp-run stats merge a.safetensors b.safetensors -o all.safetensors\n  tenp-run stats show all.safetensors"
+    )]
     Stats(Stats),
     /// Decide which experts and neurons stay. Takes seconds, reads no weights.
-    #[command(after_help = "Example:\n  tenp-run plan ./DeepSeek-V2-Lite --stats stats.safetensors --method tenp --keep 0.6 -o plan.json")]
+    #[command(
+        after_help = "Example:\n  tenp-run plan ./DeepSeek-V2-Lite --stats stats.safetensors --method tenp --keep 0.6 -o plan.json"
+    )]
     Plan(PlanCommand),
     /// Write the checkpoint that a plan describes.
-    #[command(after_help = "Example:\n  tenp-run apply ./DeepSeek-V2-Lite --plan plan.json -o ./DeepSeek-V2-Lite-60")]
+    #[command(
+        after_help = "Example:\n  tenp-run apply ./DeepSeek-V2-Lite --plan plan.json -o ./DeepSeek-V2-Lite-60"
+    )]
     Apply(Apply),
     /// Calibrate, plan and apply in one go.
-    #[command(after_help = "Example:\n  tenp-run prune ./DeepSeek-V2-Lite --data calibration.jsonl --keep 0.6 -o ./DeepSeek-V2-Lite-60")]
+    #[command(
+        after_help = "Example:\n  tenp-run prune ./DeepSeek-V2-Lite --data calibration.jsonl --keep 0.6 -o ./DeepSeek-V2-Lite-60"
+    )]
     Prune(Prune),
     /// Measure a model: multiple choice, perplexity, distance from a reference model.
-    #[command(after_help = "Example:\n  tenp-run eval ./DeepSeek-V2-Lite-60 --reference ./DeepSeek-V2-Lite --tasks tasks/ --text held-out.jsonl")]
+    #[command(
+        after_help = "Example:\n  tenp-run eval ./DeepSeek-V2-Lite-60 --reference ./DeepSeek-V2-Lite --tasks tasks/ --text held-out.jsonl"
+    )]
     Eval(Eval),
     /// Write the logits of given token ids.
-    #[command(after_help = "Example:\n  tenp-run logits ./model --input ids.safetensors --output logits.safetensors")]
+    #[command(
+        after_help = "Example:\n  tenp-run logits ./model --input ids.safetensors --output logits.safetensors"
+    )]
     Logits(Logits),
     /// Continue a prompt.
-    #[command(after_help = "Example:\n  tenp-run generate ./model --prompt \"The town of Kibuko\" --max-tokens 20")]
+    #[command(
+        after_help = "Example:\n  tenp-run generate ./model --prompt \"The town of Kibuko\" --max-tokens 20"
+    )]
     Generate(Generate),
     /// The whole story on the bundled checkpoint, in under a minute.
     #[command(after_help = "Example:\n  tenp-run demo")]
@@ -112,7 +133,9 @@ pub(crate) struct Calibrate {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Stats {
     /// Add up statistics files of the same checkpoint.
-    #[command(after_help = "Example:\n  tenp-run stats merge a.safetensors b.safetensors -o all.safetensors")]
+    #[command(
+        after_help = "Example:\n  tenp-run stats merge a.safetensors b.safetensors -o all.safetensors"
+    )]
     Merge {
         /// Statistics files.
         #[arg(required = true, num_args = 2..)]
@@ -186,7 +209,9 @@ pub(crate) enum Normalise {
 
 fn domain_weight(text: &str) -> Result<(String, f64), String> {
     let (domain, weight) = text.split_once('=').ok_or("expected DOMAIN=WEIGHT")?;
-    let weight = weight.parse().map_err(|_| format!("`{weight}` is not a number"))?;
+    let weight = weight
+        .parse()
+        .map_err(|_| format!("`{weight}` is not a number"))?;
     Ok((domain.to_owned(), weight))
 }
 
@@ -237,7 +262,9 @@ pub(crate) struct OutputArgs {
 
 fn size(text: &str) -> Result<u64, String> {
     let text = text.trim();
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(text.len());
     let factor = match text[digits..].trim().to_ascii_uppercase().as_str() {
         "" | "B" => 1.0,
         "KB" => 1e3,
@@ -248,9 +275,15 @@ fn size(text: &str) -> Result<u64, String> {
         "GIB" => 1024.0 * 1024.0 * 1024.0,
         other => return Err(format!("unknown unit `{other}`; use B, KB, MB or GB")),
     };
-    let value: f64 = text[..digits].parse().map_err(|_| format!("`{text}` is not a size such as 5GB"))?;
+    let value: f64 = text[..digits]
+        .parse()
+        .map_err(|_| format!("`{text}` is not a size such as 5GB"))?;
     let bytes = value * factor;
-    if bytes >= 1.0 { Ok(bytes as u64) } else { Err(format!("`{text}` is less than a byte")) }
+    if bytes >= 1.0 {
+        Ok(bytes as u64)
+    } else {
+        Err(format!("`{text}` is less than a byte"))
+    }
 }
 
 #[derive(Debug, Args)]

@@ -21,7 +21,14 @@ pub(crate) fn run(cli: Cli) -> Result<()> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
         pool.build_global().context("cannot start the threads")?;
     }
-    match cli.command {
+    // From inside the pool every parallel loop starts without waking the pool up.
+    let mut result = Ok(());
+    rayon::scope(|_| result = dispatch(cli.command));
+    result
+}
+
+fn dispatch(command: Command) -> Result<()> {
+    match command {
         Command::Inspect(args) => inspect::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Stats(args) => stats::run(args),

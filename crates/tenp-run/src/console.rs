@@ -33,7 +33,9 @@ pub(crate) fn user_attended_stderr() -> bool {
 
 /// Columns of the terminal, 100 where there is none.
 pub(crate) fn columns() -> usize {
-    console::Term::stdout().size_checked().map_or(100, |(_, columns)| usize::from(columns))
+    console::Term::stdout()
+        .size_checked()
+        .map_or(100, |(_, columns)| usize::from(columns))
 }
 
 /// Columns aligned by their widest cell; the first left, the others right.
@@ -74,7 +76,11 @@ fn scaled(mut value: f64, base: f64, units: &[&str]) -> String {
         value /= base;
         unit += 1;
     }
-    if unit == 0 { format!("{value:.0}{}", units[0]) } else { format!("{value:.1}{}", units[unit]) }
+    if unit == 0 {
+        format!("{value:.0}{}", units[0])
+    } else {
+        format!("{value:.1}{}", units[unit])
+    }
 }
 
 /// `63.8 %`.
@@ -96,7 +102,16 @@ mod tests {
 
     #[test]
     fn tables_align() {
-        let text = table(&["a", "value"], &[vec!["long name".into(), "1".into()], vec!["b".into(), "22".into()]]);
-        assert_eq!(text, "a          value\nlong name      1\nb             22\n");
+        let text = table(
+            &["a", "value"],
+            &[
+                vec!["long name".into(), "1".into()],
+                vec!["b".into(), "22".into()],
+            ],
+        );
+        assert_eq!(
+            text,
+            "a          value\nlong name      1\nb             22\n"
+        );
     }
 }

@@ -38,7 +38,10 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> u8 {
     let usage = cause.is::<UsageError>()
         || cause.downcast_ref::<PruneError>().is_some_and(is_usage)
         || cause.downcast_ref::<CheckpointError>().is_some_and(|e| {
-            matches!(e, CheckpointError::Form { .. } | CheckpointError::Output { .. })
+            matches!(
+                e,
+                CheckpointError::Form { .. } | CheckpointError::Output { .. }
+            )
         });
     if usage { USAGE } else { FAILED }
 }

@@ -33,7 +33,10 @@ pub(crate) struct Texts<'c> {
 
 impl<'c> Texts<'c> {
     pub(crate) fn new(checkpoint: &'c Checkpoint) -> Self {
-        Self { checkpoint, tokenizer: OnceCell::new() }
+        Self {
+            checkpoint,
+            tokenizer: OnceCell::new(),
+        }
     }
 
     pub(crate) fn tokenizer(&self) -> Result<&Tokenizer, ModelError> {
@@ -45,13 +48,23 @@ impl<'c> Texts<'c> {
     }
 
     /// The first `limit` samples of a file, checked against the vocabulary.
-    pub(crate) fn samples(&self, path: &Path, limit: usize, seq_len: usize) -> Result<Vec<Vec<u32>>> {
+    pub(crate) fn samples(
+        &self,
+        path: &Path,
+        limit: usize,
+        seq_len: usize,
+    ) -> Result<Vec<Vec<u32>>> {
         let samples = read_samples(path, limit, seq_len, &mut || self.tokenizer())?;
         let vocab = self.checkpoint.config().vocab_size;
         for (index, sample) in samples.iter().enumerate() {
             if let Some(&id) = sample.iter().find(|&&id| id as usize >= vocab) {
                 let place = format!("{}, sample {index}", path.display());
-                return Err(ModelError::TokenId { place, id, vocab_size: vocab }.into());
+                return Err(ModelError::TokenId {
+                    place,
+                    id,
+                    vocab_size: vocab,
+                }
+                .into());
             }
         }
         Ok(samples)
@@ -61,13 +74,18 @@ impl<'c> Texts<'c> {
     pub(crate) fn domains(&self, args: &DataArgs) -> Result<Vec<(String, Vec<Vec<u32>>)>> {
         let mut domains: Vec<(String, Vec<Vec<u32>>)> = Vec::new();
         for Data { domain, path } in &args.data {
-            let index = domains.iter().position(|(name, _)| name == domain).unwrap_or_else(|| {
-                domains.push((domain.clone(), Vec::new()));
-                domains.len() - 1
-            });
+            let index = domains
+                .iter()
+                .position(|(name, _)| name == domain)
+                .unwrap_or_else(|| {
+                    domains.push((domain.clone(), Vec::new()));
+                    domains.len() - 1
+                });
             let room = args.samples as usize - domains[index].1.len();
             if room > 0 {
-                domains[index].1.extend(self.samples(path, room, args.seq_len as usize)?);
+                domains[index]
+                    .1
+                    .extend(self.samples(path, room, args.seq_len as usize)?);
             }
         }
         Ok(domains)
@@ -81,29 +99,43 @@ impl<'c> Texts<'c> {
                 files.push(path.clone());
                 continue;
             }
-            let entries = std::fs::read_dir(path).with_context(|| format!("cannot list {}", path.display()))?;
+            let entries = std::fs::read_dir(path)
+                .with_context(|| format!("cannot list {}", path.display()))?;
             let mut found: Vec<PathBuf> = entries
                 .filter_map(|e| e.ok().map(|e| e.path()))
                 .filter(|p| p.extension().is_some_and(|e| e == "jsonl"))
                 .collect();
             if found.is_empty() {
-                return Err(crate::failure::usage(format!("--tasks {}: no .jsonl file in this folder", path.display())));
+                return Err(crate::failure::usage(format!(
+                    "--tasks {}: no .jsonl file in this folder",
+                    path.display()
+                )));
             }
             found.sort();
             files.extend(found);
         }
-        files.iter().map(|file| Ok(read_task(file, self.tokenizer()?)?)).collect()
+        files
+            .iter()
+            .map(|file| Ok(read_task(file, self.tokenizer()?)?))
+            .collect()
     }
 }
 
 /// Tokens in all.
 pub(crate) fn num_tokens(domains: &[(String, Vec<Vec<u32>>)]) -> usize {
-    domains.iter().flat_map(|(_, samples)| samples).map(Vec::len).sum()
+    domains
+        .iter()
+        .flat_map(|(_, samples)| samples)
+        .map(Vec::len)
+        .sum()
 }
 
 /// Ids in the original of every expert that a pruned checkpoint still has, `[moe layer][expert]`, if its plan is of
 /// `reference`.
-pub(crate) fn kept_experts(pruned: &Checkpoint, reference: &Checkpoint) -> Result<Option<Vec<Vec<usize>>>> {
+pub(crate) fn kept_experts(
+    pruned: &Checkpoint,
+    reference: &Checkpoint,
+) -> Result<Option<Vec<Vec<usize>>>> {
     let path = pruned.dir().join("tenp_plan.json");
     if !path.exists() {
         return Ok(None);
@@ -113,7 +145,12 @@ pub(crate) fn kept_experts(pruned: &Checkpoint, reference: &Checkpoint) -> Resul
         return Ok(None);
     }
     let kept = |layer: &tenp_checkpoint::LayerPlan| {
-        layer.experts.iter().filter(|e| !e.dropped).map(|e| e.id).collect()
+        layer
+            .experts
+            .iter()
+            .filter(|e| !e.dropped)
+            .map(|e| e.id)
+            .collect()
     };
     Ok(Some(plan.layers.iter().map(kept).collect()))
 }

@@ -35,11 +35,15 @@ impl Progress {
         let bar = console::user_attended_stderr().then(|| {
             let bar = ProgressBar::new(total);
             let template = "{msg:24} {wide_bar:.cyan/dim} {percent:>3} %  {rate}  ETA {eta}";
-            let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+            let style = ProgressStyle::with_template(template)
+                .unwrap_or_else(|_| ProgressStyle::default_bar());
             let per_item = layers.max(1) as f64;
-            let style = style.with_key("rate", move |state: &indicatif::ProgressState, out: &mut dyn std::fmt::Write| {
-                let _ = out.write_str(&rate(unit, state.per_sec() / per_item));
-            });
+            let style = style.with_key(
+                "rate",
+                move |state: &indicatif::ProgressState, out: &mut dyn std::fmt::Write| {
+                    let _ = out.write_str(&rate(unit, state.per_sec() / per_item));
+                },
+            );
             bar.set_style(style.progress_chars("━╸━"));
             bar.set_message(label.to_owned());
             bar
@@ -68,7 +72,10 @@ impl Progress {
         } else if self.last_line.elapsed() >= LINE_EVERY && done < self.total {
             self.last_line = Instant::now();
             let share = done as f64 / self.total.max(1) as f64;
-            let left = self.started.elapsed().mul_f64((1.0 - share) / share.max(1e-9));
+            let left = self
+                .started
+                .elapsed()
+                .mul_f64((1.0 - share) / share.max(1e-9));
             console::note(&format!(
                 "{}: {:.0} %, {}, about {} left",
                 self.label,
@@ -94,7 +101,11 @@ impl Progress {
             Unit::Tokens => format!("{} tokens", (self.done as f64 / self.per_item).round()),
             Unit::Bytes => console::bytes(self.done),
         };
-        console::note(&format!("{}: {amount} in {seconds:.1} s ({})", self.label, self.rate()));
+        console::note(&format!(
+            "{}: {amount} in {seconds:.1} s ({})",
+            self.label,
+            self.rate()
+        ));
     }
 }
 

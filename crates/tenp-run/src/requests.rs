@@ -14,15 +14,27 @@ pub(crate) fn request(args: &PlanArgs) -> Result<PlanRequest> {
     let allocation = args.allocation.as_deref().map(allocation).transpose()?;
     let keep = match (args.keep, &allocation) {
         (Some(_), Some(Allocation::File(_))) => {
-            return Err(usage("--keep has no effect with --allocation file:PATH, whose widths are the budget"));
+            return Err(usage(
+                "--keep has no effect with --allocation file:PATH, whose widths are the budget",
+            ));
         }
         (Some(keep), _) => keep,
         (None, Some(Allocation::File(_))) => 1.0,
-        (None, _) => return Err(usage("--keep is missing: the share of neurons to keep, such as --keep 0.6")),
+        (None, _) => {
+            return Err(usage(
+                "--keep is missing: the share of neurons to keep, such as --keep 0.6",
+            ));
+        }
     };
     let defaults = PlanRequest::default();
-    if args.slope.is_some() && allocation.as_ref().is_some_and(|a| *a != Allocation::Trapezoid) {
-        return Err(usage("--slope has no effect with this --allocation; it needs trapezoid"));
+    if args.slope.is_some()
+        && allocation
+            .as_ref()
+            .is_some_and(|a| *a != Allocation::Trapezoid)
+    {
+        return Err(usage(
+            "--slope has no effect with this --allocation; it needs trapezoid",
+        ));
     }
     Ok(PlanRequest {
         method: args.method,
@@ -49,35 +61,51 @@ fn allocation(text: &str) -> Result<Allocation> {
             "trapezoid" => Ok(Allocation::Trapezoid),
             "uniform" => Ok(Allocation::Uniform),
             "global" => Ok(Allocation::Global),
-            _ => Err(usage(format!("--allocation {text}: expected trapezoid, uniform, global or file:PATH"))),
+            _ => Err(usage(format!(
+                "--allocation {text}: expected trapezoid, uniform, global or file:PATH"
+            ))),
         },
     }
 }
 
 /// Widths from JSON: `[[…], …]`, or an object whose `widths` (or `tenp.widths`, a ragged config) is that.
 fn widths(path: &Path) -> Result<Vec<Vec<usize>>> {
-    let text = std::fs::read(path).with_context(|| format!("--allocation file:{}", path.display()))?;
-    let value: serde_json::Value =
-        serde_json::from_slice(&text).map_err(|e| usage(format!("--allocation file:{}: {e}", path.display())))?;
-    let found = [&value, &value["widths"], &value["tenp"]["widths"]].into_iter().find(|v| v.is_array());
-    found.and_then(|v| serde_json::from_value(v.clone()).ok()).ok_or_else(|| {
-        let what = "expected widths as [[width, …], …], one list per MoE layer";
-        usage(format!("--allocation file:{}: {what}", path.display()))
-    })
+    let text =
+        std::fs::read(path).with_context(|| format!("--allocation file:{}", path.display()))?;
+    let value: serde_json::Value = serde_json::from_slice(&text)
+        .map_err(|e| usage(format!("--allocation file:{}: {e}", path.display())))?;
+    let found = [&value, &value["widths"], &value["tenp"]["widths"]]
+        .into_iter()
+        .find(|v| v.is_array());
+    found
+        .and_then(|v| serde_json::from_value(v.clone()).ok())
+        .ok_or_else(|| {
+            let what = "expected widths as [[width, …], …], one list per MoE layer";
+            usage(format!("--allocation file:{}: {what}", path.display()))
+        })
 }
 
 /// Plans a checkpoint from its statistics.
-pub(crate) fn plan(checkpoint: &Checkpoint, statistics: &Statistics, request: &PlanRequest) -> Result<Plan> {
+pub(crate) fn plan(
+    checkpoint: &Checkpoint,
+    statistics: &Statistics,
+    request: &PlanRequest,
+) -> Result<Plan> {
     if let Some(original) = checkpoint.pruned_from() {
         let dir = checkpoint.dir().display();
-        return Err(usage(format!("{dir} is already pruned (from {original}); plan from the original checkpoint")));
+        return Err(usage(format!(
+            "{dir} is already pruned (from {original}); plan from the original checkpoint"
+        )));
     }
     let size = checkpoint.size();
     let config = checkpoint.config();
     let layer = config.moe_layers.first().copied().unwrap_or_default();
     let router = checkpoint.router(layer)?;
     let bias_bytes = match router.correction_bias {
-        Some(_) => checkpoint.tensor(&checkpoint.spelling().correction_bias(layer))?.dtype.size() as u64,
+        Some(_) => checkpoint
+            .tensor(&checkpoint.spelling().correction_bias(layer))?
+            .dtype
+            .size() as u64,
         None => 0,
     };
     let row = config.hidden_size as u64;
@@ -89,5 +117,11 @@ pub(crate) fn plan(checkpoint: &Checkpoint, statistics: &Statistics, request: &P
         router_row_bytes: row * router.weight.dtype.size() as u64 + bias_bytes,
         router_row_parameters: row + u64::from(bias_bytes > 0),
     };
-    Ok(tenp_prune::plan(config, &model_size, checkpoint.fingerprint(), statistics, request)?)
+    Ok(tenp_prune::plan(
+        config,
+        &model_size,
+        checkpoint.fingerprint(),
+        statistics,
+        request,
+    )?)
 }

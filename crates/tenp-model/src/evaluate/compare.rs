@@ -95,7 +95,14 @@ pub fn compare(
             sequences.push(&samples[last], 0);
             last += 1;
         }
-        one_pass(model, reference, &sequences, kept_experts, &mut total, progress)?;
+        one_pass(
+            model,
+            reference,
+            &sequences,
+            kept_experts,
+            &mut total,
+            progress,
+        )?;
         first = last;
     }
     Ok(total.into_comparison())
@@ -124,8 +131,14 @@ impl Sums {
         let tokens = self.tokens.max(1) as f64;
         let layers = self.layers.iter().map(|l| LayerComparison {
             layer: l.layer,
-            output_error: if l.error_sq == 0.0 { 0.0 } else { (l.error_sq / l.norm_sq).sqrt() },
-            routing_shift: l.routing.map(|(shared, all)| 1.0 - shared as f64 / all.max(1) as f64),
+            output_error: if l.error_sq == 0.0 {
+                0.0
+            } else {
+                (l.error_sq / l.norm_sq).sqrt()
+            },
+            routing_shift: l
+                .routing
+                .map(|(shared, all)| 1.0 - shared as f64 / all.max(1) as f64),
         });
         Comparison {
             tokens: self.tokens,
@@ -159,7 +172,10 @@ fn one_pass(
             continue;
         }
         if total.layers.len() == index {
-            total.layers.push(LayerSums { layer, ..LayerSums::default() });
+            total.layers.push(LayerSums {
+                layer,
+                ..LayerSums::default()
+            });
         }
         let sums = &mut total.layers[index];
         for (a, b) in ours.outputs.iter().zip(&theirs.outputs) {
@@ -177,7 +193,11 @@ fn one_pass(
     }
     let (hidden, reference_hidden) = (run.finish()?, reference_run.finish()?);
     let width = model.config().hidden_size;
-    let (kl, same) = divergence((&model.head()?, &hidden), (&reference.head()?, &reference_hidden), width)?;
+    let (kl, same) = divergence(
+        (&model.head()?, &hidden),
+        (&reference.head()?, &reference_hidden),
+        width,
+    )?;
     total.tokens += sequences.num_tokens();
     total.kl += kl;
     total.same += same;

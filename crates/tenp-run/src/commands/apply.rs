@@ -40,24 +40,42 @@ pub(super) fn write(
         form,
         shard_bytes: output.shard_size,
         force: output.force,
-        extra_files: vec![("README.md".to_owned(), cards::model_card(checkpoint, plan, form).into_bytes())],
+        extra_files: vec![(
+            "README.md".to_owned(),
+            cards::model_card(checkpoint, plan, form).into_bytes(),
+        )],
         report: cards::report(checkpoint, plan, calibration),
     };
     let mut progress: Option<Progress> = None;
-    let outcome = apply(checkpoint, plan, &output.output, &options, &mut |done, total| {
-        progress.get_or_insert_with(|| Progress::new("write", Unit::Bytes, total, 1)).set(done);
-    })?;
+    let outcome = apply(
+        checkpoint,
+        plan,
+        &output.output,
+        &options,
+        &mut |done, total| {
+            progress
+                .get_or_insert_with(|| Progress::new("write", Unit::Bytes, total, 1))
+                .set(done);
+        },
+    )?;
     if let Some(progress) = progress {
         progress.finish();
     }
     let out = output.output.display();
     console::note(&match outcome {
-        ApplyOutcome::AlreadyFinished => format!("{out} is already the finished output of this run; nothing to do"),
-        ApplyOutcome::Written { identical: true, .. } => {
+        ApplyOutcome::AlreadyFinished => {
+            format!("{out} is already the finished output of this run; nothing to do")
+        }
+        ApplyOutcome::Written {
+            identical: true, ..
+        } => {
             format!("wrote {out}: everything is kept, so it is an identical copy")
         }
         ApplyOutcome::Written { bytes, shards, .. } => {
-            format!("wrote {out}: {} in {shards} shard(s)", console::bytes(bytes))
+            format!(
+                "wrote {out}: {} in {shards} shard(s)",
+                console::bytes(bytes)
+            )
         }
     });
     Ok(outcome)
@@ -68,7 +86,12 @@ pub(super) fn outcome_json(plan: &Plan, outcome: ApplyOutcome) -> Value {
     let mut value = json!({"accounting": plan.accounting, "uncalibrated": plan.uncalibrated});
     match outcome {
         ApplyOutcome::AlreadyFinished => value["already_finished"] = json!(true),
-        ApplyOutcome::Written { bytes, tensors, shards, identical } => {
+        ApplyOutcome::Written {
+            bytes,
+            tensors,
+            shards,
+            identical,
+        } => {
             value["bytes"] = json!(bytes);
             value["tensors"] = json!(tensors);
             value["shards"] = json!(shards);

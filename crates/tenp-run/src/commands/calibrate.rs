@@ -18,7 +18,11 @@ pub(super) fn run(args: &Calibrate) -> Result<()> {
 }
 
 /// Runs the calibration text through the model.
-pub(super) fn collect(checkpoint: &Checkpoint, data: &DataArgs, compute: ComputeArgs) -> Result<Statistics> {
+pub(super) fn collect(
+    checkpoint: &Checkpoint,
+    data: &DataArgs,
+    compute: ComputeArgs,
+) -> Result<Statistics> {
     let domains = models::Texts::new(checkpoint).domains(data)?;
     run_domains(checkpoint, &domains, compute.into())
 }
@@ -33,18 +37,22 @@ pub(super) fn run_domains(
     let total = models::num_tokens(domains) * layers;
     let mut progress = Progress::new("calibrate", Unit::Tokens, total as u64, layers);
     let model = Model::new(checkpoint, compute);
-    let statistics =
-        calibrate::calibrate(&model, domains, &mut |_, tokens| progress.advance(tokens as u64))?;
+    let statistics = calibrate::calibrate(&model, domains, &mut |_, tokens| {
+        progress.advance(tokens as u64)
+    })?;
     progress.finish();
     report_unreached(&statistics);
     Ok(statistics)
 }
 
 fn report_unreached(statistics: &Statistics) {
-    let mut reached: std::collections::BTreeMap<usize, Vec<bool>> = std::collections::BTreeMap::new();
+    let mut reached: std::collections::BTreeMap<usize, Vec<bool>> =
+        std::collections::BTreeMap::new();
     for layers in statistics.domains.values() {
         for (layer, table) in layers {
-            let seen = reached.entry(*layer).or_insert_with(|| vec![false; table.num_experts]);
+            let seen = reached
+                .entry(*layer)
+                .or_insert_with(|| vec![false; table.num_experts]);
             for (seen, tokens) in seen.iter_mut().zip(&table.tokens) {
                 *seen |= *tokens > 0;
             }
@@ -52,10 +60,20 @@ fn report_unreached(statistics: &Statistics) {
     }
     let missed: Vec<String> = reached
         .iter()
-        .flat_map(|(l, seen)| seen.iter().enumerate().filter(|(_, s)| !**s).map(move |(e, _)| format!("{l}/{e}")))
+        .flat_map(|(l, seen)| {
+            seen.iter()
+                .enumerate()
+                .filter(|(_, s)| !**s)
+                .map(move |(e, _)| format!("{l}/{e}"))
+        })
         .collect();
     if !missed.is_empty() {
-        let shown = missed.iter().take(20).cloned().collect::<Vec<_>>().join(", ");
+        let shown = missed
+            .iter()
+            .take(20)
+            .cloned()
+            .collect::<Vec<_>>()
+            .join(", ");
         let more = if missed.len() > 20 { ", …" } else { "" };
         console::note(&format!(
             "{} experts saw no token (layer/expert): {shown}{more}; more or other calibration text would reach them",

@@ -38,7 +38,11 @@ pub(super) fn run(args: &Demo) -> Result<()> {
     let checkpoint = models::open(&folder)?;
     let texts = models::Texts::new(&checkpoint);
     let tasks = texts.tasks(&[folder.join("tasks")])?;
-    let data = DataArgs { data: calibration_files(&folder)?, samples: 128, seq_len: 2048 };
+    let data = DataArgs {
+        data: calibration_files(&folder)?,
+        samples: 128,
+        seq_len: 2048,
+    };
     let domains = texts.domains(&data)?;
     let size = checkpoint.size();
     console::note(&format!(
@@ -58,10 +62,20 @@ pub(super) fn run(args: &Demo) -> Result<()> {
     let scratch = tempfile::tempdir().context("cannot create a temporary folder")?;
     let mut tenp: Option<Plan> = None;
     for (method, name) in METHODS {
-        let request = PlanRequest { method, keep: args.keep, ..PlanRequest::default() };
+        let request = PlanRequest {
+            method,
+            keep: args.keep,
+            ..PlanRequest::default()
+        };
         let plan = requests::plan(&checkpoint, &statistics, &request)?;
         let out = scratch.path().join(method.to_string());
-        apply(&checkpoint, &plan, &out, &ApplyOptions::default(), &mut |_, _| ())?;
+        apply(
+            &checkpoint,
+            &plan,
+            &out,
+            &ApplyOptions::default(),
+            &mut |_, _| (),
+        )?;
         let pruned = models::open(&out)?;
         rows.push(Row {
             name: name.to_owned(),
@@ -76,33 +90,56 @@ pub(super) fn run(args: &Demo) -> Result<()> {
     if args.json {
         console::json(&as_json(&rows, &plan, seconds));
     } else {
-        console::data(&as_text(&rows, &plan, checkpoint.config().moe.expert_width, seconds));
+        console::data(&as_text(
+            &rows,
+            &plan,
+            checkpoint.config().moe.expert_width,
+            seconds,
+        ));
     }
     Ok(())
 }
 
 /// The folder in the source tree, or `demo/` here.
 fn bundled() -> Result<PathBuf> {
-    let places = [PathBuf::from("demo"), Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo")];
+    let places = [
+        PathBuf::from("demo"),
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo"),
+    ];
     let found = places.iter().find(|p| p.join("config.json").exists());
     let found = found.and_then(|p| p.canonicalize().ok());
     let here = std::env::current_dir().unwrap_or_default();
-    found.map(|p| p.strip_prefix(&here).map(Path::to_path_buf).unwrap_or(p)).ok_or_else(|| {
-        usage("the bundled checkpoint is not here; run from the source tree or give --folder")
-    })
+    found
+        .map(|p| p.strip_prefix(&here).map(Path::to_path_buf).unwrap_or(p))
+        .ok_or_else(|| {
+            usage("the bundled checkpoint is not here; run from the source tree or give --folder")
+        })
 }
 
 fn calibration_files(folder: &Path) -> Result<Vec<Data>> {
     let dir = folder.join("calibration");
-    let entries = std::fs::read_dir(&dir).with_context(|| format!("cannot list {}", dir.display()))?;
+    let entries =
+        std::fs::read_dir(&dir).with_context(|| format!("cannot list {}", dir.display()))?;
     let mut paths: Vec<PathBuf> = entries.filter_map(|e| e.ok().map(|e| e.path())).collect();
     paths.sort();
-    let domain = |path: &Path| path.file_stem().map_or_else(String::new, |s| s.to_string_lossy().into_owned());
-    Ok(paths.into_iter().map(|path| Data { domain: domain(&path), path }).collect())
+    let domain = |path: &Path| {
+        path.file_stem()
+            .map_or_else(String::new, |s| s.to_string_lossy().into_owned())
+    };
+    Ok(paths
+        .into_iter()
+        .map(|path| Data {
+            domain: domain(&path),
+            path,
+        })
+        .collect())
 }
 
 fn measure(checkpoint: &Checkpoint, tasks: &[Task], label: &str) -> Result<Measures> {
-    Ok(Measures { tasks: run_tasks(checkpoint, tasks, Compute::F32, label)?, ..Measures::default() })
+    Ok(Measures {
+        tasks: run_tasks(checkpoint, tasks, Compute::F32, label)?,
+        ..Measures::default()
+    })
 }
 
 fn as_json(rows: &[Row], plan: &Plan, seconds: f64) -> Value {
@@ -119,12 +156,21 @@ fn as_json(rows: &[Row], plan: &Plan, seconds: f64) -> Value {
             })
         })
         .collect();
-    let widths: Vec<Vec<usize>> = plan.layers.iter().map(|l| l.experts.iter().map(|e| e.width).collect()).collect();
+    let widths: Vec<Vec<usize>> = plan
+        .layers
+        .iter()
+        .map(|l| l.experts.iter().map(|e| e.width).collect())
+        .collect();
     json!({"models": models, "tenp_widths": widths, "seconds": seconds})
 }
 
 fn as_text(rows: &[Row], plan: &Plan, expert_width: usize, seconds: f64) -> String {
-    let names: Vec<String> = rows[0].measures.tasks.iter().map(|(n, _)| n.clone()).collect();
+    let names: Vec<String> = rows[0]
+        .measures
+        .tasks
+        .iter()
+        .map(|(n, _)| n.clone())
+        .collect();
     let mut header = vec!["", "size", "E", "A"];
     header.extend(names.iter().map(String::as_str));
     header.extend(["mean accuracy", "answer NLL"]);
@@ -132,11 +178,22 @@ fn as_text(rows: &[Row], plan: &Plan, expert_width: usize, seconds: f64) -> Stri
         .iter()
         .map(|row| {
             let share = |f: &dyn Fn(&tenp_checkpoint::Accounting) -> f64| {
-                row.accounting.as_ref().map_or_else(|| "100 %".to_owned(), |a| console::percent(f(a)))
+                row.accounting
+                    .as_ref()
+                    .map_or_else(|| "100 %".to_owned(), |a| console::percent(f(a)))
             };
-            let mut cells =
-                vec![row.name.clone(), console::bytes(row.bytes), share(&|a| a.E), share(&|a| a.A)];
-            cells.extend(row.measures.tasks.iter().map(|(_, t)| format!("{:.3}", t.accuracy)));
+            let mut cells = vec![
+                row.name.clone(),
+                console::bytes(row.bytes),
+                share(&|a| a.E),
+                share(&|a| a.A),
+            ];
+            cells.extend(
+                row.measures
+                    .tasks
+                    .iter()
+                    .map(|(_, t)| format!("{:.3}", t.accuracy)),
+            );
             cells.push(format!("{:.3}", row.measures.mean_accuracy()));
             cells.push(format!("{:.3}", row.measures.mean_nll()));
             cells

@@ -50,17 +50,33 @@ pub(super) fn run(args: &Eval) -> Result<()> {
     let tasks = texts.tasks(&args.tasks)?;
     let mut samples = Vec::new();
     for path in &args.text {
-        let name = path.file_stem().map_or_else(String::new, |s| s.to_string_lossy().into_owned());
-        samples.push((name, texts.samples(path, usize::MAX, args.seq_len as usize)?));
+        let name = path
+            .file_stem()
+            .map_or_else(String::new, |s| s.to_string_lossy().into_owned());
+        samples.push((
+            name,
+            texts.samples(path, usize::MAX, args.seq_len as usize)?,
+        ));
     }
     let compute = args.compute.into();
-    let mut measures = Measures { tasks: run_tasks(&checkpoint, &tasks, compute, "tasks")?, ..Measures::default() };
+    let mut measures = Measures {
+        tasks: run_tasks(&checkpoint, &tasks, compute, "tasks")?,
+        ..Measures::default()
+    };
     for (name, samples) in &samples {
-        measures.text.push((name.clone(), run_text(&checkpoint, name, samples, compute)?));
+        measures
+            .text
+            .push((name.clone(), run_text(&checkpoint, name, samples, compute)?));
     }
     if let Some(dir) = &args.reference {
         let reference = models::open(dir)?;
-        measures.reference = Some(run_reference(&checkpoint, &reference, &tasks, &samples, compute)?);
+        measures.reference = Some(run_reference(
+            &checkpoint,
+            &reference,
+            &tasks,
+            &samples,
+            compute,
+        )?);
     }
     if args.json {
         console::json(&as_json(&measures));
@@ -90,17 +106,29 @@ pub(super) fn run_tasks(
     let mut progress = Progress::new(label, Unit::Tokens, (tokens * layers) as u64, layers);
     let mut scores = Vec::new();
     for task in tasks {
-        scores.push((task.name.clone(), score_tasks(&model, task, &mut Watch(&mut progress))?));
+        scores.push((
+            task.name.clone(),
+            score_tasks(&model, task, &mut Watch(&mut progress))?,
+        ));
     }
     progress.finish();
     Ok(scores)
 }
 
-fn run_text(checkpoint: &Checkpoint, name: &str, samples: &[Vec<u32>], compute: Compute) -> Result<TextScore> {
+fn run_text(
+    checkpoint: &Checkpoint,
+    name: &str,
+    samples: &[Vec<u32>],
+    compute: Compute,
+) -> Result<TextScore> {
     let layers = checkpoint.config().num_layers;
     let tokens: usize = samples.iter().map(Vec::len).sum();
     let mut progress = Progress::new(name, Unit::Tokens, (tokens * layers) as u64, layers);
-    let score = score_text(&Model::new(checkpoint, compute), samples, &mut Watch(&mut progress))?;
+    let score = score_text(
+        &Model::new(checkpoint, compute),
+        samples,
+        &mut Watch(&mut progress),
+    )?;
     progress.finish();
     Ok(score)
 }
@@ -113,8 +141,15 @@ fn run_reference(
     texts: &[(String, Vec<Vec<u32>>)],
     compute: Compute,
 ) -> Result<Comparison> {
-    let answered = tasks.iter().flat_map(|t| &t.items).map(|i| [&i.prompt[..], &i.choices[i.answer]].concat());
-    let samples: Vec<Vec<u32>> = texts.iter().flat_map(|(_, s)| s.iter().cloned()).chain(answered).collect();
+    let answered = tasks
+        .iter()
+        .flat_map(|t| &t.items)
+        .map(|i| [&i.prompt[..], &i.choices[i.answer]].concat());
+    let samples: Vec<Vec<u32>> = texts
+        .iter()
+        .flat_map(|(_, s)| s.iter().cloned())
+        .chain(answered)
+        .collect();
     let layers = checkpoint.config().num_layers;
     let tokens: usize = samples.iter().map(Vec::len).sum();
     let mut progress = Progress::new("reference", Unit::Tokens, (tokens * layers) as u64, layers);
@@ -150,7 +185,12 @@ fn as_json(m: &Measures) -> Value {
         let text: Map<String, Value> = m
             .text
             .iter()
-            .map(|(name, t)| (name.clone(), json!({"tokens": t.tokens, "nll": t.nll, "perplexity": t.perplexity})))
+            .map(|(name, t)| {
+                (
+                    name.clone(),
+                    json!({"tokens": t.tokens, "nll": t.nll, "perplexity": t.perplexity}),
+                )
+            })
             .collect();
         out.insert("text".into(), Value::Object(text));
     }
@@ -160,7 +200,10 @@ fn as_json(m: &Measures) -> Value {
             .iter()
             .map(|l| json!({"layer": l.layer, "output_error": l.output_error, "routing_shift": l.routing_shift}))
             .collect();
-        out.insert("reference".into(), json!({"kl": r.kl, "top1": r.top1, "layers": layers}));
+        out.insert(
+            "reference".into(),
+            json!({"kl": r.kl, "top1": r.top1, "layers": layers}),
+        );
     }
     Value::Object(out)
 }
@@ -181,7 +224,9 @@ fn as_text(m: &Measures) -> String {
                 ]
             })
             .collect();
-        let mean = |f: &dyn Fn(&TaskScore) -> f64| m.tasks.iter().map(|(_, t)| f(t)).sum::<f64>() / m.tasks.len() as f64;
+        let mean = |f: &dyn Fn(&TaskScore) -> f64| {
+            m.tasks.iter().map(|(_, t)| f(t)).sum::<f64>() / m.tasks.len() as f64
+        };
         rows.push(vec![
             "mean".into(),
             String::new(),
@@ -189,17 +234,28 @@ fn as_text(m: &Measures) -> String {
             format!("{:.3}", mean(&|t| t.exact_match)),
             format!("{:.4}", m.mean_nll()),
         ]);
-        parts.push(console::table(&["task", "n", "accuracy", "exact match", "answer NLL"], &rows));
+        parts.push(console::table(
+            &["task", "n", "accuracy", "exact match", "answer NLL"],
+            &rows,
+        ));
     }
     if !m.text.is_empty() {
         let rows: Vec<Vec<String>> = m
             .text
             .iter()
             .map(|(name, t)| {
-                vec![name.clone(), t.tokens.to_string(), format!("{:.4}", t.nll), format!("{:.3}", t.perplexity)]
+                vec![
+                    name.clone(),
+                    t.tokens.to_string(),
+                    format!("{:.4}", t.nll),
+                    format!("{:.3}", t.perplexity),
+                ]
             })
             .collect();
-        parts.push(console::table(&["text", "tokens", "NLL", "perplexity"], &rows));
+        parts.push(console::table(
+            &["text", "tokens", "NLL", "perplexity"],
+            &rows,
+        ));
     }
     if let Some(r) = &m.reference {
         parts.push(format!(
@@ -212,11 +268,16 @@ fn as_text(m: &Measures) -> String {
             .layers
             .iter()
             .map(|l| {
-                let shift = l.routing_shift.map_or_else(|| "–".to_owned(), console::percent);
+                let shift = l
+                    .routing_shift
+                    .map_or_else(|| "–".to_owned(), console::percent);
                 vec![l.layer.to_string(), format!("{:.4}", l.output_error), shift]
             })
             .collect();
-        parts.push(console::table(&["layer", "output error", "routing shift"], &rows));
+        parts.push(console::table(
+            &["layer", "output error", "routing shift"],
+            &rows,
+        ));
     }
     parts.join("\n")
 }

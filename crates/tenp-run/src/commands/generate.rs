@@ -13,13 +13,18 @@ use crate::{console, models};
 
 pub(super) fn run(args: &Generate) -> Result<()> {
     if !(args.temperature >= 0.0 && args.temperature.is_finite()) {
-        return Err(usage(format!("--temperature {}: expected a number of at least 0", args.temperature)));
+        return Err(usage(format!(
+            "--temperature {}: expected a number of at least 0",
+            args.temperature
+        )));
     }
     let checkpoint = models::open(&args.model)?;
     let tokenizer = Tokenizer::open(&checkpoint)?;
     let prompt = tokenizer.sequence(&args.prompt)?;
     if prompt.is_empty() {
-        return Err(usage("--prompt is empty, and the tokenizer adds no first token"));
+        return Err(usage(
+            "--prompt is empty, and the tokenizer adds no first token",
+        ));
     }
     let mut rng = ChaCha8Rng::seed_from_u64(args.seed);
     let mut generator = Generator::new(Model::new(&checkpoint, args.compute.into()));
@@ -28,15 +33,24 @@ pub(super) fn run(args: &Generate) -> Result<()> {
     let mut shown = 0;
     let mut logits = generator.feed(&prompt)?;
     let started = std::time::Instant::now();
-    while generated.len() < args.max_tokens && generator.position() < checkpoint.config().max_positions {
-        let next = if args.temperature == 0.0 { arg_max(&logits) } else { sample(&logits, args.temperature, &mut rng) };
+    while generated.len() < args.max_tokens
+        && generator.position() < checkpoint.config().max_positions
+    {
+        let next = if args.temperature == 0.0 {
+            arg_max(&logits)
+        } else {
+            sample(&logits, args.temperature, &mut rng)
+        };
         if checkpoint.config().eos_token_ids.contains(&next) {
             break;
         }
         generated.push(next);
         let text = tokenizer.text(&generated)?;
         // A character may be spread over tokens: wait until it is whole.
-        if !text.ends_with('\u{fffd}') && text.is_char_boundary(shown.min(text.len())) && text.len() > shown {
+        if !text.ends_with('\u{fffd}')
+            && text.is_char_boundary(shown.min(text.len()))
+            && text.len() > shown
+        {
             console::data(&text[shown..]);
             shown = text.len();
         }
@@ -52,7 +66,10 @@ pub(super) fn run(args: &Generate) -> Result<()> {
 /// A token drawn from softmax(logits / temperature).
 fn sample(logits: &[f32], temperature: f64, rng: &mut ChaCha8Rng) -> u32 {
     let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    let weights: Vec<f64> = logits.iter().map(|&l| ((f64::from(l) - max) / temperature).exp()).collect();
+    let weights: Vec<f64> = logits
+        .iter()
+        .map(|&l| ((f64::from(l) - max) / temperature).exp())
+        .collect();
     let mut left = rng.random::<f64>() * weights.iter().sum::<f64>();
     for (id, weight) in weights.iter().enumerate() {
         left -= weight;

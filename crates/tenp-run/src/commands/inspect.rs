@@ -33,8 +33,7 @@ fn as_json(checkpoint: &Checkpoint) -> Value {
     if let Some(widths) = &config.widths {
         out.insert("widths".into(), json!(widths));
     }
-    let parameters =
-        json!({"total": size.parameters_total, "routed": size.parameters_routed, "active": size.parameters_active});
+    let parameters = json!({"total": size.parameters_total, "routed": size.parameters_routed, "active": size.parameters_active});
     out.insert("parameters".into(), parameters);
     out.insert("dtype".into(), json!(dtype(checkpoint)));
     out.insert("bytes".into(), json!(size.bytes_total));
@@ -50,20 +49,43 @@ fn as_text(checkpoint: &Checkpoint) -> String {
         Some(widths) => {
             let all = widths.iter().flatten();
             let (min, max) = (all.clone().min().unwrap_or(&0), all.max().unwrap_or(&0));
-            format!("{min} to {max} (ragged, before pruning {})", moe.expert_width)
+            format!(
+                "{min} to {max} (ragged, before pruning {})",
+                moe.expert_width
+            )
         }
     };
     let routed_share = size.parameters_routed as f64 / size.parameters_total.max(1) as f64;
     let mut rows = vec![
         ("family", config.family.model_type().to_owned()),
-        ("layers", format!("{} ({} MoE)", config.num_layers, config.moe_layers.len())),
-        ("routed experts", format!("{} per layer, top-{}", moe.num_experts, moe.top_k)),
+        (
+            "layers",
+            format!("{} ({} MoE)", config.num_layers, config.moe_layers.len()),
+        ),
+        (
+            "routed experts",
+            format!("{} per layer, top-{}", moe.num_experts, moe.top_k),
+        ),
         ("expert width", widths),
-        ("shared expert", if moe.shared_width > 0 { moe.shared_width.to_string() } else { "none".to_owned() }),
+        (
+            "shared expert",
+            if moe.shared_width > 0 {
+                moe.shared_width.to_string()
+            } else {
+                "none".to_owned()
+            },
+        ),
         ("hidden size", config.hidden_size.to_string()),
         ("vocabulary", config.vocab_size.to_string()),
         ("parameters", console::count(size.parameters_total)),
-        ("  routed", format!("{} ({})", console::count(size.parameters_routed), console::percent(routed_share))),
+        (
+            "  routed",
+            format!(
+                "{} ({})",
+                console::count(size.parameters_routed),
+                console::percent(routed_share)
+            ),
+        ),
         ("  active per token", console::count(size.parameters_active)),
         ("dtype", dtype(checkpoint)),
         ("bytes", console::bytes(size.bytes_total)),
@@ -71,7 +93,10 @@ fn as_text(checkpoint: &Checkpoint) -> String {
     if let Some(original) = checkpoint.pruned_from() {
         rows.push(("pruned from", original.to_string()));
     }
-    let mut text: String = rows.iter().map(|(name, value)| format!("{name:18} {value}\n")).collect();
+    let mut text: String = rows
+        .iter()
+        .map(|(name, value)| format!("{name:18} {value}\n"))
+        .collect();
     for shard in checkpoint.missing_shards() {
         text.push_str(&format!("missing shard      {shard}\n"));
     }

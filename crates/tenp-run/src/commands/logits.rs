@@ -15,15 +15,23 @@ const PASS_BYTES: usize = 1 << 30;
 pub(super) fn run(args: &Logits) -> Result<()> {
     let checkpoint = models::open(&args.model)?;
     if args.input.extension().is_none_or(|e| e != "safetensors") {
-        return Err(usage(format!("--input {}: expected .safetensors with input_ids", args.input.display())));
+        return Err(usage(format!(
+            "--input {}: expected .safetensors with input_ids",
+            args.input.display()
+        )));
     }
     let samples = models::Texts::new(&checkpoint).samples(&args.input, usize::MAX, usize::MAX)?;
     let model = Model::new(&checkpoint, args.compute.into());
-    let (n, len, vocab) = (samples.len(), samples[0].len(), checkpoint.config().vocab_size);
+    let (n, len, vocab) = (
+        samples.len(),
+        samples[0].len(),
+        checkpoint.config().vocab_size,
+    );
     let bytes = (n * len * vocab * 4) as u64;
     // The format: header length, JSON padded with blanks to 8 bytes, data.
-    let mut header =
-        format!(r#"{{"logits":{{"dtype":"F32","shape":[{n},{len},{vocab}],"data_offsets":[0,{bytes}]}}}}"#);
+    let mut header = format!(
+        r#"{{"logits":{{"dtype":"F32","shape":[{n},{len},{vocab}],"data_offsets":[0,{bytes}]}}}}"#
+    );
     header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
     let layers = checkpoint.config().num_layers;
     let mut progress = Progress::new("logits", Unit::Tokens, (n * len * layers) as u64, layers);

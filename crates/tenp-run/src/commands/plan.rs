@@ -34,7 +34,11 @@ pub(super) fn text(checkpoint: &Checkpoint, plan: &Plan) -> String {
         text.push_str(&format!("{:44} {}\n", row[0], row[1]));
     }
     if !plan.uncalibrated.is_empty() {
-        let list: Vec<String> = plan.uncalibrated.iter().map(|(l, e)| format!("{l}/{e}")).collect();
+        let list: Vec<String> = plan
+            .uncalibrated
+            .iter()
+            .map(|(l, e)| format!("{l}/{e}"))
+            .collect();
         text.push_str(&format!(
             "{:44} {} (layer/expert: {})\n",
             "experts without tokens, by weight norm",
@@ -43,6 +47,10 @@ pub(super) fn text(checkpoint: &Checkpoint, plan: &Plan) -> String {
         ));
     }
     text.push('\n');
-    text.push_str(&picture::widths(plan, checkpoint.config().moe.expert_width, console::columns()));
+    text.push_str(&picture::widths(
+        plan,
+        checkpoint.config().moe.expert_width,
+        console::columns(),
+    ));
     text
 }

@@ -19,7 +19,9 @@ pub(super) fn run(args: &Prune) -> Result<()> {
     let checkpoint = models::open(&args.model)?;
     if let Some(original) = checkpoint.pruned_from() {
         let dir = args.model.display();
-        return Err(usage(format!("{dir} is already pruned (from {original}); prune the original checkpoint")));
+        return Err(usage(format!(
+            "{dir} is already pruned (from {original}); prune the original checkpoint"
+        )));
     }
     check_output(&checkpoint, &args.output.output, args.output.force)?;
     let domains = models::Texts::new(&checkpoint).domains(&args.data)?;
@@ -48,7 +50,12 @@ pub(super) fn run(args: &Prune) -> Result<()> {
 }
 
 /// What the run would take. The time is the arithmetic at the rate this machine shows in a short product.
-fn dry_run(checkpoint: &Checkpoint, args: &Prune, request: &PlanRequest, tokens: usize) -> Result<()> {
+fn dry_run(
+    checkpoint: &Checkpoint,
+    args: &Prune,
+    request: &PlanRequest,
+    tokens: usize,
+) -> Result<()> {
     let (size, config) = (checkpoint.size(), checkpoint.config());
     let compute: Compute = args.compute.into();
     let model = Model::new(checkpoint, compute);
@@ -56,7 +63,8 @@ fn dry_run(checkpoint: &Checkpoint, args: &Prune, request: &PlanRequest, tokens:
     let bytes_after = (size.bytes_total as f64 - removed) as u64;
     let memory = model.working_bytes(tokens);
     // The forward pass, and a third of the routed part again for the contributions.
-    let routed_active = size.parameters_routed as f64 * config.moe.top_k as f64 / config.moe.num_experts as f64;
+    let routed_active =
+        size.parameters_routed as f64 * config.moe.top_k as f64 / config.moe.num_experts as f64;
     let flops = tokens as f64 * (2.0 * size.parameters_active as f64 + 2.0 * routed_active / 3.0);
     let rate = measured_rate(compute)?;
     let seconds = flops / rate;
@@ -74,21 +82,52 @@ fn dry_run(checkpoint: &Checkpoint, args: &Prune, request: &PlanRequest, tokens:
     }
     let rows = [
         ("calibration tokens", tokens.to_string()),
-        ("model", format!("{} → about {}", console::bytes(size.bytes_total), console::bytes(bytes_after))),
+        (
+            "model",
+            format!(
+                "{} → about {}",
+                console::bytes(size.bytes_total),
+                console::bytes(bytes_after)
+            ),
+        ),
         ("disk needed", console::bytes(bytes_after)),
-        ("peak memory beside the mapped file", console::bytes(memory as u64)),
-        ("calibration arithmetic", format!("{seconds:.0} s at the {:.0} GFLOP/s measured just now", rate / 1e9)),
-        ("read", format!("{} (once to calibrate, once to write)", console::bytes(2 * size.bytes_total))),
+        (
+            "peak memory beside the mapped file",
+            console::bytes(memory as u64),
+        ),
+        (
+            "calibration arithmetic",
+            format!(
+                "{seconds:.0} s at the {:.0} GFLOP/s measured just now",
+                rate / 1e9
+            ),
+        ),
+        (
+            "read",
+            format!(
+                "{} (once to calibrate, once to write)",
+                console::bytes(2 * size.bytes_total)
+            ),
+        ),
     ];
-    console::data(&rows.iter().map(|(name, value)| format!("{name:36} {value}\n")).collect::<String>());
+    console::data(
+        &rows
+            .iter()
+            .map(|(name, value)| format!("{name:36} {value}\n"))
+            .collect::<String>(),
+    );
     Ok(())
 }
 
 /// FLOP/s of a product of the calibration's kind.
 fn measured_rate(compute: Compute) -> Result<f64> {
     let (rows, inner, outputs) = (448, 1024, 1024);
-    let x: Vec<f32> = (0..rows * inner).map(|i| (i % 17) as f32 * 0.1 - 0.8).collect();
-    let w: Vec<f32> = (0..outputs * inner).map(|i| (i % 13) as f32 * 0.1 - 0.6).collect();
+    let x: Vec<f32> = (0..rows * inner)
+        .map(|i| (i % 17) as f32 * 0.1 - 0.8)
+        .collect();
+    let w: Vec<f32> = (0..outputs * inner)
+        .map(|i| (i % 13) as f32 * 0.1 - 0.6)
+        .collect();
     let weight = MatrixView::from_f32(outputs, inner, &w)?;
     let mut out = vec![0.0; rows * outputs];
     linear(compute, &x, &weight, None, &mut out)?;

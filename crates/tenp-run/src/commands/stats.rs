@@ -22,7 +22,9 @@ fn merge(files: &[PathBuf], output: &Path) -> Result<()> {
         let next = Statistics::read(file)?;
         match &mut merged {
             None => merged = Some(next),
-            Some(all) => all.merge(next).with_context(|| format!("cannot add {}", file.display()))?,
+            Some(all) => all
+                .merge(next)
+                .with_context(|| format!("cannot add {}", file.display()))?,
         }
     }
     if let Some(merged) = merged {
@@ -76,7 +78,10 @@ fn show(file: &Path, as_json: bool) -> Result<()> {
             ]
         })
         .collect();
-    text.push_str(&console::table(&["domain", "tokens", "MoE layers", "experts without tokens"], &rows));
+    text.push_str(&console::table(
+        &["domain", "tokens", "MoE layers", "experts without tokens"],
+        &rows,
+    ));
     console::data(&text);
     Ok(())
 }
