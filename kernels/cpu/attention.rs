@@ -8,10 +8,10 @@ use rayon::prelude::*;
 
 use super::disjoint::Disjoint;
 use super::elementwise::softmax;
-use super::pack::{BlockRows, Packing, pack_columns, pack_rows};
+use super::pack::{BlockRows, Packing, pack_rows, pack_step};
 use super::tile::{TILE_COLS, TILE_ROWS, Tile, copy_row, multiply};
 use crate::error::check_len;
-use crate::{KernelError, MatrixView};
+use crate::{Dtype, KernelError};
 
 /// Head counts and sizes of an attention layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -121,8 +121,6 @@ fn check(
 
 #[derive(Default)]
 struct Scratch {
-    key_rows: Vec<f32>,
-    value_rows: Vec<f32>,
     keys: Vec<u32>,
     values: Vec<u32>,
     queries: Vec<u32>,
@@ -134,12 +132,9 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::default());
 }
 
-/// Copies one head's columns out of `[tokens, heads · dim]`.
-fn take_head(from: &[f32], heads: usize, head: usize, dim: usize, to: &mut Vec<f32>) {
-    to.clear();
-    for row in from.chunks_exact(heads * dim) {
-        to.extend_from_slice(&row[head * dim..(head + 1) * dim]);
-    }
+/// One head of a token in `[tokens, heads · dim]`.
+fn head_row(from: &[f32], token: usize, heads: usize, head: usize, dim: usize) -> &[f32] {
+    &from[(token * heads + head) * dim..][..dim]
 }
 
 fn one_head(
@@ -154,33 +149,30 @@ fn one_head(
     let kv_head = head / (shape.num_heads / shape.num_kv_heads);
     let num_keys = sequence.keys.len() / (shape.num_kv_heads * dim);
     let offset = num_keys - sequence.queries.len();
-    take_head(
-        sequence.keys,
-        shape.num_kv_heads,
-        kv_head,
-        dim,
-        &mut s.key_rows,
-    );
-    take_head(
-        sequence.values,
-        shape.num_kv_heads,
-        kv_head,
-        v_dim,
-        &mut s.value_rows,
-    );
-    let key_view =
-        MatrixView::from_f32(num_keys, dim, &s.key_rows).expect("num_keys rows were copied");
-    let value_view =
-        MatrixView::from_f32(num_keys, v_dim, &s.value_rows).expect("num_keys rows were copied");
+    let heads = shape.num_kv_heads;
     let key_blocks = num_keys.div_ceil(TILE_COLS);
     s.keys.resize(key_blocks * dim * TILE_COLS, 0);
     for (b, block) in s.keys.chunks_exact_mut(dim * TILE_COLS).enumerate() {
-        BlockRows::plain(&key_view, b * TILE_COLS).pack(Packing::F32, block);
+        let columns = std::array::from_fn(|c| match b * TILE_COLS + c {
+            key if key < num_keys => {
+                bytemuck::cast_slice(head_row(sequence.keys, key, heads, kv_head, dim))
+            }
+            _ => &[][..],
+        });
+        BlockRows {
+            columns,
+            dtype: Dtype::F32,
+            inner: dim,
+        }
+        .pack(Packing::F32, block);
     }
     let value_block = num_keys * TILE_COLS;
     s.values.resize(v_dim.div_ceil(TILE_COLS) * value_block, 0);
     for (b, block) in s.values.chunks_exact_mut(value_block).enumerate() {
-        pack_columns(Packing::F32, &value_view, b * TILE_COLS, block);
+        for (key, step) in block.as_chunks_mut::<TILE_COLS>().0.iter_mut().enumerate() {
+            let value = head_row(sequence.values, key, heads, kv_head, v_dim);
+            pack_step(&value[b * TILE_COLS..], step);
+        }
     }
 
     let mut tile = Tile::new();

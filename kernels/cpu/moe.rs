@@ -11,7 +11,7 @@ use super::disjoint::Disjoint;
 use super::dispatch::multiversion;
 use super::elementwise::{add_scaled, silu};
 use super::linear::{columns_per_task, with_blocks};
-use super::pack::{BlockRows, Packing, bf16_bits, check_shape, round_bf16};
+use super::pack::{BlockRows, Packing, check_shape, pack_rows, unpack_steps};
 use super::panels::{PackedRows, Panel, grow, panels_of, row_runs};
 use super::tile::{TILE_COLS, TILE_ROWS, Tile, copy_row, multiply};
 use crate::error::check_len;
@@ -104,15 +104,8 @@ impl ExpertActivations {
         let count = (width - first).min(TILE_COLS);
         match packing {
             Packing::F32 | Packing::Rounded => {
-                for (j, values) in packed[first * panel.rows..]
-                    .chunks_exact(panel.rows)
-                    .take(count)
-                    .enumerate()
-                {
-                    for (row, &v) in tile.iter_mut().zip(values) {
-                        row[j] = f32::from_bits(v);
-                    }
-                }
+                let steps = &packed[first * panel.rows..(first + count) * panel.rows];
+                unpack_steps(steps, panel.rows, 0, tile);
             }
             Packing::Pairs => {
                 let pairs = packed[first / 2 * panel.rows..]
@@ -254,7 +247,8 @@ fn gate_up(experts: &[ExpertWeights<'_>], groups: &ExpertGroups, a: &mut ExpertA
                     };
                     // SAFETY: the panel is this expert's, the neurons are this task's alone.
                     let out = unsafe { h.range(base + from * panel.rows..base + to * panel.rows) };
-                    store_h(packing, &tile, panel.rows, out);
+                    let h_rows: [&[f32]; TILE_ROWS] = std::array::from_fn(|r| &tile.0[r][..count]);
+                    pack_rows(packing, &h_rows[..panel.rows], out);
                 }
             }
         });
@@ -268,35 +262,6 @@ multiversion! {
             let (gate, up) = row.split_at_mut(TILE_NEURONS);
             for (g, &u) in gate.iter_mut().zip(up.iter()) {
                 *g = silu(*g) * u;
-            }
-        }
-    }
-}
-
-multiversion! {
-    /// Writes the tile's first columns as steps of the packed h.
-    fn store_h(packing: Packing, tile: &Tile, rows: usize, out: &mut [u32]) {
-        match packing {
-            Packing::F32 => {
-                for (j, step) in out.chunks_exact_mut(rows).enumerate() {
-                    for (o, row) in step.iter_mut().zip(&tile.0) {
-                        *o = row[j].to_bits();
-                    }
-                }
-            }
-            Packing::Rounded => {
-                for (j, step) in out.chunks_exact_mut(rows).enumerate() {
-                    for (o, row) in step.iter_mut().zip(&tile.0) {
-                        *o = round_bf16(row[j]).to_bits();
-                    }
-                }
-            }
-            Packing::Pairs => {
-                for (j, step) in out.chunks_exact_mut(rows).enumerate() {
-                    for (o, row) in step.iter_mut().zip(&tile.0) {
-                        *o = bf16_bits(row[2 * j]) | (bf16_bits(row[2 * j + 1]) << 16);
-                    }
-                }
             }
         }
     }

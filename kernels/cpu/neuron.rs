@@ -179,21 +179,21 @@ multiversion! {
         let [contribution, contribution_abs, activation, energy, peak, mean, second] = sums;
         for (((q, h), &norm), &gate) in q.0.iter().zip(h).zip(norms).zip(gates) {
             // A zero norm marks a zero or non-finite output: its contributions are 0, whatever h and q are.
-            let inverse = if norm > 0.0 { 1.0 / (norm + CONTRIBUTION_EPSILON) } else { 0.0 };
             let live = norm > 0.0;
+            let inverse = if live { (1.0 / (norm + CONTRIBUTION_EPSILON)) as f32 } else { 0.0 };
             let gate_sq = f64::from(gate) * f64::from(gate);
             for j in 0..TILE_COLS {
-                let value = f64::from(h[j]);
-                let term = if live { value * f64::from(q[j]) * inverse } else { 0.0 };
+                let term = if live { h[j] * q[j] * inverse } else { 0.0 };
+                let (term, value) = (f64::from(term), f64::from(h[j]));
                 contribution[j] += term;
                 contribution_abs[j] += term.abs();
                 activation[j] += value.abs();
-                let square = value * value;
-                let gated = square * gate_sq;
-                energy[j] += gated;
-                peak[j] = if gated > peak[j] { gated } else { peak[j] };
                 mean[j] += value;
+                let square = value * value;
                 second[j] += square;
+                energy[j] = square.mul_add(gate_sq, energy[j]);
+                let gated = square * gate_sq;
+                peak[j] = if gated > peak[j] { gated } else { peak[j] };
             }
         }
     }

@@ -47,13 +47,6 @@ pub(crate) fn bf16_bits(x: f32) -> u32 {
     }
 }
 
-/// `x` rounded to bf16, in f32.
-#[allow(clippy::inline_always)]
-#[inline(always)]
-pub(crate) fn round_bf16(x: f32) -> f32 {
-    f32::from_bits(bf16_bits(x) << 16)
-}
-
 /// Packs up to 14 rows of length `inner` as `[steps, rows]`.
 pub(crate) fn pack_rows(packing: Packing, rows: &[&[f32]], out: &mut [u32]) {
     match packing {
@@ -84,7 +77,9 @@ fn interleave(rows: &[&[f32]], out: &mut [u32]) {
         for block in 0..blocks {
             // SAFETY: AVX-512 detected; each row has 16 elements at 16·block, `out` has 16·n at 16·block·n.
             unsafe {
-                avx512::transpose_rows(rows, 16 * block, out.as_mut_ptr().add(16 * block * n));
+                let start = 16 * block * n;
+                let room = out.len() - start;
+                avx512::transpose_rows(rows, 16 * block, out.as_mut_ptr().add(start), room);
             }
         }
         for (r, row) in rows.iter().enumerate() {
@@ -283,6 +278,43 @@ pub(crate) fn pack_columns(
     }
 }
 
+/// One step of a block from up to 32 values, zero past their end.
+#[inline]
+pub(crate) fn pack_step(values: &[f32], step: &mut [u32; TILE_COLS]) {
+    if let Some(whole) = values.first_chunk::<TILE_COLS>() {
+        *step = whole.map(f32::to_bits);
+    } else {
+        *step = [0; TILE_COLS];
+        for (to, v) in step.iter_mut().zip(values) {
+            *to = v.to_bits();
+        }
+    }
+}
+
+/// Undoes [`pack_rows`] for a run of f32 steps: `packed` is `[count, n]`, and row r gets `count` values from `first` on.
+pub(crate) fn unpack_steps(packed: &[u32], n: usize, first: usize, rows: &mut [[f32; TILE_COLS]]) {
+    let count = packed.len() / n;
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if super::isa() >= super::Isa::Avx512 {
+        assert!(
+            n <= 16 && rows.len() >= n && first + count <= TILE_COLS && packed.len() == count * n
+        );
+        while done + 16 <= count {
+            // SAFETY: AVX-512 detected; 16 steps of n elements at done·n, and 16 columns at first + done of n rows.
+            unsafe {
+                avx512::transpose_steps(packed.as_ptr().add(done * n), n, first + done, rows)
+            };
+            done += 16;
+        }
+    }
+    for (j, step) in packed.chunks_exact(n).enumerate().skip(done) {
+        for (row, &v) in rows.iter_mut().zip(step) {
+            row[first + j] = f32::from_bits(v);
+        }
+    }
+}
+
 multiversion! {
     fn columns_f32(dtype: Dtype, bytes: &[u8], out: &mut [u32; TILE_COLS]) {
         *out = [0; TILE_COLS];
@@ -349,11 +381,12 @@ pub(crate) fn check_shape(
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
+    use super::TILE_COLS;
     use std::arch::x86_64::{
         __m256i, __m512i, _mm256_loadu_si256, _mm512_cvtepu16_epi32, _mm512_loadu_si512,
-        _mm512_mask_storeu_epi32, _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_slli_epi32,
-        _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32,
-        _mm512_unpacklo_epi64,
+        _mm512_mask_storeu_epi32, _mm512_maskz_loadu_epi32, _mm512_setzero_si512,
+        _mm512_shuffle_i32x4, _mm512_slli_epi32, _mm512_storeu_si512, _mm512_unpackhi_epi32,
+        _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
     };
 
     /// What 16 consecutive steps of a column are in memory.
@@ -402,9 +435,10 @@ mod avx512 {
     }
 
     /// # Safety
-    /// AVX-512F; at most 16 rows, each with 16 elements at `from`; `to` has `16 · rows.len()` elements.
+    /// AVX-512F; at most 16 rows, each with 16 elements at `from`; `to` has `16 · rows.len()` elements, and `room`, at
+    /// least that many, that may be written over.
     #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn transpose_rows(rows: &[&[f32]], from: usize, to: *mut u32) {
+    pub(super) unsafe fn transpose_rows(rows: &[&[f32]], from: usize, to: *mut u32, room: usize) {
         let mut v = [_mm512_setzero_si512(); 16];
         for (v, row) in v.iter_mut().zip(rows) {
             // SAFETY: in bounds by the caller's promise.
@@ -413,8 +447,35 @@ mod avx512 {
         let n = rows.len();
         let mask = ((1u32 << n) - 1) as u16;
         for (i, v) in transpose(v).into_iter().enumerate() {
-            // SAFETY: the mask keeps the store to n elements at n·i.
-            unsafe { _mm512_mask_storeu_epi32(to.add(n * i).cast(), mask, v) };
+            if n * i + 16 <= room {
+                // What spills over is overwritten by the next step: masked stores take several times as long.
+                // SAFETY: 16 elements from n·i are within `room`.
+                unsafe { _mm512_storeu_si512(to.add(n * i).cast(), v) };
+            } else {
+                // SAFETY: the mask keeps the store to n elements at n·i.
+                unsafe { _mm512_mask_storeu_epi32(to.add(n * i).cast(), mask, v) };
+            }
+        }
+    }
+
+    /// # Safety
+    /// AVX-512F; `from` has 16 steps of n ≤ 16 elements, `rows` at least n rows with 16 columns from `first` on.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn transpose_steps(
+        from: *const u32,
+        n: usize,
+        first: usize,
+        rows: &mut [[f32; TILE_COLS]],
+    ) {
+        let mut v = [_mm512_setzero_si512(); 16];
+        let mask = ((1u32 << n) - 1) as u16;
+        for (i, v) in v.iter_mut().enumerate() {
+            // SAFETY: the mask keeps the load to the n elements of step i.
+            *v = unsafe { _mm512_maskz_loadu_epi32(mask, from.add(n * i).cast()) };
+        }
+        for (row, v) in rows.iter_mut().zip(transpose(v)).take(n) {
+            // SAFETY: 16 columns from `first` on, by the caller's promise.
+            unsafe { _mm512_storeu_si512(row.as_mut_ptr().add(first).cast(), v) };
         }
     }
 
@@ -499,7 +560,7 @@ mod tests {
     fn bf16_rounding_is_halfs() {
         for i in 0..200_000u32 {
             let x = f32::from_bits(i.wrapping_mul(0x9e37_79b9));
-            let (got, want) = (round_bf16(x), bf16::from_f32(x).to_f32());
+            let (got, want) = (f32::from_bits(bf16_bits(x) << 16), bf16::from_f32(x).to_f32());
             assert!(
                 got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan()),
                 "{x}: {got} {want}"
