@@ -560,7 +560,10 @@ mod tests {
     fn bf16_rounding_is_halfs() {
         for i in 0..200_000u32 {
             let x = f32::from_bits(i.wrapping_mul(0x9e37_79b9));
-            let (got, want) = (f32::from_bits(bf16_bits(x) << 16), bf16::from_f32(x).to_f32());
+            let (got, want) = (
+                f32::from_bits(bf16_bits(x) << 16),
+                bf16::from_f32(x).to_f32(),
+            );
             assert!(
                 got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan()),
                 "{x}: {got} {want}"

@@ -74,36 +74,35 @@ impl PackedRows {
     /// # Errors
     /// [`KernelError::Length`] if `x` is no multiple of `inner`.
     pub fn new(compute: Compute, x: &[f32], inner: usize) -> Result<Self, KernelError> {
-        Self::strided(compute, x, inner, inner)
+        let mut packed = Self::default();
+        packed.pack(compute, x, inner, inner)?;
+        Ok(packed)
     }
 
-    /// Packs the first `inner` elements of every `pitch` as one group.
+    /// Packs the first `inner` elements of every `pitch` of `x` as one group, in the buffer that is there.
     ///
     /// # Errors
     /// [`KernelError::Length`] if `x` is no multiple of `pitch`, [`KernelError::Invalid`] if rows are longer than it.
-    pub fn strided(
+    pub fn pack(
+        &mut self,
         compute: Compute,
         x: &[f32],
         inner: usize,
         pitch: usize,
-    ) -> Result<Self, KernelError> {
+    ) -> Result<(), KernelError> {
         if inner > pitch {
             return Err(KernelError::Invalid {
                 what: "packed rows",
                 why: format!("{inner} elements do not fit in rows of {pitch}"),
             });
         }
-        let mut packed = Self::default();
         let num_rows = if pitch == 0 { 0 } else { x.len() / pitch };
         check_len("packed rows", num_rows * pitch, x.len())?;
-        packed.fill(
-            compute,
-            inner,
-            std::iter::once(0..num_rows),
-            num_rows,
-            |row| &x[row * pitch..row * pitch + inner],
-        );
-        Ok(packed)
+        let rows = std::iter::once(0..num_rows);
+        self.fill(compute, inner, rows, num_rows, |row| {
+            &x[row * pitch..row * pitch + inner]
+        });
+        Ok(())
     }
 
     /// Packs the rows of `x` (`[tokens, inner]`) that each expert's tokens select.

@@ -42,6 +42,8 @@ pub(crate) struct AttentionBuffers {
     expanded: Vec<f32>,
     heads: Vec<f32>,
     out: Vec<f32>,
+    packed: PackedRows,
+    packed_low: PackedRows,
 }
 
 /// The first `len` elements of a buffer, grown if need be; they hold what was there before.
@@ -89,8 +91,15 @@ impl AttentionBlock<'_> {
         Ok(out)
     }
 
-    fn pack(&self, x: &[f32], inner: usize) -> Result<PackedRows, ModelError> {
-        PackedRows::new(self.compute, x, inner).at(self.layer)
+    /// Packs the first `inner` elements of every `pitch`.
+    fn pack(
+        &self,
+        x: &[f32],
+        inner: usize,
+        pitch: usize,
+        packed: &mut PackedRows,
+    ) -> Result<(), ModelError> {
+        packed.pack(self.compute, x, inner, pitch).at(self.layer)
     }
 
     fn norm_weight(&self, name: &str, len: usize) -> Result<Vec<f32>, ModelError> {
@@ -111,11 +120,11 @@ impl AttentionBlock<'_> {
         buffers: &'b mut AttentionBuffers,
     ) -> Result<&'b [f32], ModelError> {
         let hidden = self.config().hidden_size;
-        let packed = self.pack(x, hidden)?;
+        self.pack(x, hidden, hidden, &mut buffers.packed)?;
         let (shape, o_bias) = self.shape();
         match &self.config().attention {
-            Attention::Mla { .. } => self.project_mla(&packed, positions, buffers)?,
-            Attention::Gqa { .. } => self.project_gqa(&packed, positions, buffers)?,
+            Attention::Mla { .. } => self.project_mla(positions, buffers)?,
+            Attention::Gqa { .. } => self.project_gqa(positions, buffers)?,
         }
         let tokens = positions.len();
         let projected = Projected {
@@ -126,8 +135,8 @@ impl AttentionBlock<'_> {
         let width = shape.num_heads * shape.v_dim;
         let heads = sized(&mut buffers.heads, tokens * width);
         attend(&shape, &projected, sequences, block, cache, heads).at(self.layer)?;
-        let packed = self.pack(heads, width)?;
-        Ok(self.project(&packed, "o_proj", hidden, o_bias, &mut buffers.out)?)
+        self.pack(heads, width, width, &mut buffers.packed)?;
+        Ok(self.project(&buffers.packed, "o_proj", hidden, o_bias, &mut buffers.out)?)
     }
 
     fn shape(&self) -> (AttentionShape, bool) {
@@ -177,7 +186,6 @@ impl AttentionBlock<'_> {
 
     fn project_mla(
         &self,
-        x: &PackedRows,
         positions: &[u32],
         buffers: &mut AttentionBuffers,
     ) -> Result<(), ModelError> {
@@ -194,18 +202,18 @@ impl AttentionBlock<'_> {
             unreachable!("called for MLA layers only");
         };
         let qk_dim = nope_dim + rope_dim;
-        let queries = &mut buffers.queries;
+        let AttentionBuffers {
+            packed: x,
+            packed_low,
+            queries,
+            ..
+        } = buffers;
         let queries = if let Some(rank) = q_lora_rank {
             let low = self.project(x, "q_a_proj", rank, bias, &mut buffers.low)?;
             let norm = self.norm_weight("q_a_layernorm", rank)?;
             rms_norm_strided(low, rank, &norm, LORA_NORM_EPS).at(self.layer)?;
-            self.project(
-                &self.pack(low, rank)?,
-                "q_b_proj",
-                num_heads * qk_dim,
-                false,
-                queries,
-            )?
+            self.pack(low, rank, rank, packed_low)?;
+            self.project(packed_low, "q_b_proj", num_heads * qk_dim, false, queries)?
         } else {
             self.project(x, "q_proj", num_heads * qk_dim, false, queries)?
         };
@@ -226,11 +234,10 @@ impl AttentionBlock<'_> {
         self.rotary
             .rotate(compressed, pitch, positions)
             .at(self.layer)?;
-        let latent =
-            PackedRows::strided(self.compute, compressed, kv_lora_rank, pitch).at(self.layer)?;
+        self.pack(compressed, kv_lora_rank, pitch, packed_low)?;
         let per_token = num_heads * (nope_dim + v_dim);
         let expanded = self.project(
-            &latent,
+            packed_low,
             "kv_b_proj",
             per_token,
             false,
@@ -261,7 +268,6 @@ impl AttentionBlock<'_> {
 
     fn project_gqa(
         &self,
-        x: &PackedRows,
         positions: &[u32],
         buffers: &mut AttentionBuffers,
     ) -> Result<(), ModelError> {
@@ -279,6 +285,7 @@ impl AttentionBlock<'_> {
         };
         let eps = self.config().rms_norm_eps;
         let (q_width, kv_width) = (num_heads * head_dim, num_kv_heads * head_dim);
+        let x = &buffers.packed;
         let queries = self.project(x, "q_proj", q_width, *qkv_bias, &mut buffers.queries)?;
         let keys = self.project(x, "k_proj", kv_width, *qkv_bias, &mut buffers.keys)?;
         let values = self.project(x, "v_proj", kv_width, *qkv_bias, &mut buffers.values)?;

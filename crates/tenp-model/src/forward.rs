@@ -5,6 +5,7 @@ use std::ops::Range;
 use tenp_checkpoint::config::{Attention, RopeScaling};
 use tenp_checkpoint::{Checkpoint, Dtype, ModelConfig};
 use tenp_kernels::cpu::elementwise::{add, all_finite};
+use tenp_kernels::cpu::linear::PackedRows;
 use tenp_kernels::cpu::moe::{ExpertActivations, ExpertWeights};
 use tenp_kernels::cpu::norm::rms_norm;
 use tenp_kernels::cpu::rotary::{RotaryScaling, RotaryTable};
@@ -227,6 +228,7 @@ pub struct Run<'c, 's> {
 struct Buffers {
     /// Normed input of attention, then of the MLP.
     x: Vec<f32>,
+    router_input: PackedRows,
     /// Output of the MoE layer.
     combined: Vec<f32>,
     attention: AttentionBuffers,
@@ -294,6 +296,7 @@ impl Run<'_, '_> {
         };
         let Buffers {
             x,
+            router_input,
             combined,
             attention: heads,
             experts,
@@ -310,7 +313,7 @@ impl Run<'_, '_> {
             rms_norm(hidden, &mlp_norm, eps, x).at(layer)?;
             if let Some(moe) = &moe {
                 combined.resize(hidden.len(), 0.0);
-                let routed = moe.routed(self.model.compute, x, experts, combined)?;
+                let routed = moe.routed(self.model.compute, x, router_input, experts, combined)?;
                 observer.moe(&MoeBlock {
                     layer,
                     label: self.sequences.spans()[block.start].label,

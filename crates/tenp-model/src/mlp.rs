@@ -3,7 +3,7 @@
 use tenp_checkpoint::config::{GroupScore, RouterScore};
 use tenp_checkpoint::{Checkpoint, Part, dense};
 use tenp_kernels::cpu::elementwise::{add, add_scaled};
-use tenp_kernels::cpu::linear::linear;
+use tenp_kernels::cpu::linear::{PackedRows, linear, linear_packed};
 use tenp_kernels::cpu::moe::{ExpertActivations, ExpertWeights, combine, expert_forward};
 use tenp_kernels::cpu::router::{GroupLimit, RouterSpec, Routing};
 use tenp_kernels::{Compute, ExpertGroups};
@@ -99,13 +99,17 @@ impl<'a> MoeWeights<'a> {
         &self,
         compute: Compute,
         x: &[f32],
+        packed: &mut PackedRows,
         activations: &mut ExpertActivations,
         combined: &mut [f32],
     ) -> Result<RoutedOutput, ModelError> {
         let tokens = x.len() / self.hidden;
         let mut logits = vec![0.0; tokens * self.spec.num_experts];
         // Router arithmetic is f32 in every family, whatever the compute type.
-        linear(Compute::F32, x, &self.router, None, &mut logits).at(self.layer)?;
+        packed
+            .pack(Compute::F32, x, self.hidden, self.hidden)
+            .at(self.layer)?;
+        linear_packed(packed, &self.router, None, &mut logits).at(self.layer)?;
         let routing = self.spec.route(&mut logits).at(self.layer)?;
         let groups = ExpertGroups::new(
             self.spec.num_experts,
