@@ -111,7 +111,7 @@ fn layer(c: &mut Criterion) {
                 (groups, black_box(&out)[0])
             };
             group.bench_function(format!("forward/{compute:?}/{name}"), |b| {
-                b.iter(|| forward(&mut a))
+                b.iter(|| forward(&mut a));
             });
             let mut outputs = PackedRows::default();
             let mut sums = NeuronSums::new(RaggedLayout::new(layer.widths.clone()).expect("small"));

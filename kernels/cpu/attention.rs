@@ -71,7 +71,7 @@ fn check(
     queries: &[f32],
     out: &[f32],
 ) -> Result<(), KernelError> {
-    if shape.num_kv_heads == 0 || shape.num_heads % shape.num_kv_heads != 0 {
+    if shape.num_kv_heads == 0 || !shape.num_heads.is_multiple_of(shape.num_kv_heads) {
         return Err(KernelError::Invalid {
             what: "attention heads",
             why: format!(

@@ -120,29 +120,6 @@ impl ExpertActivations {
             }
         }
     }
-
-    /// h of one row in f32 (`[width]`), as the down projection sees it. For checks; the passes read whole tiles.
-    #[must_use]
-    pub fn neuron_values(
-        &self,
-        groups: &ExpertGroups,
-        expert: usize,
-        width: usize,
-        row: usize,
-    ) -> Vec<f32> {
-        let rows = groups.rows(expert);
-        let panel = panels_of(rows)
-            .find(|p| (p.first_row..p.first_row + p.rows).contains(&row))
-            .expect("the row belongs to the expert");
-        let mut values = vec![0.0; width];
-        let mut tile = [[0.0; TILE_COLS]; TILE_ROWS];
-        for first in (0..width).step_by(TILE_COLS) {
-            self.h_tile(groups, expert, width, panel, first, &mut tile);
-            let count = (width - first).min(TILE_COLS);
-            values[first..first + count].copy_from_slice(&tile[row - panel.first_row][..count]);
-        }
-        values
-    }
 }
 
 /// Runs every expert on its rows: fills `activations` with h and y.
@@ -258,7 +235,7 @@ fn gate_up(experts: &[ExpertWeights<'_>], groups: &ExpertGroups, a: &mut ExpertA
 multiversion! {
     /// Columns 0..16 become silu(gate) · up.
     fn swiglu(tile: &mut Tile, rows: usize) {
-        for row in tile.0[..rows].iter_mut() {
+        for row in &mut tile.0[..rows] {
             let (gate, up) = row.split_at_mut(TILE_NEURONS);
             for (g, &u) in gate.iter_mut().zip(up.iter()) {
                 *g = silu(*g) * u;

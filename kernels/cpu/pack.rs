@@ -97,18 +97,27 @@ fn interleave(rows: &[&[f32]], out: &mut [u32]) {
 }
 
 fn interleave_pairs(rows: &[&[f32]], out: &mut [u32]) {
-    let n = rows.len();
-    let mut packed = [0u32; 64];
-    for (r, row) in rows.iter().enumerate() {
-        // Rounding in chunks keeps the vector part apart from the strided stores.
-        for (c, chunk) in row.chunks(128).enumerate() {
-            let pairs = chunk.len().div_ceil(2);
-            to_pairs(chunk, &mut packed[..pairs]);
-            for (i, &p) in packed[..pairs].iter().enumerate() {
-                out[(c * 64 + i) * n + r] = p;
-            }
-        }
+    thread_local! {
+        static PAIRS: std::cell::RefCell<Vec<u32>> = const { std::cell::RefCell::new(Vec::new()) };
     }
+    let steps = rows[0].len().div_ceil(2);
+    PAIRS.with(|cell| {
+        let mut pairs = cell.take();
+        super::panels::grow(&mut pairs, rows.len() * steps);
+        for (row, pairs) in rows.iter().zip(pairs.chunks_exact_mut(steps)) {
+            to_pairs(row, pairs);
+        }
+        // A pair is moved as the bits of an f32 would be.
+        let mut paired: [&[f32]; 16] = [&[]; 16];
+        for (slot, pairs) in paired
+            .iter_mut()
+            .zip(pairs[..rows.len() * steps].chunks_exact(steps))
+        {
+            *slot = bytemuck::cast_slice(pairs);
+        }
+        interleave(&paired[..rows.len()], out);
+        cell.replace(pairs);
+    });
 }
 
 multiversion! {
@@ -181,9 +190,7 @@ impl<'a> BlockRows<'a> {
             // Steps per 16×16 transpose; bf16 pairs are moved as they lie in the file.
             let wide = match (packing, self.dtype) {
                 (Packing::Pairs, Dtype::Bf16) => Some(avx512::Source::Pairs),
-                (Packing::F32, Dtype::Bf16) | (Packing::Rounded, Dtype::Bf16) => {
-                    Some(avx512::Source::Bf16)
-                }
+                (Packing::F32 | Packing::Rounded, Dtype::Bf16) => Some(avx512::Source::Bf16),
                 (Packing::F32, Dtype::F32) => Some(avx512::Source::F32),
                 _ => None,
             };
@@ -303,7 +310,7 @@ pub(crate) fn unpack_steps(packed: &[u32], n: usize, first: usize, rows: &mut [[
         while done + 16 <= count {
             // SAFETY: AVX-512 detected; 16 steps of n elements at done·n, and 16 columns at first + done of n rows.
             unsafe {
-                avx512::transpose_steps(packed.as_ptr().add(done * n), n, first + done, rows)
+                avx512::transpose_steps(packed.as_ptr().add(done * n), n, first + done, rows);
             };
             done += 16;
         }
@@ -383,7 +390,7 @@ pub(crate) fn check_shape(
 mod avx512 {
     use super::TILE_COLS;
     use std::arch::x86_64::{
-        __m256i, __m512i, _mm256_loadu_si256, _mm512_cvtepu16_epi32, _mm512_loadu_si512,
+        __m512i, _mm256_loadu_epi16, _mm512_cvtepu16_epi32, _mm512_loadu_si512,
         _mm512_mask_storeu_epi32, _mm512_maskz_loadu_epi32, _mm512_setzero_si512,
         _mm512_shuffle_i32x4, _mm512_slli_epi32, _mm512_storeu_si512, _mm512_unpackhi_epi32,
         _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
@@ -402,7 +409,7 @@ mod avx512 {
 
     /// # Safety
     /// AVX-512F; non-empty columns hold 16 steps of `source` at step `from`; `to` has 15 · 32 + 16 elements.
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     pub(super) unsafe fn transpose_columns(
         source: Source,
         columns: &[&[u8]; 16],
@@ -421,14 +428,13 @@ mod avx512 {
                         _mm512_loadu_si512(column.as_ptr().add(4 * from).cast())
                     }
                     Source::Bf16 => {
-                        let half =
-                            _mm256_loadu_si256(column.as_ptr().add(2 * from).cast::<__m256i>());
+                        let half = _mm256_loadu_epi16(column.as_ptr().add(2 * from).cast());
                         _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)
                     }
                 };
             }
         }
-        for (i, v) in transpose(v).into_iter().enumerate() {
+        for (i, v) in transpose(&v).into_iter().enumerate() {
             // SAFETY: row i starts at 32·i and has 16 elements there.
             unsafe { _mm512_storeu_si512(to.add(32 * i).cast(), v) };
         }
@@ -446,7 +452,7 @@ mod avx512 {
         }
         let n = rows.len();
         let mask = ((1u32 << n) - 1) as u16;
-        for (i, v) in transpose(v).into_iter().enumerate() {
+        for (i, v) in transpose(&v).into_iter().enumerate() {
             if n * i + 16 <= room {
                 // What spills over is overwritten by the next step: masked stores take several times as long.
                 // SAFETY: 16 elements from n·i are within `room`.
@@ -473,7 +479,7 @@ mod avx512 {
             // SAFETY: the mask keeps the load to the n elements of step i.
             *v = unsafe { _mm512_maskz_loadu_epi32(mask, from.add(n * i).cast()) };
         }
-        for (row, v) in rows.iter_mut().zip(transpose(v)).take(n) {
+        for (row, v) in rows.iter_mut().zip(transpose(&v)).take(n) {
             // SAFETY: 16 columns from `first` on, by the caller's promise.
             unsafe { _mm512_storeu_si512(row.as_mut_ptr().add(first).cast(), v) };
         }
@@ -481,7 +487,7 @@ mod avx512 {
 
     /// 16×16 transpose of 32-bit elements: two rounds inside 128-bit lanes, two rounds of lanes.
     #[target_feature(enable = "avx512f")]
-    fn transpose(v: [__m512i; 16]) -> [__m512i; 16] {
+    fn transpose(v: &[__m512i; 16]) -> [__m512i; 16] {
         let mut a = [_mm512_setzero_si512(); 16];
         for i in 0..8 {
             a[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
@@ -511,6 +517,8 @@ mod avx512 {
 }
 
 #[cfg(test)]
+// Coordinates are clearer than nested iterators here.
+#[allow(clippy::needless_range_loop)]
 mod tests {
     use half::{bf16, f16};
 
@@ -531,7 +539,7 @@ mod tests {
             Packing::F32 | Packing::Rounded => f32::from_bits(packed[inner * pitch + column]),
             Packing::Pairs => {
                 let pair = packed[inner / 2 * pitch + column];
-                f32::from_bits(if inner % 2 == 0 {
+                f32::from_bits(if inner.is_multiple_of(2) {
                     pair << 16
                 } else {
                     pair & 0xffff_0000

@@ -96,7 +96,7 @@ impl PackedRows {
                 why: format!("{inner} elements do not fit in rows of {pitch}"),
             });
         }
-        let num_rows = if pitch == 0 { 0 } else { x.len() / pitch };
+        let num_rows = x.len().checked_div(pitch).unwrap_or(0);
         check_len("packed rows", num_rows * pitch, x.len())?;
         let rows = std::iter::once(0..num_rows);
         self.fill(compute, inner, rows, num_rows, |row| {

@@ -48,7 +48,7 @@ impl RotaryTable {
         interleaved: bool,
         positions: usize,
     ) -> Result<Self, KernelError> {
-        if dim % 2 != 0 {
+        if !dim.is_multiple_of(2) {
             return Err(KernelError::Invalid {
                 what: "rotary dimension",
                 why: format!("{dim} is odd"),
@@ -86,11 +86,7 @@ impl RotaryTable {
     /// Number of positions the table holds.
     #[must_use]
     pub fn positions(&self) -> usize {
-        if self.pairs == 0 {
-            0
-        } else {
-            self.cos.len() / self.pairs
-        }
+        self.cos.len().checked_div(self.pairs).unwrap_or(0)
     }
 
     /// Rotates the last `2 · pairs` elements of each head of `x`: `[tokens, heads, head_dim]`, token t at
@@ -106,7 +102,7 @@ impl RotaryTable {
     ) -> Result<(), KernelError> {
         let per_token = x.len() / positions.len().max(1);
         check_len("rotary input", per_token * positions.len(), x.len())?;
-        if head_dim < 2 * self.pairs || per_token % head_dim.max(1) != 0 {
+        if head_dim < 2 * self.pairs || !per_token.is_multiple_of(head_dim.max(1)) {
             return Err(KernelError::Invalid {
                 what: "rotary head size",
                 why: format!("{head_dim} with {} rotary elements", 2 * self.pairs),

@@ -68,7 +68,7 @@ impl RouterSpec {
         }
         if let Some(g) = self.groups {
             if g.num_groups == 0
-                || self.num_experts % g.num_groups != 0
+                || !self.num_experts.is_multiple_of(g.num_groups)
                 || g.top_groups > g.num_groups
             {
                 return invalid(format!(

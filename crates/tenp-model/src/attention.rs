@@ -79,12 +79,10 @@ impl AttentionBlock<'_> {
         let weight = self
             .checkpoint
             .matrix(&format!("{prefix}.weight"), outputs, x.inner())?;
-        let bias = match bias {
-            true => Some(
-                self.checkpoint
-                    .vector_f32(&format!("{prefix}.bias"), outputs)?,
-            ),
-            false => None,
+        let bias = if bias {
+            Some(self.checkpoint.vector_f32(&format!("{prefix}.bias"), outputs)?)
+        } else {
+            None
         };
         let out = sized(out, x.num_rows() * outputs);
         linear_packed(x, &view(&weight).at(self.layer)?, bias.as_deref(), out).at(self.layer)?;

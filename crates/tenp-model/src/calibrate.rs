@@ -70,7 +70,8 @@ fn tokens_fingerprint(samples: &[Vec<u32>]) -> String {
             hash.update(id.to_le_bytes());
         }
     }
-    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+    let digest = hash.finalize();
+    digest.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }
 
 struct Collector<'m, 'c> {

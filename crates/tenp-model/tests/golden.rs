@@ -1,5 +1,8 @@
 //! Logits of every family against the ones the public `transformers` library computed (`tests/golden/README.md`).
 
+// `cargo test -- --nocapture` lists the errors.
+#![allow(clippy::print_stdout)]
+
 use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
