@@ -272,8 +272,35 @@ mod avx2 {
 mod tests {
     use super::*;
 
+    type Path = fn(&[u32], usize, &[u32], &mut Tile);
+
+    /// Every path this machine can run, by name.
+    fn paths() -> Vec<(&'static str, Path)> {
+        let mut paths: Vec<(&'static str, Path)> = vec![("chosen", |a, rows, b, tile| {
+            multiply(Packing::F32, a, rows, b, tile);
+        })];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                paths.push(("avx2", |a, rows, b, tile| {
+                    let steps = b.len() / TILE_COLS;
+                    // SAFETY: detected just above; the test's slices have these lengths.
+                    unsafe { avx2::multiply_f32(steps, a.as_ptr(), rows, b.as_ptr(), tile) };
+                }));
+            }
+            if is_x86_feature_detected!("avx512f") {
+                paths.push(("avx512", |a, rows, b, tile| {
+                    let steps = b.len() / TILE_COLS;
+                    // SAFETY: detected just above; the test's slices have these lengths.
+                    unsafe { avx512::multiply_f32(steps, a.as_ptr(), rows, b.as_ptr(), tile) };
+                }));
+            }
+        }
+        paths
+    }
+
     #[test]
-    fn every_row_count_and_step_count_matches_the_definition() {
+    fn every_path_has_the_bits_of_the_definition_at_every_row_and_step_count() {
         for rows in 1..=TILE_ROWS {
             for steps in [0usize, 1, 2, 7, 33] {
                 let value = |i: usize| ((i * 2_654_435_761) % 1000) as f32 / 500.0 - 1.0;
@@ -281,10 +308,17 @@ mod tests {
                 let b: Vec<u32> = (0..steps * TILE_COLS)
                     .map(|i| value(i + 1).to_bits())
                     .collect();
-                let (mut got, mut want) = (Tile([[9.0; TILE_COLS]; TILE_ROWS]), Tile::new());
-                multiply(Packing::F32, &a, rows, &b, &mut got);
+                let mut want = Tile::new();
                 portable(&a, rows, &b, &mut want);
-                assert_eq!(got.0[..rows], want.0[..rows], "rows {rows} steps {steps}");
+                for (name, path) in paths() {
+                    let mut got = Tile([[9.0; TILE_COLS]; TILE_ROWS]);
+                    path(&a, rows, &b, &mut got);
+                    assert_eq!(
+                        got.0[..rows],
+                        want.0[..rows],
+                        "{name}, rows {rows}, steps {steps}"
+                    );
+                }
             }
         }
     }
