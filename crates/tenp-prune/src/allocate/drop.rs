@@ -44,7 +44,7 @@ impl KeptExperts {
 /// its best two.
 ///
 /// # Errors
-/// No number of experts lets the router choose its top-k, or the groups are uneven.
+/// No smaller number of experts lets the router choose its top-k, or the groups are uneven.
 pub fn kept_experts(moe: &Moe, keep: f64) -> Result<KeptExperts, PruneError> {
     let (num_groups, top_groups, at_least) = match moe.router.groups {
         None => (1, 1, 1),
@@ -69,7 +69,7 @@ pub fn kept_experts(moe: &Moe, keep: f64) -> Result<KeptExperts, PruneError> {
         return Err(unreachable);
     }
     let group_size = moe.num_experts / num_groups;
-    if minimum > group_size {
+    if minimum > group_size || (minimum == group_size && keep < 1.0) {
         return Err(unreachable);
     }
     let wanted = round_half_up(keep * moe.num_experts as f64 / num_groups as f64);
@@ -141,6 +141,10 @@ mod tests {
         assert!(kept_experts(&moe(4, 5, None), 0.5).is_err());
         assert!(kept_experts(&moe(8, 2, Some(groups(8, 4, GroupScore::TopTwoSum))), 0.5).is_err());
         assert!(kept_experts(&moe(10, 2, Some(groups(4, 2, GroupScore::Max))), 0.5).is_err());
+        // Every expert is needed: a share below 1 must not quietly keep all.
+        let pairs = moe(8, 3, Some(groups(4, 2, GroupScore::Max)));
+        assert!(kept_experts(&pairs, 0.75).is_err());
+        assert_eq!(kept_experts(&pairs, 1.0).unwrap().per_layer(), 8);
         let error =
             kept_experts(&moe(16, 6, Some(groups(8, 2, GroupScore::Max))), 0.5).unwrap_err();
         assert!(
