@@ -160,9 +160,25 @@ pub fn apply(
 ///
 /// # Errors
 /// [`CheckpointError::Output`], or an unreadable folder.
-pub fn check_output(checkpoint: &Checkpoint, out: &Path, force: bool) -> Result<(), CheckpointError> {
+pub fn check_output(
+    checkpoint: &Checkpoint,
+    out: &Path,
+    force: bool,
+) -> Result<(), CheckpointError> {
     let earlier = out.join("report.json").exists() && out.join("tenp_plan.json").exists();
     Target::find(out, checkpoint.dir(), force || earlier, "").map(drop)
+}
+
+/// Refuses a form that cannot hold the plan.
+///
+/// # Errors
+/// [`CheckpointError::Form`].
+pub fn check_form(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    form: OutputForm,
+) -> Result<(), CheckpointError> {
+    form::decide(checkpoint, plan, form).map(drop)
 }
 
 fn write_tensors(

@@ -17,7 +17,7 @@ pub enum CheckpointError {
         source: std::io::Error,
     },
     /// A file that should be JSON of a known form is not.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}; the file is damaged or of another kind, download or make it again", path.display())]
     Json {
         /// The file.
         path: PathBuf,

@@ -33,7 +33,7 @@ mod synthesise;
 mod writer;
 
 pub use access::{ExpertTensors, Matrix, RouterTensors, SharedTensors};
-pub use apply::{ApplyOptions, ApplyOutcome, OutputForm, apply, check_output};
+pub use apply::{ApplyOptions, ApplyOutcome, OutputForm, apply, check_form, check_output};
 pub use atomic::{Sink, replace_file};
 pub use checkpoint::{Checkpoint, TensorView};
 pub use config::{Family, ModelConfig};

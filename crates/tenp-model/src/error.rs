@@ -33,7 +33,9 @@ pub enum ModelError {
         vocab_size: usize,
     },
     /// A sequence is longer than the model's positions.
-    #[error("{place}: {len} tokens are more than the model's {max} positions; lower --seq-len")]
+    #[error(
+        "{place}: {len} tokens are more than the model's {max} positions; use shorter text or a lower --seq-len"
+    )]
     TooLong {
         /// Which sample.
         place: String,
@@ -43,7 +45,7 @@ pub enum ModelError {
         max: usize,
     },
     /// Activations became NaN or infinite.
-    #[error("layer {layer}{}: activations are not finite ({cause})", .expert.map_or(String::new(), |e| format!(", expert {e}")))]
+    #[error("layer {layer}{}: activations are not finite ({cause}); download or convert the checkpoint again", .expert.map_or(String::new(), |e| format!(", expert {e}")))]
     NonFinite {
         /// Layer of the model.
         layer: usize,

@@ -1,16 +1,19 @@
 //! From hidden states to logits.
 
 use tenp_checkpoint::Checkpoint;
+use tenp_kernels::cpu::elementwise::all_finite;
 use tenp_kernels::cpu::linear::linear;
 use tenp_kernels::{Compute, MatrixView};
 
 use crate::ModelError;
 use crate::error::AtLayer;
-use crate::weights::view;
+use crate::weights::{find_non_finite, view};
 
 /// The output head of a model (its embedding matrix, where the two are tied).
 #[derive(Clone, Copy, Debug)]
 pub struct Head<'c> {
+    checkpoint: &'c Checkpoint,
+    name: &'static str,
     weight: MatrixView<'c>,
     compute: Compute,
     num_layers: usize,
@@ -26,6 +29,8 @@ impl<'c> Head<'c> {
         };
         let weight = checkpoint.matrix(name, config.vocab_size, config.hidden_size)?;
         Ok(Self {
+            checkpoint,
+            name,
             weight: view(&weight).at(config.num_layers)?,
             compute,
             num_layers: config.num_layers,
@@ -40,11 +45,32 @@ impl<'c> Head<'c> {
     /// Logits `[rows, vocab]` of normed hidden states `[rows, H]`.
     ///
     /// # Errors
-    /// A number of values that is no multiple of H.
+    /// A number of values that is no multiple of H; logits that are not finite.
     pub fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>, ModelError> {
         let mut out = vec![0.0; hidden.len() / self.weight.cols() * self.weight.rows()];
         linear(self.compute, hidden, &self.weight, None, &mut out).at(self.num_layers)?;
-        Ok(out)
+        if all_finite(&out) {
+            Ok(out)
+        } else {
+            Err(self.non_finite())
+        }
+    }
+
+    /// Hidden states were finite up to the last norm.
+    fn non_finite(&self) -> ModelError {
+        let tensor = find_non_finite(self.checkpoint, |name| {
+            name == self.name || name == "model.norm.weight"
+        });
+        ModelError::NonFinite {
+            layer: self.num_layers,
+            expert: None,
+            cause: tensor.map_or_else(
+                || "the head's weights are; the sums overflow with these inputs".to_owned(),
+                |name| {
+                    format!("tensor {name} holds a NaN or an infinity; the checkpoint is damaged")
+                },
+            ),
+        }
     }
 
     /// Calls `visit(row, logits)` for each of `rows` of `hidden`, a bounded number of rows in memory at a time.

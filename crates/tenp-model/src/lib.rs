@@ -30,3 +30,4 @@ pub use error::ModelError;
 pub use forward::{Model, MoeBlock, Observer, Run};
 pub use head::Head;
 pub use sequences::Sequences;
+pub use weights::damaged_expert;

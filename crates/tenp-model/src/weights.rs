@@ -38,6 +38,18 @@ pub(crate) fn shared<'a>(tensors: &SharedTensors<'a>) -> Result<ExpertWeights<'a
     })
 }
 
+/// Name of the first tensor of a routed expert (of all experts, where they are stored as one) that holds a NaN or an
+/// infinity.
+pub fn damaged_expert(checkpoint: &Checkpoint, layer: usize, expert: usize) -> Option<String> {
+    let own = format!(".experts.{expert}.");
+    find_non_finite(checkpoint, |name| {
+        tenp_checkpoint::layer_of(name) == Some(layer)
+            && (name.contains(&own)
+                || name.ends_with(".experts.gate_up_proj")
+                || name.ends_with(".experts.down_proj"))
+    })
+}
+
 /// Name of the first tensor accepted by `wanted` that holds a NaN or an infinity.
 pub(crate) fn find_non_finite(
     checkpoint: &Checkpoint,

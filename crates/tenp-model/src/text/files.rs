@@ -52,16 +52,17 @@ pub fn read_samples<'t>(
     let mut samples = match extension(path) {
         "safetensors" => token_ids(path, limit)?,
         "jsonl" => {
+            let lines = json_lines(path)?;
             let tokenizer = tokenizer()?;
             let mut samples = Vec::new();
-            for (line, value) in json_lines(path)?.into_iter().take(limit) {
+            for (line, value) in lines.into_iter().take(limit) {
                 samples.push(sample(path, line, &value, tokenizer)?);
             }
             samples
         }
         "txt" => {
-            let tokenizer = tokenizer()?;
             let text = read_text(path)?;
+            let tokenizer = tokenizer()?;
             let lines = text.lines().filter(|l| !l.trim().is_empty()).take(limit);
             lines
                 .map(|line| tokenizer.sequence(line))
@@ -185,11 +186,8 @@ fn read_text(path: &Path) -> Result<String, ModelError> {
         source,
     })?;
     String::from_utf8(bytes).map_err(|e| {
-        let line = e.as_bytes()[..e.utf8_error().valid_up_to()]
-            .iter()
-            .filter(|&&b| b == b'\n')
-            .count()
-            + 1;
+        let valid = &e.as_bytes()[..e.utf8_error().valid_up_to()];
+        let line = valid.split(|&b| b == b'\n').count();
         data(path, Some(line), "is not UTF-8 text")
     })
 }
@@ -238,10 +236,19 @@ fn token_ids(path: &Path, limit: usize) -> Result<Vec<Vec<u32>>, ModelError> {
         path: path.to_owned(),
         source,
     })?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| data(path, None, &e.to_string()))?;
-    let tensor = file
-        .tensor("input_ids")
-        .map_err(|_| data(path, None, "has no tensor `input_ids`"))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| {
+        let why = format!(
+            "is not a sound safetensors file ({e}); it should hold `input_ids` [samples, length]"
+        );
+        data(path, None, &why)
+    })?;
+    let tensor = file.tensor("input_ids").map_err(|_| {
+        data(
+            path,
+            None,
+            "has no tensor `input_ids`; token ids [samples, length] go by that name",
+        )
+    })?;
     let &[_, len] = tensor.shape() else {
         return Err(data(
             path,
@@ -278,7 +285,11 @@ fn token_ids(path: &Path, limit: usize) -> Result<Vec<Vec<u32>>, ModelError> {
     let ids = wide
         .into_iter()
         .map(|id| {
-            u32::try_from(id).map_err(|_| data(path, None, &format!("`input_ids` holds {id}")))
+            u32::try_from(id).map_err(|_| {
+                let why =
+                    format!("`input_ids` holds {id}, which is in no vocabulary; leave padding out");
+                data(path, None, &why)
+            })
         })
         .collect::<Result<Vec<u32>, _>>()?;
     Ok(if len == 0 {

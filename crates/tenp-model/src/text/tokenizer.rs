@@ -36,8 +36,12 @@ impl Tokenizer {
                        (.safetensors with input_ids)";
             return Err(fail(&path, why.to_owned()));
         }
-        let inner =
-            tokenizers::Tokenizer::from_file(&path).map_err(|e| fail(&path, e.to_string()))?;
+        let inner = tokenizers::Tokenizer::from_file(&path).map_err(|e| {
+            fail(
+                &path,
+                format!("{e}; copy the file from the base model again"),
+            )
+        })?;
         let config_path = dir.join("tokenizer_config.json");
         let config: Value = match std::fs::read(&config_path) {
             Ok(bytes) => {
