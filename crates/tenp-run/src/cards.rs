@@ -7,16 +7,20 @@ use crate::{console, picture};
 
 /// The command line as the person typed it.
 pub(crate) fn command_line() -> String {
-    let mut words: Vec<String> = std::env::args().collect();
-    words[0] = "tenp-run".to_owned();
-    let quoted = words.iter().map(|word| {
-        let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=,:+".contains(c);
-        if !word.is_empty() && word.chars().all(plain) {
-            word.clone()
-        } else {
-            format!("'{}'", word.replace('\'', r"'\''"))
-        }
-    });
+    // Paths need not be UTF-8.
+    let typed = std::env::args_os()
+        .skip(1)
+        .map(|word| word.to_string_lossy().into_owned());
+    let quoted = std::iter::once("tenp-run".to_owned())
+        .chain(typed)
+        .map(|word| {
+            let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=,:+".contains(c);
+            if !word.is_empty() && word.chars().all(plain) {
+                word
+            } else {
+                format!("'{}'", word.replace('\'', r"'\''"))
+            }
+        });
     quoted.collect::<Vec<_>>().join(" ")
 }
 
@@ -120,10 +124,12 @@ pub(crate) fn model_card(checkpoint: &Checkpoint, plan: &Plan, form: OutputForm)
             }
         }
     };
-    let rows: String = accounting_rows(plan)
+    let rows = accounting_rows(plan);
+    let rows: Vec<String> = rows
         .iter()
-        .map(|r| format!("| {} | {} |\n", r[0], r[1]))
+        .map(|r| format!("| {} | {} |", r[0], r[1]))
         .collect();
+    let rows = rows.join("\n");
     let options = plan
         .options
         .iter()
@@ -148,7 +154,7 @@ pub(crate) fn model_card(checkpoint: &Checkpoint, plan: &Plan, form: OutputForm)
         "---\nbase_model: {base}\ntags:\n- mixture-of-experts\n- pruned\n- tenp\n---\n\
          # {base}, pruned with {method}\n\n\
          Made from `{base}` (fingerprint `{fingerprint}`) by\n\n    {command}\n\n\
-         | | |\n|---|---|\n{rows}\n\
+         | | |\n|---|---|\n{rows}\n\n\
          {loads}\n\n\
          ## Widths\n\n```text\n{picture}```\n\nMethod `{method}`: {options}.\n{uncalibrated}\
          Kept neuron ids are in `tenp_plan.json`, all figures in `report.json`.\n",

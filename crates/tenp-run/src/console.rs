@@ -38,6 +38,16 @@ pub(crate) fn columns() -> usize {
         .map_or(100, |(_, columns)| usize::from(columns))
 }
 
+/// Names in a column of `width`, each with its value beside it.
+pub(crate) fn pairs<'r>(
+    rows: impl IntoIterator<Item = (&'r str, &'r str)>,
+    width: usize,
+) -> String {
+    rows.into_iter().fold(String::new(), |text, (name, value)| {
+        text + &format!("{name:width$} {value}\n")
+    })
+}
+
 /// Columns aligned by their widest cell; the first left, the others right.
 pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     let width = |c: usize| {
@@ -49,10 +59,11 @@ pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
         let mut out = String::new();
         for (c, (cell, &width)) in cells.iter().zip(&widths).enumerate() {
             let gap = " ".repeat(width - cell.chars().count());
-            match c {
-                0 => out.push_str(&format!("{cell}{gap}")),
-                _ => out.push_str(&format!("  {gap}{cell}")),
-            }
+            let parts = match c {
+                0 => ["", cell.as_str(), &gap],
+                _ => ["  ", &gap, cell.as_str()],
+            };
+            out.extend(parts);
         }
         format!("{}\n", out.trim_end())
     };

@@ -58,5 +58,12 @@ fn is_usage(error: &PruneError) -> bool {
             | PruneError::NoEffect { .. }
             | PruneError::UnknownDomain { .. }
             | PruneError::DomainWeight { .. }
+            | PruneError::EmptyBudget { .. }
+            | PruneError::GuardedOverBudget { .. }
+            | PruneError::GuardedDropped { .. }
+            | PruneError::TopKUnreachable { .. }
+            | PruneError::WidthLayers { .. }
+            | PruneError::WidthExperts { .. }
+            | PruneError::WidthTooLarge { .. }
     )
 }

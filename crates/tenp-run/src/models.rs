@@ -3,17 +3,82 @@
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use tenp_checkpoint::{Checkpoint, Plan};
 use tenp_kernels::Compute;
 use tenp_model::ModelError;
 use tenp_model::text::{Data, Task, Tokenizer, read_samples, read_task};
 
 use crate::cli::{ComputeArgs, DataArgs};
+use crate::failure::usage;
 
 /// Opens a whole checkpoint.
 pub(crate) fn open(dir: &Path) -> Result<Checkpoint> {
+    check_folder(dir)?;
     Checkpoint::open(dir).with_context(|| format!("cannot open the checkpoint {}", dir.display()))
+}
+
+/// Opens a checkpoint whose shards need not all be there.
+pub(crate) fn open_partial(dir: &Path) -> Result<Checkpoint> {
+    check_folder(dir)?;
+    Checkpoint::open_partial(dir)
+        .with_context(|| format!("cannot open the checkpoint {}", dir.display()))
+}
+
+fn check_folder(dir: &Path) -> Result<()> {
+    let what = if !dir.exists() {
+        "does not exist"
+    } else if !dir.is_dir() {
+        "is a file"
+    } else if !dir.join("config.json").exists() {
+        "has no config.json"
+    } else {
+        return Ok(());
+    };
+    bail!(
+        "{} {what}; give the folder of a checkpoint, as downloaded from Hugging Face",
+        dir.display()
+    )
+}
+
+/// Refuses a place where a single file cannot or must not be written, before any work. Nothing is written into `input`.
+pub(crate) fn check_file(flag: &str, path: &Path, input: Option<&Path>) -> Result<()> {
+    let refuse = |problem: &str| Err(usage(format!("{flag} {}: {problem}", path.display())));
+    if path.is_dir() {
+        return refuse("is a folder; give a file name");
+    }
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let Ok(parent) = parent.canonicalize() else {
+        return refuse("lies in a folder that does not exist; create that folder first");
+    };
+    let input = input.and_then(|input| input.canonicalize().ok());
+    if input.is_some_and(|input| parent.starts_with(input)) {
+        return refuse("lies inside the input folder, which is never touched; choose another");
+    }
+    Ok(())
+}
+
+fn stem(path: &Path) -> String {
+    path.file_stem()
+        .map_or_else(String::new, |s| s.to_string_lossy().into_owned())
+}
+
+/// Results go by the files' stems, which must therefore differ.
+fn check_names(flag: &str, files: &[PathBuf]) -> Result<()> {
+    for (index, file) in files.iter().enumerate() {
+        if let Some(other) = files[..index].iter().find(|f| stem(f) == stem(file)) {
+            return Err(usage(format!(
+                "{flag}: {} and {} have the same name `{}`, by which results go; rename one",
+                other.display(),
+                file.display(),
+                stem(file)
+            )));
+        }
+    }
+    Ok(())
 }
 
 impl From<ComputeArgs> for Compute {
@@ -55,19 +120,55 @@ impl<'c> Texts<'c> {
         seq_len: usize,
     ) -> Result<Vec<Vec<u32>>> {
         let samples = read_samples(path, limit, seq_len, &mut || self.tokenizer())?;
-        let vocab = self.checkpoint.config().vocab_size;
         for (index, sample) in samples.iter().enumerate() {
-            if let Some(&id) = sample.iter().find(|&&id| id as usize >= vocab) {
-                let place = format!("{}, sample {index}", path.display());
-                return Err(ModelError::TokenId {
-                    place,
-                    id,
-                    vocab_size: vocab,
-                }
-                .into());
-            }
+            self.check(sample, || format!("{}, sample {index}", path.display()))?;
         }
         Ok(samples)
+    }
+
+    /// The named texts of the files, whole.
+    pub(crate) fn texts(
+        &self,
+        flag: &str,
+        paths: &[PathBuf],
+        seq_len: usize,
+    ) -> Result<Vec<(String, Vec<Vec<u32>>)>> {
+        check_names(flag, paths)?;
+        paths
+            .iter()
+            .map(|path| Ok((stem(path), self.samples(path, usize::MAX, seq_len)?)))
+            .collect()
+    }
+
+    /// A sequence is in the vocabulary and no longer than the model allows.
+    fn check(&self, ids: &[u32], place: impl Fn() -> String) -> Result<(), ModelError> {
+        let config = self.checkpoint.config();
+        if let Some(&id) = ids.iter().find(|&&id| id as usize >= config.vocab_size) {
+            return Err(ModelError::TokenId {
+                place: place(),
+                id,
+                vocab_size: config.vocab_size,
+            });
+        }
+        if ids.len() > config.max_positions {
+            return Err(ModelError::TooLong {
+                place: place(),
+                len: ids.len(),
+                max: config.max_positions,
+            });
+        }
+        Ok(())
+    }
+
+    fn task(&self, file: &Path) -> Result<Task> {
+        let task = read_task(file, self.tokenizer()?)?;
+        for (index, item) in task.items.iter().enumerate() {
+            let place = || format!("{}, question {index}", file.display());
+            for choice in &item.choices {
+                self.check(&[&item.prompt[..], choice].concat(), place)?;
+            }
+        }
+        Ok(task)
     }
 
     /// Samples by domain, in the order the domains were first named; `--samples` counts per domain.
@@ -106,7 +207,7 @@ impl<'c> Texts<'c> {
                 .filter(|p| p.extension().is_some_and(|e| e == "jsonl"))
                 .collect();
             if found.is_empty() {
-                return Err(crate::failure::usage(format!(
+                return Err(usage(format!(
                     "--tasks {}: no .jsonl file in this folder",
                     path.display()
                 )));
@@ -114,10 +215,8 @@ impl<'c> Texts<'c> {
             found.sort();
             files.extend(found);
         }
-        files
-            .iter()
-            .map(|file| Ok(read_task(file, self.tokenizer()?)?))
-            .collect()
+        check_names("--tasks", &files)?;
+        files.iter().map(|file| self.task(file)).collect()
     }
 }
 

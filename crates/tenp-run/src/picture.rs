@@ -1,5 +1,7 @@
 //! The kept widths over layers and experts, as text.
 
+use std::fmt::Write as _;
+
 use tenp_checkpoint::Plan;
 
 const SHADES: [char; 9] = ['·', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
@@ -41,11 +43,9 @@ pub(crate) fn widths(plan: &Plan, expert_width: usize, columns: usize) -> String
                 SHADES[if share > 0.0 { shade.max(1) } else { 0 }]
             })
             .collect();
-        text.push_str(&format!(
-            "{:>4} {cells} {:>4.0} %  {whole} whole\n",
-            layer.layer,
-            share * 100.0
-        ));
+        let (layer, percent) = (layer.layer, share * 100.0);
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "{layer:>4} {cells} {percent:>4.0} %  {whole} whole");
     }
     text.push_str("     █ whole   ▁–▇ narrower   · none\n");
     text

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
-use tenp_checkpoint::{Checkpoint, Plan, Statistics};
+use anyhow::Result;
+use tenp_checkpoint::{Checkpoint, LayerStatistics, Plan, Statistics};
 use tenp_prune::{Allocation, ModelSize, PlanRequest};
 
 use crate::cli::{Normalise, PlanArgs};
@@ -70,8 +70,8 @@ fn allocation(text: &str) -> Result<Allocation> {
 
 /// Widths from JSON: `[[…], …]`, or an object whose `widths` (or `tenp.widths`, a ragged config) is that.
 fn widths(path: &Path) -> Result<Vec<Vec<usize>>> {
-    let text =
-        std::fs::read(path).with_context(|| format!("--allocation file:{}", path.display()))?;
+    let text = std::fs::read(path)
+        .map_err(|e| usage(format!("--allocation file:{}: {e}", path.display())))?;
     let value: serde_json::Value = serde_json::from_slice(&text)
         .map_err(|e| usage(format!("--allocation file:{}: {e}", path.display())))?;
     let found = [&value, &value["widths"], &value["tenp"]["widths"]]
@@ -83,6 +83,27 @@ fn widths(path: &Path) -> Result<Vec<Vec<usize>>> {
             let what = "expected widths as [[width, …], …], one list per MoE layer";
             usage(format!("--allocation file:{}: {what}", path.display()))
         })
+}
+
+/// The plan that statistics without any token would give. Its widths and neurons mean nothing, but it has the size of
+/// the real one, and what cannot be planned is refused here, before a calibration that may take hours.
+pub(crate) fn rehearse<'d>(
+    checkpoint: &Checkpoint,
+    domains: impl IntoIterator<Item = &'d str>,
+    request: &PlanRequest,
+) -> Result<Plan> {
+    let config = checkpoint.config();
+    let zeros = || LayerStatistics::zeros(config.moe.num_experts, config.moe.expert_width);
+    let layers = || config.moe_layers.iter().map(|&layer| (layer, zeros()));
+    let statistics = Statistics {
+        checkpoint: checkpoint.fingerprint().to_owned(),
+        domains: domains
+            .into_iter()
+            .map(|domain| (domain.to_owned(), layers().collect()))
+            .collect(),
+        ..Statistics::default()
+    };
+    plan(checkpoint, &statistics, request)
 }
 
 /// Plans a checkpoint from its statistics.

@@ -1,6 +1,6 @@
 //! `apply`: write the checkpoint of a plan.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use tenp_checkpoint::{ApplyOptions, ApplyOutcome, Checkpoint, OutputForm, Plan, apply};
 
@@ -11,6 +11,8 @@ use crate::{cards, console, models};
 pub(super) fn run(args: &Apply) -> Result<()> {
     let checkpoint = models::open(&args.model)?;
     let plan = Plan::read(&args.plan)?;
+    plan.validate(&checkpoint)
+        .with_context(|| format!("cannot apply {}", args.plan.display()))?;
     let outcome = write(&checkpoint, &plan, &args.output, None)?;
     if args.json {
         console::json(&outcome_json(&plan, outcome));

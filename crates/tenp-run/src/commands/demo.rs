@@ -36,6 +36,14 @@ pub(super) fn run(args: &Demo) -> Result<()> {
     let started = Instant::now();
     let folder = args.folder.clone().map_or_else(bundled, Ok)?;
     let checkpoint = models::open(&folder)?;
+    let request = |method| PlanRequest {
+        method,
+        keep: args.keep,
+        ..PlanRequest::default()
+    };
+    for (method, _) in METHODS {
+        requests::rehearse(&checkpoint, ["default"], &request(method))?;
+    }
     let texts = models::Texts::new(&checkpoint);
     let tasks = texts.tasks(&[folder.join("tasks")])?;
     let data = DataArgs {
@@ -62,12 +70,7 @@ pub(super) fn run(args: &Demo) -> Result<()> {
     let scratch = tempfile::tempdir().context("cannot create a temporary folder")?;
     let mut tenp: Option<Plan> = None;
     for (method, name) in METHODS {
-        let request = PlanRequest {
-            method,
-            keep: args.keep,
-            ..PlanRequest::default()
-        };
-        let plan = requests::plan(&checkpoint, &statistics, &request)?;
+        let plan = requests::plan(&checkpoint, &statistics, &request(method))?;
         let out = scratch.path().join(method.to_string());
         apply(
             &checkpoint,

@@ -48,16 +48,7 @@ pub(super) fn run(args: &Eval) -> Result<()> {
     let checkpoint = models::open(&args.model)?;
     let texts = models::Texts::new(&checkpoint);
     let tasks = texts.tasks(&args.tasks)?;
-    let mut samples = Vec::new();
-    for path in &args.text {
-        let name = path
-            .file_stem()
-            .map_or_else(String::new, |s| s.to_string_lossy().into_owned());
-        samples.push((
-            name,
-            texts.samples(path, usize::MAX, args.seq_len as usize)?,
-        ));
-    }
+    let samples = texts.texts("--text", &args.text, args.seq_len as usize)?;
     let compute = args.compute.into();
     let mut measures = Measures {
         tasks: run_tasks(&checkpoint, &tasks, compute, "tasks")?,

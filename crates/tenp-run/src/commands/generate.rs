@@ -26,6 +26,13 @@ pub(super) fn run(args: &Generate) -> Result<()> {
             "--prompt is empty, and the tokenizer adds no first token",
         ));
     }
+    let max = checkpoint.config().max_positions;
+    if prompt.len() > max {
+        return Err(usage(format!(
+            "--prompt has {} tokens, the model has {max} positions; shorten it",
+            prompt.len()
+        )));
+    }
     let mut rng = ChaCha8Rng::seed_from_u64(args.seed);
     let mut generator = Generator::new(Model::new(&checkpoint, args.compute.into()));
     console::data(&args.prompt);

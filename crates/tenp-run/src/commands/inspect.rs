@@ -5,10 +5,10 @@ use serde_json::{Map, Value, json};
 use tenp_checkpoint::Checkpoint;
 
 use crate::cli::Inspect;
-use crate::console;
+use crate::{console, models};
 
 pub(super) fn run(args: &Inspect) -> Result<()> {
-    let checkpoint = Checkpoint::open_partial(&args.model)?;
+    let checkpoint = models::open_partial(&args.model)?;
     if args.json {
         console::json(&as_json(&checkpoint));
     } else {
@@ -93,12 +93,8 @@ fn as_text(checkpoint: &Checkpoint) -> String {
     if let Some(original) = checkpoint.pruned_from() {
         rows.push(("pruned from", original.to_string()));
     }
-    let mut text: String = rows
-        .iter()
-        .map(|(name, value)| format!("{name:18} {value}\n"))
-        .collect();
     for shard in checkpoint.missing_shards() {
-        text.push_str(&format!("missing shard      {shard}\n"));
+        rows.push(("missing shard", shard.clone()));
     }
-    text
+    console::pairs(rows.iter().map(|(name, value)| (*name, value.as_str())), 18)
 }

@@ -20,6 +20,15 @@ pub(super) fn run(args: &Logits) -> Result<()> {
             args.input.display()
         )));
     }
+    models::check_file("--output", &args.output, Some(&args.model))?;
+    if (args.output.canonicalize().ok())
+        .is_some_and(|out| Some(out) == args.input.canonicalize().ok())
+    {
+        return Err(usage(format!(
+            "--output {}: is the file of --input; choose another",
+            args.output.display()
+        )));
+    }
     let samples = models::Texts::new(&checkpoint).samples(&args.input, usize::MAX, usize::MAX)?;
     let model = Model::new(&checkpoint, args.compute.into());
     let (n, len, vocab) = (

@@ -4,13 +4,12 @@ use std::time::Instant;
 
 use anyhow::Result;
 use serde_json::json;
-use tenp_checkpoint::{Checkpoint, check_output};
+use tenp_checkpoint::{Checkpoint, check_form, check_output};
 use tenp_kernels::cpu::linear::linear;
 use tenp_kernels::{Compute, MatrixView};
 use tenp_model::Model;
-use tenp_prune::PlanRequest;
 
-use crate::cli::Prune;
+use crate::cli::{FormArg, Prune};
 use crate::failure::usage;
 use crate::{console, models, requests};
 
@@ -24,9 +23,19 @@ pub(super) fn run(args: &Prune) -> Result<()> {
         )));
     }
     check_output(&checkpoint, &args.output.output, args.output.force)?;
+    if let Some(path) = &args.save_stats {
+        models::check_file("--save-stats", path, Some(&args.model))?;
+    }
+    let names = args.data.data.iter().map(|data| data.domain.as_str());
+    let rehearsed = requests::rehearse(&checkpoint, names, &request)?;
+    check_form(&checkpoint, &rehearsed, args.output.form.into())?;
     let domains = models::Texts::new(&checkpoint).domains(&args.data)?;
     if args.dry_run {
-        return dry_run(&checkpoint, args, &request, models::num_tokens(&domains));
+        let bytes_after = match args.output.form {
+            FormArg::Padded if !rehearsed.drops_experts() => rehearsed.accounting.bytes_before,
+            _ => rehearsed.accounting.bytes_after,
+        };
+        return dry_run(&checkpoint, args, bytes_after, models::num_tokens(&domains));
     }
     let statistics = super::calibrate::run_domains(&checkpoint, &domains, args.compute.into())?;
     if let Some(path) = &args.save_stats {
@@ -50,17 +59,10 @@ pub(super) fn run(args: &Prune) -> Result<()> {
 }
 
 /// What the run would take. The time is the arithmetic at the rate this machine shows in a short product.
-fn dry_run(
-    checkpoint: &Checkpoint,
-    args: &Prune,
-    request: &PlanRequest,
-    tokens: usize,
-) -> Result<()> {
+fn dry_run(checkpoint: &Checkpoint, args: &Prune, bytes_after: u64, tokens: usize) -> Result<()> {
     let (size, config) = (checkpoint.size(), checkpoint.config());
     let compute: Compute = args.compute.into();
     let model = Model::new(checkpoint, compute);
-    let removed = size.bytes_routed as f64 * (1.0 - request.keep);
-    let bytes_after = (size.bytes_total as f64 - removed) as u64;
     let memory = model.working_bytes(tokens);
     // The forward pass, and a third of the routed part again for the contributions.
     let routed_active =
@@ -85,7 +87,7 @@ fn dry_run(
         (
             "model",
             format!(
-                "{} → about {}",
+                "{} → {}",
                 console::bytes(size.bytes_total),
                 console::bytes(bytes_after)
             ),
@@ -110,12 +112,8 @@ fn dry_run(
             ),
         ),
     ];
-    console::data(
-        &rows
-            .iter()
-            .map(|(name, value)| format!("{name:36} {value}\n"))
-            .collect::<String>(),
-    );
+    let rows = rows.iter().map(|(name, value)| (*name, value.as_str()));
+    console::data(&console::pairs(rows, 36));
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tenp_checkpoint::Statistics;
 
 use crate::cli::Stats;
-use crate::console;
+use crate::{console, models};
 
 pub(super) fn run(command: Stats) -> Result<()> {
     match command {
@@ -17,6 +17,7 @@ pub(super) fn run(command: Stats) -> Result<()> {
 }
 
 fn merge(files: &[PathBuf], output: &Path) -> Result<()> {
+    models::check_file("--output", output, None)?;
     let mut merged: Option<Statistics> = None;
     for file in files {
         let next = Statistics::read(file)?;
