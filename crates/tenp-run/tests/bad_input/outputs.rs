@@ -1,0 +1,209 @@
+//! Output places that are taken, forbidden or full.
+
+use std::path::Path;
+
+use super::options::statistics;
+use super::{FAILED, Place, USAGE};
+use crate::support::fixtures::{demo, demo_file, golden, names};
+use crate::support::{Scratch, tenp};
+
+#[test]
+fn folders_that_are_taken_or_forbidden() {
+    let place = Place::demo();
+    let (plan, data) = (place.join("plan.json"), demo_file("calibration", "facts"));
+    tenp(
+        "plan {} --stats {} --keep 0.6 -o {}",
+        &[&place.model, statistics(), &plan],
+    )
+    .ok();
+    let taken = place.join("taken");
+    std::fs::create_dir(&taken).unwrap();
+    std::fs::write(taken.join("thesis.txt"), "years of work").unwrap();
+    let file = place.join("file");
+    std::fs::write(&file, "").unwrap();
+    let model = place.model.as_path();
+    let inside = place.model.join("inside");
+    let nowhere = place.join("no/where");
+    let refused = |out: &Path, more: &str, needles: &[&str]| {
+        let apply = format!("apply {{}} --plan {{}} {more} -o {{}}");
+        place.refuses(&apply, &[model, &plan, out], USAGE, needles);
+        for dry in ["", "--dry-run"] {
+            let prune = format!("prune {{}} --data {{}} --keep 0.6 {more} {dry} -o {{}}");
+            place.refuses(&prune, &[model, &data, out], USAGE, needles);
+            let run = tenp(&prune, &[model, &data, out]);
+            run.check(
+                !run.stderr.contains("tokens in"),
+                "refused before the calibration",
+            );
+        }
+    };
+    refused(&taken, "", &["taken", "not empty", "--force"]);
+    refused(&file, "", &["file", "choose another"]);
+    refused(&nowhere, "", &["no/where", "create that folder first"]);
+    for more in ["", "--force"] {
+        refused(model, more, &["is the input folder", "choose another"]);
+        refused(
+            &inside,
+            more,
+            &["inside the input folder", "choose another"],
+        );
+        refused(
+            place.scratch.path(),
+            more,
+            &["contains the input folder", "choose another"],
+        );
+    }
+    std::fs::create_dir(taken.join("chapters")).unwrap();
+    refused(
+        &taken,
+        "--force",
+        &["taken", "no checkpoint", "remove it yourself"],
+    );
+}
+
+#[test]
+fn single_files_never_go_into_the_checkpoint() {
+    let place = Place::demo();
+    let data = demo_file("calibration", "facts");
+    let ids = golden("olmoe").join("golden.safetensors");
+    let model = place.model.as_path();
+    let shard = model.join("model-00001-of-00002.safetensors");
+    let inside = model.join("new.safetensors");
+    let out = place.join("out");
+    for file in [&shard, &inside] {
+        let needles = &["inside the input folder", "choose another"];
+        for (line, paths) in [
+            ("calibrate {} --data {} -o {}", &[model, &data, file][..]),
+            (
+                "plan {} --stats {} --keep 0.6 -o {}",
+                &[model, statistics(), file],
+            ),
+            ("logits {} --input {} --output {}", &[model, &ids, file]),
+            (
+                "prune {} --data {} --keep 0.6 --save-stats {} -o {}",
+                &[model, &data, file, &out],
+            ),
+        ] {
+            place.refuses(line, paths, USAGE, needles);
+        }
+    }
+}
+
+#[test]
+fn single_files_that_cannot_be_written_are_refused_before_the_work() {
+    let place = Place::demo();
+    let data = demo_file("calibration", "facts");
+    let ids = golden("olmoe").join("golden.safetensors");
+    let model = place.model.as_path();
+    let (nowhere, out) = (place.join("no/where"), place.join("out"));
+    for (file, needles) in [
+        (&nowhere, &["where", "create that folder first"][..]),
+        (&place.model, &["is a folder", "file name"]),
+    ] {
+        for (line, paths) in [
+            (
+                "calibrate {} --data {} -o {}",
+                &[model, &data, file.as_path()][..],
+            ),
+            (
+                "plan {} --stats {} --keep 0.6 -o {}",
+                &[model, statistics(), file],
+            ),
+            (
+                "stats merge {} {} -o {}",
+                &[statistics(), statistics(), file],
+            ),
+            ("logits {} --input {} --output {}", &[model, &ids, file]),
+            (
+                "prune {} --data {} --keep 0.6 --save-stats {} -o {}",
+                &[model, &data, file, &out],
+            ),
+        ] {
+            place.refuses(line, paths, USAGE, needles);
+            let run = tenp(line, paths);
+            run.check(
+                !run.stderr.contains("tokens in"),
+                "refused before the calibration",
+            );
+        }
+    }
+    let copy = place.join("ids.safetensors");
+    std::fs::copy(&ids, &copy).unwrap();
+    place.refuses(
+        "logits {} --input {} --output {}",
+        &[model, &copy, &copy],
+        USAGE,
+        &["--output", "--input", "choose another"],
+    );
+}
+
+/// A small file system in memory, while the test runs.
+struct Disk(Scratch);
+
+impl Disk {
+    fn new(kilobytes: u32) -> Option<Self> {
+        let scratch = Scratch::new();
+        let mounted = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={kilobytes}k"), "tmpfs"])
+            .arg(scratch.path())
+            .output();
+        mounted
+            .is_ok_and(|o| o.status.success())
+            .then_some(Self(scratch))
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount")
+            .arg(self.0.path())
+            .status();
+    }
+}
+
+#[test]
+#[allow(clippy::print_stderr)]
+fn a_full_disk() {
+    let Some(disk) = Disk::new(512) else {
+        eprintln!("skipped: a_full_disk (needs root, to mount a small tmpfs)");
+        return;
+    };
+    let data = demo_file("calibration", "facts");
+    let ids = golden("olmoe").join("golden.safetensors");
+    let out = disk.0.join("out");
+    let (work, plan) = (Scratch::new(), disk.0.join("plan.json"));
+    let fitting = work.join("plan.json");
+    tenp(
+        "plan {} --stats {} --keep 0.6 -o {}",
+        &[&demo(), statistics(), &fitting],
+    )
+    .ok();
+    let full = &["no space left", "out", "bytes", "free some"];
+    for (line, paths) in [
+        (
+            "apply {} --plan {} -o {}",
+            &[&demo(), fitting.as_path(), &out][..],
+        ),
+        (
+            "prune {} --data {} --keep 0.6 -o {}",
+            &[&demo(), &data, &out],
+        ),
+        ("calibrate {} --data {} -o {}", &[&demo(), &data, &out]),
+        ("logits {} --input {} --output {}", &[&demo(), &ids, &out]),
+    ] {
+        tenp(line, paths).refused(FAILED, full);
+        assert_eq!(
+            names(disk.0.path()),
+            [""; 0],
+            "{line} left something behind"
+        );
+    }
+    let filler = disk.0.join("filler");
+    let _ = std::fs::write(&filler, vec![0; 600_000]);
+    tenp(
+        "plan {} --stats {} --keep 0.6 -o {}",
+        &[&demo(), statistics(), &plan],
+    )
+    .refused(FAILED, &["no space left", "plan.json"]);
+    assert_eq!(names(disk.0.path()), ["filler"]);
+}

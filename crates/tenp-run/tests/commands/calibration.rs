@@ -1,0 +1,221 @@
+//! Statistics: whole, merged, shown, and the same for any number of threads.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use crate::support::fixtures::{DOMAINS, demo, demo_file, golden, tensors, write_ids};
+use crate::support::json::{keys, list, number};
+use crate::support::{Scratch, tenp};
+
+/// The lines of a demo file in `range`, written beside the test.
+fn lines(scratch: &Scratch, domain: &str, range: std::ops::Range<usize>) -> PathBuf {
+    let text = std::fs::read_to_string(demo_file("calibration", domain)).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    let path = scratch.join(&format!("{domain}-{}.jsonl", range.start));
+    std::fs::write(&path, lines[range].join("\n")).unwrap();
+    path
+}
+
+#[test]
+fn two_halves_merge_into_the_whole() {
+    let scratch = Scratch::new();
+    let stats = |name: &str| scratch.join(&format!("{name}.safetensors"));
+    let (first, second, whole) = (stats("first"), stats("second"), stats("whole"));
+    let calibrate = |range: std::ops::Range<usize>, out: &Path| {
+        let paths = [
+            lines(&scratch, "facts", range.clone()),
+            lines(&scratch, "lists", range),
+        ];
+        tenp(
+            "calibrate {} --data facts={} lists={} -o {}",
+            &[&demo(), &paths[0], &paths[1], out],
+        )
+        .ok();
+    };
+    calibrate(0..20, &first);
+    calibrate(20..50, &second);
+    calibrate(0..50, &whole);
+    let merged = stats("merged");
+    let run = tenp("stats merge {} {} -o {}", &[&first, &second, &merged]).ok();
+    run.check(run.stdout.is_empty(), "the data went into the file");
+    let (merged, whole) = (tensors(&merged), tensors(&whole));
+    assert_eq!(
+        merged.keys().collect::<Vec<_>>(),
+        whole.keys().collect::<Vec<_>>()
+    );
+    for (name, values) in &merged {
+        let counts = name.ends_with("tokens");
+        for (a, b) in values.iter().zip(&whole[name]) {
+            let near = (a - b).abs() <= 1e-12 * a.abs().max(b.abs());
+            assert!(a == b || near && !counts, "{name}: {a} merged, {b} whole");
+        }
+    }
+    assert_eq!(
+        tenp("stats show {} --json", &[&stats("merged")])
+            .ok()
+            .json()["domains"],
+        tenp("stats show {} --json", &[&stats("whole")]).ok().json()["domains"]
+    );
+}
+
+#[test]
+fn domains_calibrated_apart_merge_into_the_same_statistics() {
+    let scratch = Scratch::new();
+    let (a, b) = (scratch.join("a"), scratch.join("b"));
+    let (both, merged) = (scratch.join("both"), scratch.join("merged"));
+    let (x, y) = (
+        demo_file("calibration", "facts"),
+        demo_file("calibration", "code"),
+    );
+    let calibrate = "calibrate {} --samples 16 --data";
+    let one = |domain: &str| format!("{calibrate} {domain}={{}} -o {{}}");
+    tenp(&one("facts"), &[&demo(), &x, &a]).ok();
+    tenp(&one("code"), &[&demo(), &y, &b]).ok();
+    let line = format!("{calibrate} facts={{}} --data code={{}} -o {{}}");
+    tenp(&line, &[&demo(), &x, &y, &both]).ok();
+    for order in [[&b, &a], [&a, &b]] {
+        tenp("stats merge {} {} -o {}", &[order[0], order[1], &merged]).ok();
+        assert!(tensors(&merged) == tensors(&both));
+    }
+}
+
+#[test]
+fn samples_count_per_domain_over_its_files() {
+    let scratch = Scratch::new();
+    let halves = [
+        lines(&scratch, "facts", 0..10),
+        lines(&scratch, "facts", 10..30),
+    ];
+    let (split, whole) = (scratch.join("split"), scratch.join("whole"));
+    tenp(
+        "calibrate {} --samples 25 --data f={} --data f={} -o {}",
+        &[&demo(), &halves[0], &halves[1], &split],
+    )
+    .ok();
+    let all = demo_file("calibration", "facts");
+    tenp(
+        "calibrate {} --samples 25 --data f={} -o {}",
+        &[&demo(), &all, &whole],
+    )
+    .ok();
+    assert!(std::fs::read(split).unwrap() == std::fs::read(whole).unwrap());
+}
+
+#[test]
+fn every_kind_of_file_gives_its_samples() {
+    let scratch = Scratch::new();
+    let texts = ["89 - 56 = 33;", "86 - 45 = 41;"];
+    let write = |name: &str, text: String| {
+        let path = scratch.join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let jsonl =
+        |value: fn(&str) -> serde_json::Value| texts.map(|t| value(t).to_string()).join("\n");
+    let text = write("text.jsonl", jsonl(|t| json!({"text": t})));
+    let plain = write("plain.txt", texts.join("\n\n"));
+    let out = |path: &Path| path.with_extension("stats");
+    for path in [&text, &plain] {
+        tenp("calibrate {} --data {} -o {}", &[&demo(), path, &out(path)]).ok();
+    }
+    assert!(std::fs::read(out(&text)).unwrap() == std::fs::read(out(&plain)).unwrap());
+
+    // A golden folder has no tokenizer: ids are used as they are, and cut.
+    let ids = write_ids(
+        &scratch.join("ids.safetensors"),
+        &[(0..40).collect(), (40..80).collect()],
+    );
+    let stats = scratch.join("stats");
+    let run = tenp(
+        "calibrate {} --data {} --seq-len 30 --samples 1 -o {}",
+        &[&golden("olmoe"), &ids, &stats],
+    )
+    .ok();
+    run.check(
+        run.stderr.contains("30 tokens"),
+        "one sample, cut at 30 tokens",
+    );
+}
+
+#[test]
+fn stats_show_says_what_is_in_the_file() {
+    let scratch = Scratch::new();
+    let stats = scratch.join("stats.safetensors");
+    let files = DOMAINS.map(|d| demo_file("calibration", d));
+    let [a, c, f, l] = files.each_ref().map(PathBuf::as_path);
+    tenp(
+        "calibrate {} --samples 4 --data arith={} code={} facts={} lists={} -o {}",
+        &[&demo(), a, c, f, l, &stats],
+    )
+    .ok();
+    let shown = tenp("stats show {} --json", &[&stats]).ok();
+    shown.check(shown.stderr.is_empty(), "nothing to tell beside the data");
+    let value = shown.json();
+    assert_eq!(
+        keys(&value),
+        [
+            "checkpoint",
+            "version",
+            "compute",
+            "experts",
+            "expert_width",
+            "domains"
+        ]
+    );
+    assert_eq!(value["compute"], json!(["f32"]));
+    assert_eq!(
+        (&value["experts"], &value["expert_width"]),
+        (&json!(16), &json!(96))
+    );
+    let domains = list(&value["domains"]);
+    assert_eq!(domains.len(), 4);
+    for (domain, name) in domains.iter().zip(DOMAINS) {
+        assert_eq!(keys(domain), ["domain", "tokens", "layers", "unreached"]);
+        assert_eq!(domain["domain"], name);
+        assert_eq!(domain["layers"], json!([1, 2, 3, 4, 5, 6, 7]));
+        assert!(number(&domain["tokens"]) >= 4.0);
+        for pair in list(&domain["unreached"]) {
+            assert_eq!(list(pair).len(), 2);
+        }
+    }
+    let text = tenp("stats show {}", &[&stats]).ok();
+    text.check(text.stdout.contains("facts"), "people see the domains too");
+}
+
+#[test]
+fn statistics_do_not_depend_on_the_threads() {
+    let scratch = Scratch::new();
+    let mut files: Vec<Vec<u8>> = Vec::new();
+    let x = demo_file("calibration", "code");
+    for threads in [1, 2, 3] {
+        let out = scratch.join(&format!("{threads}"));
+        let line = format!("--threads {threads} calibrate {{}} --data {{}} --samples 64 -o {{}}");
+        tenp(&line, &[&demo(), &x, &out]).ok();
+        files.push(std::fs::read(out).unwrap());
+    }
+    assert!(files[0] == files[1] && files[1] == files[2]);
+}
+
+#[test]
+fn bf16_statistics_say_so_and_are_near() {
+    let scratch = Scratch::new();
+    let (half, full) = (scratch.join("half"), scratch.join("full"));
+    let ids = golden("qwen3_moe").join("golden.safetensors");
+    for (compute, out) in [("bf16", &half), ("f32", &full)] {
+        let line = format!("calibrate {{}} --data {{}} --compute {compute} -o {{}}");
+        tenp(&line, &[&golden("qwen3_moe"), &ids, out]).ok();
+    }
+    let shown = tenp("stats show {} --json", &[&half]).ok().json();
+    assert_eq!(shown["compute"], json!(["bf16"]));
+    let sum = |path: &Path| -> f64 {
+        let all = tensors(path);
+        let norms = all.iter().filter(|(name, _)| name.ends_with("/norm_sum"));
+        norms.flat_map(|(_, values)| values).sum()
+    };
+    let (half, full) = (sum(&half), sum(&full));
+    assert!(
+        half != full && (half - full).abs() < 0.02 * full,
+        "{half} {full}"
+    );
+}

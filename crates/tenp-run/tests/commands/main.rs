@@ -1,0 +1,10 @@
+//! Every command on the repository's checkpoints: what it prints, what it writes, and that it does so the same way
+//! each time.
+
+mod calibration;
+mod evaluation;
+mod families;
+mod outputs;
+mod plans;
+#[path = "../support/mod.rs"]
+mod support;

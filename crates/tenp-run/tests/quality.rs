@@ -1,0 +1,207 @@
+//! What pruning does to the trained demo model at 60 %: which methods keep more of it than which.
+
+mod support;
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use serde_json::json;
+use support::fixtures::{DOMAINS, demo, demo_file, read_json};
+use support::json::{number, widths};
+use support::{Scratch, tenp};
+
+/// Expert dropping by a score; random dropping comes with seeds.
+const DROPPING: [&str; 7] = [
+    "frequency",
+    "gating",
+    "ean",
+    "reap",
+    "man",
+    "msan",
+    "easy-ep",
+];
+
+/// Answer NLL of TENP, over all answer tokens of the tasks.
+const TENP_NLL: f64 = 0.285;
+
+/// What a pruned model scores on the tasks.
+#[derive(Clone, Copy, Debug)]
+struct Score {
+    /// Mean over the four tasks.
+    accuracy: f64,
+    /// Over the answer tokens of all tasks together.
+    nll: f64,
+}
+
+struct Bench {
+    scratch: Scratch,
+    stats: PathBuf,
+    /// The four tasks in one file, so that `eval` itself pools their answer tokens.
+    all: PathBuf,
+    /// TENP's widths.
+    widths: PathBuf,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let scratch = Scratch::new();
+        let stats = scratch.join("stats.safetensors");
+        let files = DOMAINS.map(|d| demo_file("calibration", d));
+        let [a, c, f, l] = files.each_ref().map(PathBuf::as_path);
+        tenp(
+            "calibrate {} --samples 128 --data arith={} code={} facts={} lists={} -o {}",
+            &[&demo(), a, c, f, l, &stats],
+        )
+        .ok();
+        let all = scratch.join("all.jsonl");
+        let tasks = DOMAINS.map(|d| std::fs::read_to_string(demo_file("tasks", d)).unwrap());
+        std::fs::write(&all, tasks.concat()).unwrap();
+        let plan = scratch.join("tenp.json");
+        tenp(
+            "plan {} --stats {} --keep 0.6 -o {}",
+            &[&demo(), &stats, &plan],
+        )
+        .ok();
+        let file = scratch.join("widths.json");
+        std::fs::write(&file, json!(widths(&read_json(&plan))).to_string()).unwrap();
+        Self {
+            scratch,
+            stats,
+            all,
+            widths: file,
+        }
+    }
+
+    fn score(&self, options: &str) -> Score {
+        let name = options.replace(['/', ' '], "_");
+        let name = &name[name.len().saturating_sub(60)..];
+        let (plan, out) = (self.scratch.join("plan.json"), self.scratch.join(name));
+        let line = format!("plan {{}} --stats {{}} {options} -o {{}}");
+        tenp(&line, &[&demo(), &self.stats, &plan]).ok();
+        tenp("apply {} --plan {} -o {}", &[&demo(), &plan, &out]).ok();
+        let score = self.evaluate(&out);
+        std::fs::remove_dir_all(&out).unwrap();
+        score
+    }
+
+    /// Every task has as many questions as the others: the mean of their accuracies is that of all questions.
+    fn evaluate(&self, model: &Path) -> Score {
+        let run = tenp("eval {} --tasks {} --json", &[model, &self.all]).ok();
+        let all = &run.json()["tasks"]["all"];
+        run.check(all["n"] == 1000, "four times 250 questions");
+        Score {
+            accuracy: number(&all["accuracy"]),
+            nll: number(&all["nll"]),
+        }
+    }
+}
+
+/// Every score that the tests compare, taken once.
+struct Scores {
+    full: Score,
+    tenp: Score,
+    random_neurons: Vec<Score>,
+    dropping: Vec<(&'static str, Score)>,
+    random_experts: Vec<Score>,
+}
+
+fn scores() -> &'static Scores {
+    static SCORES: OnceLock<Scores> = OnceLock::new();
+    SCORES.get_or_init(|| {
+        let bench = Bench::new();
+        let random = format!(
+            "--allocation file:{} --neuron-score random --seed",
+            bench.widths.display()
+        );
+        let scores = Scores {
+            full: bench.evaluate(&demo()),
+            tenp: bench.score("--method tenp --keep 0.6"),
+            random_neurons: (0..3)
+                .map(|s| bench.score(&format!("{random} {s}")))
+                .collect(),
+            dropping: DROPPING
+                .map(|m| (m, bench.score(&format!("--method {m} --keep 0.6"))))
+                .to_vec(),
+            random_experts: (0..5)
+                .map(|s| bench.score(&format!("--method random-experts --keep 0.6 --seed {s}")))
+                .collect(),
+        };
+        report(&scores);
+        scores
+    })
+}
+
+/// Shown with `--nocapture`: the figures behind the orderings.
+#[allow(clippy::print_stdout)]
+fn report(scores: &Scores) {
+    println!("{}", scores.table());
+}
+
+impl Scores {
+    fn table(&self) -> String {
+        let mut text = "mean accuracy, answer NLL\n".to_owned();
+        let mut row = |name: &str, score: &Score| {
+            writeln!(text, "{name:20} {:.4} {:.4}", score.accuracy, score.nll).unwrap();
+        };
+        row("full", &self.full);
+        row("tenp", &self.tenp);
+        self.random_neurons
+            .iter()
+            .for_each(|s| row("random neurons", s));
+        self.dropping.iter().for_each(|(m, s)| row(m, s));
+        self.random_experts
+            .iter()
+            .for_each(|s| row("random experts", s));
+        text
+    }
+
+    fn mean_random_experts(&self) -> Score {
+        let n = self.random_experts.len() as f64;
+        Score {
+            accuracy: self.random_experts.iter().map(|s| s.accuracy).sum::<f64>() / n,
+            nll: self.random_experts.iter().map(|s| s.nll).sum::<f64>() / n,
+        }
+    }
+}
+
+#[track_caller]
+fn assert_above(better: &Score, name: &str, worse: &Score, than: &str) {
+    assert!(
+        better.accuracy > worse.accuracy && better.nll < worse.nll,
+        "{name} {better:?} is not above {than} {worse:?}\n{}",
+        scores().table()
+    );
+}
+
+#[test]
+fn tenp_keeps_the_answers() {
+    let scores = scores();
+    assert!(scores.tenp.nll <= TENP_NLL, "{}", scores.table());
+    assert!(scores.tenp.nll > scores.full.nll, "{}", scores.table());
+}
+
+#[test]
+fn tenp_is_above_random_neurons_at_the_same_widths() {
+    for random in &scores().random_neurons {
+        assert_above(&scores().tenp, "TENP", random, "random neurons");
+    }
+}
+
+#[test]
+fn tenp_is_above_every_dropping_of_experts() {
+    for (method, dropped) in &scores().dropping {
+        assert_above(&scores().tenp, "TENP", dropped, method);
+    }
+    for random in &scores().random_experts {
+        assert_above(&scores().tenp, "TENP", random, "random experts");
+    }
+}
+
+#[test]
+fn frequency_and_gating_are_above_the_mean_of_random_droppings() {
+    let random = scores().mean_random_experts();
+    for (method, dropped) in &scores().dropping[..2] {
+        assert_above(dropped, method, &random, "random dropping");
+    }
+}
