@@ -10,7 +10,7 @@ use half::bf16;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tenp_kernels::cpu::direction::{ExpertSums, TokenContext, accumulate_expert_sums};
-use tenp_kernels::cpu::linear::{PackedRows, linear};
+use tenp_kernels::cpu::linear::linear;
 use tenp_kernels::cpu::moe::{ExpertActivations, ExpertWeights, combine, expert_forward};
 use tenp_kernels::cpu::neuron::{NeuronSums, accumulate_neuron_sums};
 use tenp_kernels::cpu::router::RouterSpec;
@@ -113,7 +113,7 @@ fn layer(c: &mut Criterion) {
             group.bench_function(format!("forward/{compute:?}/{name}"), |b| {
                 b.iter(|| forward(&mut a));
             });
-            let mut outputs = PackedRows::default();
+            a.keep_packed_outputs(true);
             let mut sums = NeuronSums::new(RaggedLayout::new(layer.widths.clone()).expect("small"));
             let mut expert_sums = vec![ExpertSums::default(); EXPERTS];
             let combined = vec![0.5f32; tokens * HIDDEN];
@@ -133,16 +133,8 @@ fn layer(c: &mut Criterion) {
                         &mut expert_sums,
                     )
                     .expect("shapes fit");
-                    accumulate_neuron_sums(
-                        compute,
-                        &experts,
-                        &groups,
-                        &a,
-                        &norms,
-                        &mut outputs,
-                        &mut sums,
-                    )
-                    .expect("shapes fit");
+                    accumulate_neuron_sums(&experts, &groups, &a, &norms, &mut sums)
+                        .expect("shapes fit");
                 });
             });
         }

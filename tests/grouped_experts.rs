@@ -3,7 +3,6 @@
 
 use half::bf16;
 use tenp_kernels::cpu::direction::{ExpertSums, TokenContext, accumulate_expert_sums};
-use tenp_kernels::cpu::linear::PackedRows;
 use tenp_kernels::cpu::moe::{ExpertActivations, ExpertWeights, combine, expert_forward};
 use tenp_kernels::cpu::neuron::{NeuronSums, accumulate_neuron_sums, neuron_weight_norms};
 use tenp_kernels::{Compute, ExpertGroups, MatrixView, RaggedLayout};
@@ -147,6 +146,7 @@ fn outputs_and_sums_match_f64() {
         let residual: Vec<f32> = (0..tokens * hidden).map(|i| value(31, i)).collect();
         for (compute, tolerance) in [(Compute::F32, 2e-6), (Compute::Bf16, 1.5e-2)] {
             let mut a = ExpertActivations::default();
+            a.keep_packed_outputs(true);
             expert_forward(compute, &views, &groups, &case.x, &mut a).unwrap();
             let mut combined = vec![f32::NAN; tokens * hidden];
             combine(&groups, a.outputs(), hidden, &mut combined).unwrap();
@@ -162,16 +162,7 @@ fn outputs_and_sums_match_f64() {
             let layout =
                 RaggedLayout::new(views.iter().map(ExpertWeights::width).collect()).unwrap();
             let mut sums = NeuronSums::new(layout.clone());
-            accumulate_neuron_sums(
-                compute,
-                &views,
-                &groups,
-                &a,
-                &norms,
-                &mut PackedRows::default(),
-                &mut sums,
-            )
-            .unwrap();
+            accumulate_neuron_sums(&views, &groups, &a, &norms, &mut sums).unwrap();
 
             let mut want_combined = vec![0f64; tokens * hidden];
             for (e, expert) in case.experts.iter().enumerate() {
@@ -251,6 +242,7 @@ fn scaling_flipping_and_permuting_neurons_leave_scores_alone() {
     let run = |expert: &Expert| {
         let views = vec![expert.view(40)];
         let mut a = ExpertActivations::default();
+        a.keep_packed_outputs(true);
         expert_forward(Compute::F32, &views, &groups, &case.x, &mut a).unwrap();
         let context = TokenContext {
             x: &case.x,
@@ -261,16 +253,7 @@ fn scaling_flipping_and_permuting_neurons_leave_scores_alone() {
         let norms =
             accumulate_expert_sums(&groups, context, a.outputs(), 40, &mut expert_sums).unwrap();
         let mut sums = NeuronSums::new(RaggedLayout::new(vec![33]).unwrap());
-        accumulate_neuron_sums(
-            Compute::F32,
-            &views,
-            &groups,
-            &a,
-            &norms,
-            &mut PackedRows::default(),
-            &mut sums,
-        )
-        .unwrap();
+        accumulate_neuron_sums(&views, &groups, &a, &norms, &mut sums).unwrap();
         sums.contribution
     };
     let plain = run(&case.experts[0]);
@@ -362,6 +345,7 @@ fn non_finite_outputs_are_counted_and_stay_in_their_expert() {
     case.experts[1].gate[3] = bf16::NAN;
     let (groups, views) = (case.groups(), case.views());
     let mut a = ExpertActivations::default();
+    a.keep_packed_outputs(true);
     expert_forward(Compute::F32, &views, &groups, &case.x, &mut a).unwrap();
     let context = TokenContext {
         x: &case.x,
@@ -377,16 +361,7 @@ fn non_finite_outputs_are_counted_and_stay_in_their_expert() {
     );
     let layout = RaggedLayout::new(vec![24, 24]).unwrap();
     let mut sums = NeuronSums::new(layout);
-    accumulate_neuron_sums(
-        Compute::F32,
-        &views,
-        &groups,
-        &a,
-        &norms,
-        &mut PackedRows::default(),
-        &mut sums,
-    )
-    .unwrap();
+    accumulate_neuron_sums(&views, &groups, &a, &norms, &mut sums).unwrap();
     assert!(sums.contribution.iter().all(|v| v.is_finite()));
     assert!(sums.contribution[24..].iter().all(|&v| v == 0.0));
     assert!(sums.second_moment[..24].iter().all(|v| v.is_finite()));
@@ -413,6 +388,7 @@ fn misfits_are_refused_before_anything_is_computed() {
     let views = case.views();
     let groups = ExpertGroups::new(3, 1, &[0, 1, 2, 0], &[1.0; 4]).unwrap();
     let mut a = ExpertActivations::default();
+    a.keep_packed_outputs(true);
     assert!(expert_forward(Compute::F32, &views, &groups, &case.x, &mut a).is_err());
     assert!(expert_forward(Compute::F32, &views, &case.groups(), &case.x[1..], &mut a).is_err());
     assert!(ExpertGroups::new(3, 1, &[0, 3], &[1.0; 2]).is_err());

@@ -12,7 +12,7 @@ use super::dispatch::multiversion;
 use super::elementwise::{add_scaled, silu};
 use super::linear::{columns_per_task, with_blocks};
 use super::pack::{BlockRows, Packing, check_shape, pack_rows, unpack_steps};
-use super::panels::{PackedRows, Panel, grow, panels_of, row_runs};
+use super::panels::{PackedRows, Panel, grow, packed_range, panels_of, row_runs};
 use super::tile::{TILE_COLS, TILE_ROWS, Tile, copy_row, multiply};
 use crate::error::check_len;
 use crate::{Compute, ExpertGroups, KernelError, MatrixView};
@@ -62,6 +62,9 @@ pub struct ExpertActivations {
     h: Vec<u32>,
     h_offsets: Vec<usize>,
     y: Vec<f32>,
+    /// y once more as an operand, where the scoring asked for it.
+    packed_y: PackedRows,
+    keeps_packed_y: bool,
     num_rows: usize,
     hidden: usize,
     packing: Option<Packing>,
@@ -78,6 +81,15 @@ impl ExpertActivations {
     #[must_use]
     pub fn hidden(&self) -> usize {
         self.hidden
+    }
+
+    /// Whether the next forward passes also keep y packed, as [`super::neuron::accumulate_neuron_sums`] needs it.
+    pub fn keep_packed_outputs(&mut self, keep: bool) {
+        self.keeps_packed_y = keep;
+    }
+
+    pub(crate) fn packed_outputs(&self) -> Option<&PackedRows> {
+        self.keeps_packed_y.then_some(&self.packed_y)
     }
 
     pub(crate) fn packing(&self) -> Packing {
@@ -224,12 +236,17 @@ fn gate_up(experts: &[ExpertWeights<'_>], groups: &ExpertGroups, a: &mut ExpertA
                     };
                     // SAFETY: the panel is this expert's, the neurons are this task's alone.
                     let out = unsafe { h.range(base + from * panel.rows..base + to * panel.rows) };
-                    let h_rows: [&[f32]; TILE_ROWS] = std::array::from_fn(|r| &tile.0[r][..count]);
-                    pack_rows(packing, &h_rows[..panel.rows], out);
+                    pack_tile(packing, &tile, panel.rows, count, out);
                 }
             }
         });
     });
+}
+
+/// Writes the first `columns` columns of a tile as steps of packed rows.
+fn pack_tile(packing: Packing, tile: &Tile, rows: usize, columns: usize, out: &mut [u32]) {
+    let slices: [&[f32]; TILE_ROWS] = std::array::from_fn(|r| &tile.0[r][..columns]);
+    pack_rows(packing, &slices[..rows], out);
 }
 
 multiversion! {
@@ -252,6 +269,10 @@ fn down(experts: &[ExpertWeights<'_>], groups: &ExpertGroups, a: &mut ExpertActi
     let packing = a.packing();
     let steps_of = |e: usize| packing.steps(experts[e].width());
     let tasks = tasks(groups, |_| hidden, |e| columns_per_task(steps_of(e)));
+    let mut packed_y = std::mem::take(&mut a.packed_y);
+    let packed_out = a
+        .keeps_packed_y
+        .then(|| Disjoint::new(packed_y.prepare(packing, hidden, groups.num_rows())));
     let out = Disjoint::new(&mut y);
     let activations = &*a;
     tasks.par_iter().for_each(|task| {
@@ -276,11 +297,19 @@ fn down(experts: &[ExpertWeights<'_>], groups: &ExpertGroups, a: &mut ExpertActi
                         // SAFETY: the row is this expert's, the columns are this task's alone.
                         copy_row(row, unsafe { out.range(start..start + count) });
                     }
+                    if let Some(packed_out) = &packed_out {
+                        let range = packed_range(packing, hidden, panel, column..column + count);
+                        // SAFETY: the panel is this expert's, the columns are this task's alone.
+                        pack_tile(packing, &tile, panel.rows, count, unsafe {
+                            packed_out.range(range)
+                        });
+                    }
                 }
             }
         });
     });
     a.y = y;
+    a.packed_y = packed_y;
 }
 
 /// `out_t = Σ g y` over each token's rows, in the order the experts were chosen; `out` is `[tokens, H]`.

@@ -11,10 +11,10 @@ use super::dispatch::multiversion;
 use super::linear::{columns_per_task, with_blocks};
 use super::moe::{ExpertActivations, ExpertWeights};
 use super::pack::pack_columns;
-use super::panels::{PackedRows, panels_of};
+use super::panels::panels_of;
 use super::tile::{TILE_COLS, TILE_ROWS, Tile, multiply};
 use crate::error::check_len;
-use crate::{Compute, ExpertGroups, KernelError, RaggedLayout};
+use crate::{ExpertGroups, KernelError, RaggedLayout};
 
 /// Added to ‖y‖ in the contribution's denominator.
 pub const CONTRIBUTION_EPSILON: f64 = 1e-8;
@@ -81,17 +81,15 @@ type TileSums = [[f64; TILE_COLS]; 7];
 /// Adds the batch of the last [`super::moe::expert_forward`] to the neurons' sums.
 ///
 /// `norms` is `[rows]` ‖y‖, as [`super::direction::accumulate_expert_sums`] returns it; rows with norm 0 contribute 0.
-/// `outputs` is a buffer kept from call to call.
+/// That pass must have been asked to keep its outputs packed ([`ExpertActivations::keep_packed_outputs`]).
 ///
 /// # Errors
 /// Lengths and widths that do not fit together.
 pub fn accumulate_neuron_sums(
-    compute: Compute,
     experts: &[ExpertWeights<'_>],
     groups: &ExpertGroups,
     activations: &ExpertActivations,
     norms: &[f64],
-    outputs: &mut PackedRows,
     sums: &mut NeuronSums,
 ) -> Result<(), KernelError> {
     check_len("experts", groups.num_experts(), experts.len())?;
@@ -104,8 +102,11 @@ pub fn accumulate_neuron_sums(
     for (expert, &width) in experts.iter().zip(sums.layout.widths()) {
         check_len("neuron sums of an expert", expert.width(), width)?;
     }
-    outputs.grouped(compute, activations.outputs(), activations.hidden(), groups);
-    let outputs = &*outputs;
+    let outputs = activations.packed_outputs().ok_or_else(|| KernelError::Invalid {
+        what: "expert activations",
+        why: "their outputs were not kept packed; call keep_packed_outputs(true) before the forward pass".into(),
+    })?;
+    check_len("expert outputs", groups.num_rows(), outputs.num_rows())?;
     let packing = outputs.packing();
     let steps = packing.steps(activations.hidden());
     let per_task = columns_per_task(steps);

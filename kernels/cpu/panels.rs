@@ -41,6 +41,21 @@ pub(crate) fn row_runs(
         .map(move |first| first..(first + per_run).min(end))
 }
 
+/// Where elements `columns` of a panel's rows lie in packed rows of length `inner`. A pair may not straddle the start.
+pub(crate) fn packed_range(
+    packing: Packing,
+    inner: usize,
+    panel: Panel,
+    columns: Range<usize>,
+) -> Range<usize> {
+    let base = panel.first_row * packing.steps(inner);
+    let (from, to) = match packing {
+        Packing::Pairs => (columns.start / 2, columns.end.div_ceil(2)),
+        Packing::F32 | Packing::Rounded => (columns.start, columns.end),
+    };
+    base + from * panel.rows..base + to * panel.rows
+}
+
 /// Makes room for `len` elements without touching those that are there: results overwrite them anyway.
 pub(crate) fn grow<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) {
     if buffer.len() < len {
@@ -126,21 +141,17 @@ impl PackedRows {
         );
     }
 
-    /// Packs rows that are already grouped, `[rows, inner]`.
-    pub(crate) fn grouped(
+    /// Makes room for rows of length `inner` that are written panel by panel, each at [`packed_range`].
+    pub(crate) fn prepare(
         &mut self,
-        compute: Compute,
-        rows: &[f32],
+        packing: Packing,
         inner: usize,
-        groups: &ExpertGroups,
-    ) {
-        self.fill(
-            compute,
-            inner,
-            (0..groups.num_experts()).map(|e| groups.rows(e)),
-            groups.num_rows(),
-            |row| &rows[row * inner..(row + 1) * inner],
-        );
+        num_rows: usize,
+    ) -> &mut [u32] {
+        (self.packing, self.inner, self.num_rows) = (packing, inner, num_rows);
+        let len = num_rows * packing.steps(inner);
+        grow(&mut self.data, len);
+        &mut self.data[..len]
     }
 
     fn fill<'x>(

@@ -80,7 +80,10 @@ impl AttentionBlock<'_> {
             .checkpoint
             .matrix(&format!("{prefix}.weight"), outputs, x.inner())?;
         let bias = if bias {
-            Some(self.checkpoint.vector_f32(&format!("{prefix}.bias"), outputs)?)
+            Some(
+                self.checkpoint
+                    .vector_f32(&format!("{prefix}.bias"), outputs)?,
+            )
         } else {
             None
         };

@@ -6,7 +6,6 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use tenp_checkpoint::{LayerStatistics, Statistics};
 use tenp_kernels::cpu::direction::{ExpertSums, TokenContext, accumulate_expert_sums};
-use tenp_kernels::cpu::linear::PackedRows;
 use tenp_kernels::cpu::moe::ExpertWeights;
 use tenp_kernels::cpu::neuron::{NeuronSums, accumulate_neuron_sums, neuron_weight_norms};
 use tenp_kernels::{Compute, RaggedLayout};
@@ -51,7 +50,6 @@ pub fn calibrate(
         domains,
         statistics,
         current: None,
-        outputs: PackedRows::default(),
         progress,
     };
     let mut run = model.begin(&sequences)?;
@@ -71,7 +69,9 @@ fn tokens_fingerprint(samples: &[Vec<u32>]) -> String {
         }
     }
     let digest = hash.finalize();
-    digest.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
+    digest
+        .iter()
+        .fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }
 
 struct Collector<'m, 'c> {
@@ -79,8 +79,6 @@ struct Collector<'m, 'c> {
     domains: &'m [(String, Vec<Vec<u32>>)],
     statistics: Statistics,
     current: Option<LayerSums>,
-    /// Packed expert outputs; the buffer serves every layer.
-    outputs: PackedRows,
     progress: &'m mut dyn FnMut(usize, usize),
 }
 
@@ -142,17 +140,19 @@ impl Observer for Collector<'_, '_> {
             accumulate_expert_sums(block.groups, context, outputs, hidden, &mut sums.experts[d])
                 .at(layer)?;
         accumulate_neuron_sums(
-            block.compute,
             block.experts,
             block.groups,
             block.activations,
             &norms,
-            &mut self.outputs,
             &mut sums.neurons[d],
         )
         .at(layer)?;
         sums.total_tokens[d] += block.groups.num_tokens() as i64;
         Ok(())
+    }
+
+    fn scores_neurons(&self) -> bool {
+        true
     }
 
     fn progress(&mut self, layer: usize, tokens: usize) {

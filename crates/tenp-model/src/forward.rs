@@ -40,8 +40,6 @@ pub struct MoeBlock<'a> {
     pub label: usize,
     /// Rows of the batch.
     pub rows: Range<usize>,
-    /// Precision of the products.
-    pub compute: Compute,
     /// The routed experts' weights.
     pub experts: &'a [ExpertWeights<'a>],
     /// `[rows, H]` what the experts received.
@@ -79,6 +77,11 @@ pub trait Observer {
         _output: &[f32],
     ) -> Result<(), ModelError> {
         Ok(())
+    }
+
+    /// Whether [`Self::moe`] accumulates neuron sums, for which the expert outputs are kept in a second form.
+    fn scores_neurons(&self) -> bool {
+        false
     }
 
     /// `tokens` more rows have passed `layer`.
@@ -313,12 +316,12 @@ impl Run<'_, '_> {
             rms_norm(hidden, &mlp_norm, eps, x).at(layer)?;
             if let Some(moe) = &moe {
                 combined.resize(hidden.len(), 0.0);
+                experts.keep_packed_outputs(observer.scores_neurons());
                 let routed = moe.routed(self.model.compute, x, router_input, experts, combined)?;
                 observer.moe(&MoeBlock {
                     layer,
                     label: self.sequences.spans()[block.start].label,
                     rows: rows.clone(),
-                    compute: self.model.compute,
                     experts: &moe.experts,
                     x,
                     residual: hidden,
@@ -327,6 +330,7 @@ impl Run<'_, '_> {
                     activations: experts,
                     combined,
                 })?;
+                experts.keep_packed_outputs(false);
                 moe.add_shared(self.model.compute, x, experts, combined)?;
                 observer.moe_output(layer, rows.clone(), combined)?;
                 add(hidden, combined);
