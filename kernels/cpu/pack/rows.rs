@@ -34,14 +34,8 @@ fn interleave(rows: &[&[f32]], out: &mut [u32]) {
         let inner = rows[0].len();
         let blocks = inner / 16;
         assert!(n <= 16 && out.len() == inner * n && rows.iter().all(|r| r.len() == inner));
-        for block in 0..blocks {
-            // SAFETY: AVX-512 detected; each row has 16 elements at 16·block, `out` has 16·n at 16·block·n.
-            unsafe {
-                let start = 16 * block * n;
-                let room = out.len() - start;
-                transpose::rows(rows, 16 * block, out.as_mut_ptr().add(start), room);
-            }
-        }
+        // SAFETY: AVX-512 detected; lengths asserted above.
+        unsafe { transpose::rows(rows, blocks, out.as_mut_ptr(), out.len()) };
         for (r, row) in rows.iter().enumerate() {
             for (i, &v) in row.iter().enumerate().skip(16 * blocks) {
                 out[i * n + r] = v.to_bits();

@@ -3,11 +3,21 @@
 
 use crate::cpu::tile::TILE_COLS;
 use std::arch::x86_64::{
-    __m512i, _mm256_loadu_epi16, _mm512_cvtepu16_epi32, _mm512_loadu_si512,
-    _mm512_mask_storeu_epi32, _mm512_maskz_loadu_epi32, _mm512_setzero_si512, _mm512_shuffle_i32x4,
-    _mm512_slli_epi32, _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
-    _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    __m512i, _mm256_maskz_loadu_epi16, _mm512_cvtepu16_epi32, _mm512_loadu_si512,
+    _mm512_mask_storeu_epi32, _mm512_maskz_loadu_epi32, _mm512_shuffle_i32x4, _mm512_slli_epi32,
+    _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32,
+    _mm512_unpacklo_epi64,
 };
+
+/// An array of sixteen, written out: a closure would not be inlined into functions with wider instructions.
+macro_rules! sixteen {
+    ($i:ident => $value:expr) => {
+        sixteen!($i, $value; 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+    };
+    ($i:ident, $value:expr; $($n:literal),*) => {
+        [$({ const $i: usize = $n; $value }),*]
+    };
+}
 
 /// What 16 consecutive steps of a column are in memory.
 #[derive(Clone, Copy, PartialEq)]
@@ -20,54 +30,67 @@ pub(super) enum Source {
     Pairs,
 }
 
+/// Transposes `blocks` × 16 steps of 16 columns; a step's outputs are 32 apart. Empty columns give zeros.
+///
 /// # Safety
-/// AVX-512F; non-empty columns hold 16 steps of `source` at step `from`; `to` has 15 · 32 + 16 elements.
+/// AVX-512 (F, BW, VL); non-empty columns hold `16 · blocks` steps of `source`; `to` has room for the last step's 16
+/// outputs at `32 · (16 · blocks − 1)`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) unsafe fn columns(source: Source, columns: &[&[u8]; 16], from: usize, to: *mut u32) {
-    let mut v = [_mm512_setzero_si512(); 16];
-    for (v, column) in v.iter_mut().zip(columns) {
-        if column.is_empty() {
-            continue;
-        }
+pub(super) unsafe fn columns(source: Source, columns: &[&[u8]; 16], blocks: usize, to: *mut u32) {
+    let masks: [u16; 16] = sixteen!(C => if columns[C].is_empty() { 0 } else { !0 });
+    let pointers: [*const u8; 16] = sixteen!(C => columns[C].as_ptr());
+    for block in 0..blocks {
+        let step = 16 * block;
+        // A fixed sixteen of everything keeps the block in registers; masked-out loads touch nothing.
         // SAFETY: in bounds by the caller's promise; the loads need no alignment.
-        unsafe {
-            *v = match source {
+        let v = sixteen!(C => unsafe {
+            match source {
                 Source::F32 | Source::Pairs => {
-                    _mm512_loadu_si512(column.as_ptr().add(4 * from).cast())
+                    _mm512_maskz_loadu_epi32(masks[C], pointers[C].wrapping_add(4 * step).cast())
                 }
                 Source::Bf16 => {
-                    let half = _mm256_loadu_epi16(column.as_ptr().add(2 * from).cast());
+                    let half = pointers[C].wrapping_add(2 * step).cast();
+                    let half = _mm256_maskz_loadu_epi16(masks[C], half);
                     _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)
                 }
-            };
+            }
+        });
+        for (i, &v) in transpose(&v).iter().enumerate() {
+            // SAFETY: the step's row starts at 32·(step + i) and has 16 elements there.
+            unsafe { _mm512_storeu_si512(to.add(32 * (step + i)).cast(), v) };
         }
-    }
-    for (i, v) in transpose(&v).into_iter().enumerate() {
-        // SAFETY: row i starts at 32·i and has 16 elements there.
-        unsafe { _mm512_storeu_si512(to.add(32 * i).cast(), v) };
     }
 }
 
+/// Transposes `blocks` × 16 elements of up to 16 rows into steps of `rows.len()`.
+///
 /// # Safety
-/// AVX-512F; at most 16 rows, each with 16 elements at `from`; `to` has `16 · rows.len()` elements, and `room`, at
-/// least that many, that may be written over.
+/// AVX-512F; 1 to 16 rows of at least `16 · blocks` elements; `to` has `16 · blocks · rows.len()` elements, and `room`,
+/// at least that many, that may be written over.
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn rows(rows: &[&[f32]], from: usize, to: *mut u32, room: usize) {
-    let mut v = [_mm512_setzero_si512(); 16];
-    for (v, row) in v.iter_mut().zip(rows) {
-        // SAFETY: in bounds by the caller's promise.
-        *v = unsafe { _mm512_loadu_si512(row.as_ptr().add(from).cast()) };
-    }
+pub(super) unsafe fn rows(rows: &[&[f32]], blocks: usize, to: *mut u32, room: usize) {
     let n = rows.len();
     let mask = ((1u32 << n) - 1) as u16;
-    for (i, v) in transpose(&v).into_iter().enumerate() {
-        if n * i + 16 <= room {
-            // What spills over is overwritten by the next step: masked stores take several times as long.
-            // SAFETY: 16 elements from n·i are within `room`.
-            unsafe { _mm512_storeu_si512(to.add(n * i).cast(), v) };
+    // The last row again for rows that are not there: their lanes are overwritten or masked off.
+    let pointers: [*const f32; 16] = sixteen!(R => rows[R.min(n - 1)].as_ptr());
+    for block in 0..blocks {
+        // SAFETY: in bounds by the caller's promise.
+        let v = sixteen!(R => unsafe {
+            _mm512_loadu_si512(pointers[R].add(16 * block).cast())
+        });
+        let start = 16 * block * n;
+        let v = transpose(&v);
+        if start + 15 * n + 16 <= room {
+            for (i, &v) in v.iter().enumerate() {
+                // What spills over is overwritten by the next step: masked stores take several times as long.
+                // SAFETY: 16 elements from the step's start are within `room`.
+                unsafe { _mm512_storeu_si512(to.add(start + n * i).cast(), v) };
+            }
         } else {
-            // SAFETY: the mask keeps the store to n elements at n·i.
-            unsafe { _mm512_mask_storeu_epi32(to.add(n * i).cast(), mask, v) };
+            for (i, &v) in v.iter().enumerate() {
+                // SAFETY: the mask keeps the store to the step's n elements.
+                unsafe { _mm512_mask_storeu_epi32(to.add(start + n * i).cast(), mask, v) };
+            }
         }
     }
 }
@@ -81,13 +104,12 @@ pub(super) unsafe fn steps(
     first: usize,
     rows: &mut [[f32; TILE_COLS]],
 ) {
-    let mut v = [_mm512_setzero_si512(); 16];
     let mask = ((1u32 << n) - 1) as u16;
-    for (i, v) in v.iter_mut().enumerate() {
-        // SAFETY: the mask keeps the load to the n elements of step i.
-        *v = unsafe { _mm512_maskz_loadu_epi32(mask, from.add(n * i).cast()) };
-    }
-    for (row, v) in rows.iter_mut().zip(transpose(&v)).take(n) {
+    // SAFETY: the mask keeps the load to the n elements of step i.
+    let v = sixteen!(I => unsafe {
+        _mm512_maskz_loadu_epi32(mask, from.wrapping_add(n * I).cast())
+    });
+    for (row, &v) in rows.iter_mut().zip(&transpose(&v)).take(n) {
         // SAFETY: 16 columns from `first` on, by the caller's promise.
         unsafe { _mm512_storeu_si512(row.as_mut_ptr().add(first).cast(), v) };
     }
@@ -95,30 +117,39 @@ pub(super) unsafe fn steps(
 
 /// 16×16 transpose of 32-bit elements: two rounds inside 128-bit lanes, two rounds of lanes.
 #[target_feature(enable = "avx512f")]
+#[inline]
 fn transpose(v: &[__m512i; 16]) -> [__m512i; 16] {
-    let mut a = [_mm512_setzero_si512(); 16];
-    for i in 0..8 {
-        a[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-        a[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-    }
+    let a: [__m512i; 16] = sixteen!(I => {
+        let pair = I / 2 * 2;
+        match I % 2 {
+            0 => _mm512_unpacklo_epi32(v[pair], v[pair + 1]),
+            _ => _mm512_unpackhi_epi32(v[pair], v[pair + 1]),
+        }
+    });
     // b[4g + c]: elements 4·lane + c of rows 4g..4g+4.
-    let mut b = [_mm512_setzero_si512(); 16];
-    for g in 0..4 {
-        b[4 * g] = _mm512_unpacklo_epi64(a[4 * g], a[4 * g + 2]);
-        b[4 * g + 1] = _mm512_unpackhi_epi64(a[4 * g], a[4 * g + 2]);
-        b[4 * g + 2] = _mm512_unpacklo_epi64(a[4 * g + 1], a[4 * g + 3]);
-        b[4 * g + 3] = _mm512_unpackhi_epi64(a[4 * g + 1], a[4 * g + 3]);
-    }
-    let mut out = [_mm512_setzero_si512(); 16];
-    for c in 0..4 {
-        let low01 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x44);
-        let high01 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xee);
-        let low23 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x44);
-        let high23 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xee);
-        out[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);
-        out[4 + c] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
-        out[8 + c] = _mm512_shuffle_i32x4(high01, high23, 0x88);
-        out[12 + c] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
-    }
-    out
+    let b: [__m512i; 16] = sixteen!(I => {
+        let (g, c) = (I / 4 * 4, I % 4);
+        let (low, high) = (a[g + c / 2], a[g + c / 2 + 2]);
+        match c % 2 {
+            0 => _mm512_unpacklo_epi64(low, high),
+            _ => _mm512_unpackhi_epi64(low, high),
+        }
+    });
+    sixteen!(I => {
+        let (part, c) = (I / 4, I % 4);
+        let halves = match part / 2 {
+            0 => [
+                _mm512_shuffle_i32x4(b[c], b[4 + c], 0x44),
+                _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x44),
+            ],
+            _ => [
+                _mm512_shuffle_i32x4(b[c], b[4 + c], 0xee),
+                _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xee),
+            ],
+        };
+        match part % 2 {
+            0 => _mm512_shuffle_i32x4(halves[0], halves[1], 0x88),
+            _ => _mm512_shuffle_i32x4(halves[0], halves[1], 0xdd),
+        }
+    })
 }

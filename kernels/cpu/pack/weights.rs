@@ -87,13 +87,10 @@ impl<'a> BlockRows<'a> {
                             column.is_empty() || column.len() == self.inner * self.dtype.size()
                         );
                     }
-                    for block in 0..done / 16 {
-                        // SAFETY: AVX-512 detected; non-empty columns hold `inner` elements, so 16 steps from
-                        // 16·block are inside; `out` has 32 per step.
-                        unsafe {
-                            let to = out.as_mut_ptr().add(16 * block * TILE_COLS + 16 * half);
-                            transpose::columns(source, columns, 16 * block, to);
-                        }
+                    // SAFETY: AVX-512 detected; non-empty columns hold `inner` elements, `out` 32 per step.
+                    unsafe {
+                        let to = out.as_mut_ptr().add(16 * half);
+                        transpose::columns(source, columns, done / 16, to);
                     }
                 }
             }
