@@ -19,6 +19,47 @@ macro_rules! sixteen {
     };
 }
 
+/// 16×16 transpose of 32-bit elements: two rounds inside 128-bit lanes, two rounds of lanes. A macro, because an array
+/// passed to or returned from a function goes through memory.
+macro_rules! transpose {
+    ($v:expr) => {{
+        let v: [__m512i; 16] = $v;
+        let a: [__m512i; 16] = sixteen!(I => {
+            let pair = I / 2 * 2;
+            match I % 2 {
+                0 => _mm512_unpacklo_epi32(v[pair], v[pair + 1]),
+                _ => _mm512_unpackhi_epi32(v[pair], v[pair + 1]),
+            }
+        });
+        // b[4g + c]: elements 4·lane + c of rows 4g..4g+4.
+        let b: [__m512i; 16] = sixteen!(I => {
+            let (g, c) = (I / 4 * 4, I % 4);
+            let (low, high) = (a[g + c / 2], a[g + c / 2 + 2]);
+            match c % 2 {
+                0 => _mm512_unpacklo_epi64(low, high),
+                _ => _mm512_unpackhi_epi64(low, high),
+            }
+        });
+        sixteen!(I => {
+            let (part, c) = (I / 4, I % 4);
+            let halves = match part / 2 {
+                0 => [
+                    _mm512_shuffle_i32x4(b[c], b[4 + c], 0x44),
+                    _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x44),
+                ],
+                _ => [
+                    _mm512_shuffle_i32x4(b[c], b[4 + c], 0xee),
+                    _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xee),
+                ],
+            };
+            match part % 2 {
+                0 => _mm512_shuffle_i32x4(halves[0], halves[1], 0x88),
+                _ => _mm512_shuffle_i32x4(halves[0], halves[1], 0xdd),
+            }
+        })
+    }};
+}
+
 /// What 16 consecutive steps of a column are in memory.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Source {
@@ -55,7 +96,7 @@ pub(super) unsafe fn columns(source: Source, columns: &[&[u8]; 16], blocks: usiz
                 }
             }
         });
-        for (i, &v) in transpose(&v).iter().enumerate() {
+        for (i, &v) in transpose!(v).iter().enumerate() {
             // SAFETY: the step's row starts at 32·(step + i) and has 16 elements there.
             unsafe { _mm512_storeu_si512(to.add(32 * (step + i)).cast(), v) };
         }
@@ -79,7 +120,7 @@ pub(super) unsafe fn rows(rows: &[&[f32]], blocks: usize, to: *mut u32, room: us
             _mm512_loadu_si512(pointers[R].add(16 * block).cast())
         });
         let start = 16 * block * n;
-        let v = transpose(&v);
+        let v = transpose!(v);
         if start + 15 * n + 16 <= room {
             for (i, &v) in v.iter().enumerate() {
                 // What spills over is overwritten by the next step: masked stores take several times as long.
@@ -109,47 +150,8 @@ pub(super) unsafe fn steps(
     let v = sixteen!(I => unsafe {
         _mm512_maskz_loadu_epi32(mask, from.wrapping_add(n * I).cast())
     });
-    for (row, &v) in rows.iter_mut().zip(&transpose(&v)).take(n) {
+    for (row, &v) in rows.iter_mut().zip(&transpose!(v)).take(n) {
         // SAFETY: 16 columns from `first` on, by the caller's promise.
         unsafe { _mm512_storeu_si512(row.as_mut_ptr().add(first).cast(), v) };
     }
-}
-
-/// 16×16 transpose of 32-bit elements: two rounds inside 128-bit lanes, two rounds of lanes.
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn transpose(v: &[__m512i; 16]) -> [__m512i; 16] {
-    let a: [__m512i; 16] = sixteen!(I => {
-        let pair = I / 2 * 2;
-        match I % 2 {
-            0 => _mm512_unpacklo_epi32(v[pair], v[pair + 1]),
-            _ => _mm512_unpackhi_epi32(v[pair], v[pair + 1]),
-        }
-    });
-    // b[4g + c]: elements 4·lane + c of rows 4g..4g+4.
-    let b: [__m512i; 16] = sixteen!(I => {
-        let (g, c) = (I / 4 * 4, I % 4);
-        let (low, high) = (a[g + c / 2], a[g + c / 2 + 2]);
-        match c % 2 {
-            0 => _mm512_unpacklo_epi64(low, high),
-            _ => _mm512_unpackhi_epi64(low, high),
-        }
-    });
-    sixteen!(I => {
-        let (part, c) = (I / 4, I % 4);
-        let halves = match part / 2 {
-            0 => [
-                _mm512_shuffle_i32x4(b[c], b[4 + c], 0x44),
-                _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x44),
-            ],
-            _ => [
-                _mm512_shuffle_i32x4(b[c], b[4 + c], 0xee),
-                _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xee),
-            ],
-        };
-        match part % 2 {
-            0 => _mm512_shuffle_i32x4(halves[0], halves[1], 0x88),
-            _ => _mm512_shuffle_i32x4(halves[0], halves[1], 0xdd),
-        }
-    })
 }
