@@ -113,7 +113,7 @@ pub(super) unsafe fn rows(rows: &[&[f32]], blocks: usize, to: *mut u32, room: us
     let n = rows.len();
     let mask = ((1u32 << n) - 1) as u16;
     // The last row again for rows that are not there: their lanes are overwritten or masked off.
-    let pointers: [*const f32; 16] = sixteen!(R => rows[R.min(n - 1)].as_ptr());
+    let pointers: [*const f32; 16] = sixteen!(R => rows.get(R).unwrap_or(&rows[n - 1]).as_ptr());
     for block in 0..blocks {
         // SAFETY: in bounds by the caller's promise.
         let v = sixteen!(R => unsafe {

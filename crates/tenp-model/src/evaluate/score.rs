@@ -22,6 +22,8 @@ pub struct TaskScore {
     pub exact_match: f64,
     /// Mean negative log-likelihood of the right choices' tokens, in nats per token.
     pub nll: f64,
+    /// Tokens of the right choices, over which `nll` is the mean.
+    pub answer_tokens: usize,
 }
 
 /// Outcome of a text.
@@ -140,6 +142,7 @@ pub fn score_tasks(
         stderr: (accuracy * (1.0 - accuracy) / n as f64).sqrt(),
         exact_match: exact as f64 / n as f64,
         nll: nll / nll_tokens as f64,
+        answer_tokens: nll_tokens,
     })
 }
 

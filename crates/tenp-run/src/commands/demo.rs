@@ -154,7 +154,7 @@ fn as_json(rows: &[Row], plan: &Plan, seconds: f64) -> Value {
                 "bytes": row.bytes,
                 "accounting": row.accounting,
                 "mean_accuracy": row.measures.mean_accuracy(),
-                "answer_nll": row.measures.mean_nll(),
+                "answer_nll": row.measures.answer_nll(),
                 "tasks": row.measures.tasks.iter().map(|(n, t)| json!({"task": n, "accuracy": t.accuracy})).collect::<Vec<_>>(),
             })
         })
@@ -198,13 +198,13 @@ fn as_text(rows: &[Row], plan: &Plan, expert_width: usize, seconds: f64) -> Stri
                     .map(|(_, t)| format!("{:.3}", t.accuracy)),
             );
             cells.push(format!("{:.3}", row.measures.mean_accuracy()));
-            cells.push(format!("{:.3}", row.measures.mean_nll()));
+            cells.push(format!("{:.3}", row.measures.answer_nll()));
             cells
         })
         .collect();
     let n: usize = rows[0].measures.tasks.iter().map(|(_, t)| t.n).sum();
     format!(
-        "\n{}\nE: routed-expert parameters kept; A: run per token. Accuracy on {n} multiple-choice questions.\n\n\
+        "\n{}\nE: routed-expert parameters kept; A: run per token. Accuracy on {n} multiple-choice questions, NLL in\nnats per answer token.\n\n\
          TENP keeps these experts and neurons:\n{}\n{seconds:.0} s in all\n",
         console::table(&header, &table),
         picture::widths(plan, expert_width, console::columns())

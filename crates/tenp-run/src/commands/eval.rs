@@ -35,9 +35,15 @@ impl Measures {
         self.tasks.iter().map(|(_, t)| t.accuracy).sum::<f64>() / self.tasks.len().max(1) as f64
     }
 
-    /// Mean over tasks of the answers' negative log-likelihood.
-    pub(super) fn mean_nll(&self) -> f64 {
-        self.tasks.iter().map(|(_, t)| t.nll).sum::<f64>() / self.tasks.len().max(1) as f64
+    /// Negative log-likelihood per answer token, over the answers of all tasks.
+    pub(super) fn answer_nll(&self) -> f64 {
+        let tokens: usize = self.tasks.iter().map(|(_, t)| t.answer_tokens).sum();
+        let total: f64 = self
+            .tasks
+            .iter()
+            .map(|(_, t)| t.nll * t.answer_tokens as f64)
+            .sum();
+        total / tokens.max(1) as f64
     }
 }
 
@@ -219,11 +225,11 @@ fn as_text(m: &Measures) -> String {
             m.tasks.iter().map(|(_, t)| f(t)).sum::<f64>() / m.tasks.len() as f64
         };
         rows.push(vec![
-            "mean".into(),
+            "all".into(),
             String::new(),
             format!("{:.3}        ", m.mean_accuracy()),
             format!("{:.3}", mean(&|t| t.exact_match)),
-            format!("{:.4}", m.mean_nll()),
+            format!("{:.4}", m.answer_nll()),
         ]);
         parts.push(console::table(
             &["task", "n", "accuracy", "exact match", "answer NLL"],
