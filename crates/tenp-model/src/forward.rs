@@ -22,7 +22,8 @@ use crate::{KvCache, ModelError, Sequences};
 /// Expert activations of one block of tokens may take this much memory.
 const BLOCK_BYTES: usize = 768 << 20;
 
-/// Mean rows of an expert in a block: packing an expert's weights costs about as much as multiplying a dozen rows by them.
+/// Mean rows of an expert in a block, over which the packing of its weights is spread. Between 96 and 640 the demo model's
+/// speed differed by less than the machine's noise.
 const ROWS_PER_EXPERT: usize = 384;
 
 /// A checkpoint that can be run.
