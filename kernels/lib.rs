@@ -5,6 +5,7 @@
 //! | [`matrix`] | [`MatrixView`]: a weight matrix as it lies in a checkpoint (f32, f16 or bf16, any alignment) |
 //! | [`layout`] | [`RaggedLayout`] of neurons, [`ExpertGroups`]: the routed rows of every expert |
 //! | [`cpu`] | every operation of a streaming forward pass and of the scoring, on the CPU |
+//! | [`params`] | what the CUDA kernels are called with, as the C header declares it |
 //!
 //! All CPU operations keep one promise: a row of a result depends on that row's inputs only, and every sum runs in a
 //! fixed order. So results do not depend on the batch, on the number of threads, or (in f32) on the instruction set.
@@ -13,6 +14,7 @@ pub mod cpu;
 pub mod error;
 pub mod layout;
 pub mod matrix;
+pub mod params;
 
 pub use error::KernelError;
 pub use layout::{ExpertGroups, RaggedLayout};

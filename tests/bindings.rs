@@ -18,13 +18,35 @@ fn generate(header: &Path) -> String {
         .allowlist_type("Tenp.*")
         .allowlist_var("TENP_.*")
         .prepend_enum_name(false)
-        .layout_tests(true)
+        .layout_tests(false)
         .merge_extern_blocks(true)
         .disable_header_comment()
         .formatter(bindgen::Formatter::None)
         .generate()
         .expect("params.h compiles as C11")
         .to_string()
+}
+
+/// The header's own assertions, `TENP_SIZE(type, bytes);`, once more in Rust.
+fn sizes(header: &Path) -> String {
+    let header = std::fs::read_to_string(header).expect("params.h is text");
+    let asserted = header.lines().filter_map(|line| {
+        let (name, bytes) = line
+            .strip_prefix("TENP_SIZE(")?
+            .strip_suffix(");")?
+            .split_once(", ")?;
+        Some(format!(
+            "const _: () = assert!(size_of::<{name}>() == {bytes});"
+        ))
+    });
+    let asserted: Vec<String> = asserted.collect();
+    let structs = header.matches("typedef struct").count();
+    assert_eq!(
+        asserted.len(),
+        structs,
+        "every struct of params.h needs its TENP_SIZE line"
+    );
+    asserted.join("\n")
 }
 
 fn rustfmt(text: &str) -> String {
