@@ -476,3 +476,33 @@ pub struct TenpPackDownParams {
     pub width_padded: i32,
     pub hidden: i32,
 }
+const _: () = assert!(size_of::<TenpMoeGroupParams>() == 72);
+const _: () = assert!(size_of::<TenpGatherRowsParams>() == 40);
+const _: () = assert!(size_of::<TenpScheduleSpec>() == 40);
+const _: () = assert!(size_of::<TenpMoeScheduleParams>() == 184);
+const _: () = assert!(size_of::<TenpMoeGateUpParams>() == 120);
+const _: () = assert!(size_of::<TenpMoeDownParams>() == 104);
+const _: () = assert!(size_of::<TenpMoeContributionParams>() == 112);
+const _: () = assert!(size_of::<TenpMoeRowNormsParams>() == 64);
+const _: () = assert!(size_of::<TenpAccumulatePartialsParams>() == 64);
+const _: () = assert!(size_of::<TenpSegmentNormsParams>() == 40);
+const _: () = assert!(size_of::<TenpMoeCombineParams>() == 104);
+const _: () = assert!(size_of::<TenpMoeDirectionParams>() == 120);
+const _: () = assert!(size_of::<TenpExpertSumsParams>() == 80);
+const _: () = assert!(size_of::<TenpSegmentItem>() == 24);
+const _: () = assert!(size_of::<TenpSegmentMatchParams>() == 136);
+const _: () = assert!(size_of::<TenpSegmentBestParams>() == 48);
+const _: () = assert!(size_of::<TenpKmeansCentresParams>() == 112);
+const _: () = assert!(size_of::<TenpRmsNormParams>() == 80);
+const _: () = assert!(size_of::<TenpRotaryParams>() == 104);
+const _: () = assert!(size_of::<TenpConvertRowsParams>() == 72);
+const _: () = assert!(size_of::<TenpMlaKeysParams>() == 72);
+const _: () = assert!(size_of::<TenpAttentionParams>() == 168);
+const _: () = assert!(size_of::<TenpRouterParams>() == 72);
+const _: () = assert!(size_of::<TenpEmbeddingParams>() == 40);
+const _: () = assert!(size_of::<TenpSiluMulParams>() == 40);
+const _: () = assert!(size_of::<TenpAddParams>() == 40);
+const _: () = assert!(size_of::<TenpCountNonFiniteParams>() == 24);
+const _: () = assert!(size_of::<TenpDequantiseFp8Params>() == 32);
+const _: () = assert!(size_of::<TenpPackGateUpParams>() == 48);
+const _: () = assert!(size_of::<TenpPackDownParams>() == 40);

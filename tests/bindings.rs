@@ -79,9 +79,13 @@ fn params_rs_matches_params_h() {
     }
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let committed = root.join("kernels/params.rs");
+    let header = root.join("kernels/cuda/include/params.h");
     let text = rustfmt(&format!(
-        "{HEAD}\n{}",
-        generate(&root.join("kernels/cuda/include/params.h"))
+        "{HEAD}
+{}
+{}",
+        generate(&header),
+        sizes(&header)
     ));
     if std::env::var_os("TENP_WRITE_BINDINGS").is_some() {
         std::fs::write(&committed, text).expect("kernels/params.rs can be written");
