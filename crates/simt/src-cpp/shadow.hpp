@@ -1,0 +1,71 @@
+// What is known of every byte of a memory: who wrote it last and who read it since, to find unordered accesses.
+//
+// Time is a counter that every synchronisation moves on; an access carries the time of its lane's last one. Blocks of a
+// launch are never ordered with one another; lanes of a block are by __syncthreads, lanes of a warp also by __syncwarp.
+// Shuffles, votes and matrix instructions order nothing.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace simt {
+
+struct Lane;
+
+// Whom an access comes from and what it is ordered after.
+struct Observer {
+    const Lane *lane;
+    uint64_t floor;       // older accesses are of no interest: the start of the launch, or of the block
+    uint64_t block_start;
+    uint64_t barrier;     // time of the block's last __syncthreads
+    uint64_t warp_sync;   // time of the warp's last full __syncwarp
+    bool shared;          // shared memory: nothing is written before the block writes it
+    uint32_t place;
+};
+
+enum class Trouble : uint32_t { None, Uninitialised, Pending, AfterWrite, AfterRead, AfterAsync };
+
+// What stands in the way of an access; the rest describes the other one.
+struct Conflict {
+    Trouble trouble = Trouble::None;
+    size_t byte = 0;
+    uint64_t time = 0;
+    uint32_t lane = 0; // of the block; ~0: several
+    uint32_t place = 0;
+};
+
+class Shadow {
+  public:
+    explicit Shadow(size_t bytes);
+    ~Shadow();
+    Shadow(const Shadow &) = delete;
+    Shadow &operator=(const Shadow &) = delete;
+
+    // Collective reads are those of a whole warp: not even the own write is ordered without a synchronisation.
+    Conflict read(size_t at, size_t bytes, const Observer &by, bool collective);
+    Conflict write(size_t at, size_t bytes, const Observer &by);
+    Conflict atomic(size_t at, size_t bytes, const Observer &by);
+    // The start and the end of an asynchronous write.
+    Conflict issue(size_t at, size_t bytes, const Observer &by);
+    void deliver(size_t at, size_t bytes, const Observer &by);
+
+    void set_written();
+    bool written(size_t at) const { return writes_[at] != 0; }
+    // Written since `time`.
+    bool written_since(size_t at, size_t bytes, uint64_t time) const;
+
+  private:
+    Conflict change(size_t at, size_t bytes, const Observer &by, uint64_t flags);
+    Conflict check_write(size_t at, const Observer &by, bool atomic) const;
+    Conflict check_readers(size_t at, const Observer &by) const;
+
+    size_t bytes_;
+    char *base_;
+    uint64_t *writes_; // time, lane, flags; 0: never
+    uint64_t *reads_;  // time, warp, flags; 0: none since the last write
+    uint32_t *masks_;  // lanes of that warp
+    uint32_t *write_places_;
+    uint32_t *read_places_;
+};
+
+} // namespace simt
