@@ -34,6 +34,22 @@ pub struct ExpertSums {
     pub non_finite: u64,
 }
 
+impl ExpertSums {
+    /// Adds the sums over other rows.
+    pub fn merge(&mut self, other: &Self) {
+        self.tokens += other.tokens;
+        self.gate += other.gate;
+        self.normalised_gate += other.normalised_gate;
+        self.norm += other.norm;
+        self.norm_sq += other.norm_sq;
+        self.gated_norm += other.gated_norm;
+        self.direction += other.direction;
+        self.residual_direction += other.residual_direction;
+        self.output_peak = self.output_peak.max(other.output_peak);
+        self.non_finite += other.non_finite;
+    }
+}
+
 /// What the batch's tokens look like around the layer.
 #[derive(Clone, Copy, Debug)]
 pub struct TokenContext<'a> {

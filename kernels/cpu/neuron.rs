@@ -62,6 +62,29 @@ impl NeuronSums {
         &self.layout
     }
 
+    /// Adds the sums over other rows; widths must be the same.
+    ///
+    /// # Panics
+    /// If the widths differ.
+    pub fn merge(&mut self, other: &Self) {
+        assert_eq!(self.layout, other.layout, "sums of other experts");
+        for (peak, &more) in self.gated_peak.iter_mut().zip(&other.gated_peak) {
+            *peak = peak.max(more);
+        }
+        for (sums, more) in [
+            (&mut self.contribution, &other.contribution),
+            (&mut self.contribution_abs, &other.contribution_abs),
+            (&mut self.activation, &other.activation),
+            (&mut self.gated_energy, &other.gated_energy),
+            (&mut self.mean, &other.mean),
+            (&mut self.second_moment, &other.second_moment),
+        ] {
+            for (sum, &more) in sums.iter_mut().zip(more) {
+                *sum += more;
+            }
+        }
+    }
+
     fn tables(&mut self) -> [&mut Vec<f64>; 7] {
         [
             &mut self.contribution,

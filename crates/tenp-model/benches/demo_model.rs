@@ -43,10 +43,10 @@ fn demo_model(c: &mut Criterion) {
     for compute in [Compute::F32, Compute::Bf16] {
         let model = Model::new(&checkpoint, compute);
         group.bench_function(format!("forward/{compute:?}"), |b| {
-            b.iter(|| in_pool(|| model.hidden_states(&sequences, &mut ()).expect("runs")));
+            b.iter(|| in_pool(|| model.hidden_states(&sequences, &()).expect("runs")));
         });
         group.bench_function(format!("calibrate/{compute:?}"), |b| {
-            b.iter(|| in_pool(|| calibrate(&model, &domains, &mut |_, _| ()).expect("runs")));
+            b.iter(|| in_pool(|| calibrate(&model, &domains, &|_, _| ()).expect("runs")));
         });
     }
     group.finish();

@@ -110,7 +110,7 @@ impl AttentionBlock<'_> {
         )?)
     }
 
-    /// Attention output of a block of sequences: `x` is the normed input of `block`'s rows, `positions` theirs.
+    /// Attention output of a block of sequences: `x` is the normed input of `block`'s rows, `positions` and `cache` theirs.
     pub(crate) fn run<'b>(
         &self,
         x: &[f32],
@@ -354,7 +354,7 @@ fn attend(
     let cached: Option<&[CachedSequence]> = match cache {
         None => None,
         Some(cached) => {
-            for (sequence, span) in cached[block.clone()].iter_mut().zip(spans) {
+            for (sequence, span) in cached.iter_mut().zip(spans) {
                 let (keys, values) = own(span);
                 sequence.keys.extend_from_slice(keys);
                 sequence.values.extend_from_slice(values);
@@ -369,7 +369,7 @@ fn attend(
         .map(|(i, span)| {
             let (keys, values) = match (cached, span.parent) {
                 (Some(cached), _) => {
-                    let sequence = &cached[block.start + i];
+                    let sequence = &cached[i];
                     (&sequence.keys[..], &sequence.values[..])
                 }
                 (None, None) => own(span),

@@ -1,6 +1,7 @@
 //! One pass over the calibration text, every statistic (`docs/methods.md`).
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard};
 
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -11,20 +12,19 @@ use tenp_kernels::cpu::neuron::{NeuronSums, accumulate_neuron_sums, neuron_weigh
 use tenp_kernels::{Compute, RaggedLayout};
 
 use crate::error::AtLayer;
-use crate::forward::{Model, MoeBlock, Observer};
-use crate::weights::find_non_finite;
-use crate::{ModelError, Sequences};
+use crate::weights::non_finite_expert;
+use crate::{Model, ModelError, MoeBlock, Observer, Sequences};
 
 /// Runs the model over `domains` (name, samples) and collects every statistic.
 ///
-/// `progress(layer, tokens)` is called as blocks of tokens pass a layer.
+/// `progress(layer, tokens)` is called as blocks of tokens pass a layer, from any thread.
 ///
 /// # Errors
 /// As [`Model::hidden_states`]; an expert whose outputs are not finite is named.
 pub fn calibrate(
     model: &Model<'_>,
     domains: &[(String, Vec<Vec<u32>>)],
-    progress: &mut dyn FnMut(usize, usize),
+    progress: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<Statistics, ModelError> {
     let mut sequences = Sequences::default();
     let mut statistics = Statistics {
@@ -45,18 +45,22 @@ pub fn calibrate(
             .insert(name.clone(), vec![tokens_fingerprint(samples)]);
         statistics.domains.insert(name.clone(), BTreeMap::new());
     }
-    let mut collector = Collector {
+    let collector = Collector {
         model: *model,
-        domains,
-        statistics,
-        current: None,
+        num_domains: domains.len(),
+        current: Mutex::new(None),
         progress,
     };
     let mut run = model.begin(&sequences)?;
-    while run.step(&mut collector, None)? {
-        collector.finish_layer()?;
+    while run.step(&collector, None)? {
+        if let Some((layer, sums)) = collector.finish_layer()? {
+            for (d, (name, _)) in domains.iter().enumerate() {
+                let tables = statistics.domains.entry(name.clone()).or_default();
+                tables.insert(layer, layer_statistics(&sums, d));
+            }
+        }
     }
-    Ok(collector.statistics)
+    Ok(statistics)
 }
 
 /// Fingerprint of token ids: the order of samples and their boundaries count.
@@ -76,15 +80,14 @@ fn tokens_fingerprint(samples: &[Vec<u32>]) -> String {
 
 struct Collector<'m, 'c> {
     model: Model<'c>,
-    domains: &'m [(String, Vec<Vec<u32>>)],
-    statistics: Statistics,
-    current: Option<LayerSums>,
-    progress: &'m mut dyn FnMut(usize, usize),
+    num_domains: usize,
+    /// The layer that is running, and its sums.
+    current: Mutex<Option<(usize, LayerSums)>>,
+    progress: &'m (dyn Fn(usize, usize) + Sync),
 }
 
 /// Running sums of one layer.
 struct LayerSums {
-    layer: usize,
     layout: RaggedLayout,
     /// Squared weight norms of the neurons, `[Σ widths]`: (whole neuron, down column).
     weight_norms: (Vec<f64>, Vec<f64>),
@@ -92,6 +95,17 @@ struct LayerSums {
     experts: Vec<Vec<ExpertSums>>,
     neurons: Vec<NeuronSums>,
     total_tokens: Vec<i64>,
+    /// Block whose sums are added next: always in this order, so that the bits do not depend on the threads.
+    next_block: usize,
+    waiting: BTreeMap<usize, BlockSums>,
+}
+
+/// Sums over one block.
+struct BlockSums {
+    domain: usize,
+    experts: Vec<ExpertSums>,
+    neurons: NeuronSums,
+    num_tokens: usize,
 }
 
 impl LayerSums {
@@ -109,45 +123,104 @@ impl LayerSums {
             .at(layer)?;
         let (whole, down): (Vec<_>, Vec<_>) = norms.into_iter().unzip();
         Ok(Self {
-            layer,
             weight_norms: (whole.concat(), down.concat()),
             experts: vec![vec![ExpertSums::default(); experts.len()]; num_domains],
             neurons: vec![NeuronSums::new(layout.clone()); num_domains],
             total_tokens: vec![0; num_domains],
+            next_block: 0,
+            waiting: BTreeMap::new(),
             layout,
         })
+    }
+
+    /// Takes a finished block, and adds all that are next in order.
+    fn add(&mut self, index: usize, block: BlockSums) {
+        self.waiting.insert(index, block);
+        while let Some(block) = self.waiting.remove(&self.next_block) {
+            self.next_block += 1;
+            let d = block.domain;
+            for (sum, more) in self.experts[d].iter_mut().zip(&block.experts) {
+                sum.merge(more);
+            }
+            self.neurons[d].merge(&block.neurons);
+            self.total_tokens[d] += block.num_tokens as i64;
+        }
+    }
+}
+
+impl Collector<'_, '_> {
+    fn current(&self) -> MutexGuard<'_, Option<(usize, LayerSums)>> {
+        self.current
+            .lock()
+            .expect("nothing panics while sums are added")
+    }
+
+    /// The sums of the layer that has just passed, if it is a MoE layer.
+    fn finish_layer(&self) -> Result<Option<(usize, LayerSums)>, ModelError> {
+        let Some((layer, sums)) = self.current().take() else {
+            return Ok(None);
+        };
+        for experts in &sums.experts {
+            if let Some(expert) = experts.iter().position(|e| e.non_finite > 0) {
+                return Err(non_finite_expert(self.model.checkpoint(), layer, expert));
+            }
+        }
+        Ok(Some((layer, sums)))
     }
 }
 
 impl Observer for Collector<'_, '_> {
-    fn moe(&mut self, block: &MoeBlock<'_>) -> Result<(), ModelError> {
-        let sums = match &mut self.current {
-            Some(sums) => sums,
-            empty => empty.insert(LayerSums::new(
-                block.layer,
-                block.experts,
-                self.domains.len(),
-            )?),
+    fn begin_moe(&self, layer: usize, experts: &[ExpertWeights<'_>]) -> Result<(), ModelError> {
+        let sums = LayerSums::new(layer, experts, self.num_domains)?;
+        // Found here and not in the outputs, so that experts without tokens are checked too.
+        let damaged = sums
+            .weight_norms
+            .0
+            .iter()
+            .position(|norm| !norm.is_finite());
+        if let Some(neuron) = damaged {
+            let layout = &sums.layout;
+            let mut experts = 0..layout.num_experts();
+            let expert = experts.find(|&e| layout.range(e).contains(&neuron));
+            let expert = expert.expect("every neuron is some expert's");
+            return Err(non_finite_expert(self.model.checkpoint(), layer, expert));
+        }
+        *self.current() = Some((layer, sums));
+        Ok(())
+    }
+
+    fn moe(&self, block: &MoeBlock<'_>) -> Result<(), ModelError> {
+        let layout = self
+            .current()
+            .as_ref()
+            .map(|(_, sums)| sums.layout.clone())
+            .expect("begin_moe came first");
+        let mut sums = BlockSums {
+            domain: block.label,
+            experts: vec![ExpertSums::default(); block.experts.len()],
+            neurons: NeuronSums::new(layout),
+            num_tokens: block.groups.num_tokens(),
         };
-        let (layer, d, hidden) = (block.layer, block.label, block.activations.hidden());
         let context = TokenContext {
             x: block.x,
             residual: block.residual,
             combined: block.combined,
         };
-        let outputs = block.activations.outputs();
+        let (outputs, hidden) = (block.activations.outputs(), block.activations.hidden());
         let norms =
-            accumulate_expert_sums(block.groups, context, outputs, hidden, &mut sums.experts[d])
-                .at(layer)?;
+            accumulate_expert_sums(block.groups, context, outputs, hidden, &mut sums.experts)
+                .at(block.layer)?;
         accumulate_neuron_sums(
             block.experts,
             block.groups,
             block.activations,
             &norms,
-            &mut sums.neurons[d],
+            &mut sums.neurons,
         )
-        .at(layer)?;
-        sums.total_tokens[d] += block.groups.num_tokens() as i64;
+        .at(block.layer)?;
+        if let Some((_, layer)) = &mut *self.current() {
+            layer.add(block.index, sums);
+        }
         Ok(())
     }
 
@@ -155,50 +228,8 @@ impl Observer for Collector<'_, '_> {
         true
     }
 
-    fn progress(&mut self, layer: usize, tokens: usize) {
+    fn progress(&self, layer: usize, tokens: usize) {
         (self.progress)(layer, tokens);
-    }
-}
-
-impl Collector<'_, '_> {
-    /// Turns the running sums of the layer that has just passed into its statistics.
-    fn finish_layer(&mut self) -> Result<(), ModelError> {
-        let Some(sums) = self.current.take() else {
-            return Ok(());
-        };
-        for (d, (name, _)) in self.domains.iter().enumerate() {
-            if let Some(expert) = sums.experts[d].iter().position(|e| e.non_finite > 0) {
-                return Err(self.non_finite(sums.layer, expert));
-            }
-            let table = layer_statistics(&sums, d);
-            self.statistics
-                .domains
-                .entry(name.clone())
-                .or_default()
-                .insert(sums.layer, table);
-        }
-        Ok(())
-    }
-
-    fn non_finite(&self, layer: usize, expert: usize) -> ModelError {
-        let needle = format!(".experts.{expert}.");
-        let tensor = find_non_finite(self.model.checkpoint(), |name| {
-            tenp_checkpoint::layer_of(name) == Some(layer)
-                && (name.contains(&needle)
-                    || name.ends_with(".experts.gate_up_proj")
-                    || name.ends_with(".experts.down_proj"))
-        });
-        let cause = match tensor {
-            Some(name) => {
-                format!("tensor {name} holds a NaN or an infinity; the checkpoint is damaged")
-            }
-            None => "its weights are; the sums overflow with these inputs".to_owned(),
-        };
-        ModelError::NonFinite {
-            layer,
-            expert: Some(expert),
-            cause,
-        }
     }
 }
 

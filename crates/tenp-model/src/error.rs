@@ -45,13 +45,11 @@ pub enum ModelError {
         max: usize,
     },
     /// Activations became NaN or infinite.
-    #[error("layer {layer}{}: activations are not finite ({cause}); download or convert the checkpoint again", .expert.map_or(String::new(), |e| format!(", expert {e}")))]
+    #[error("{place}: activations are not finite: {cause}")]
     NonFinite {
-        /// Layer of the model.
-        layer: usize,
-        /// Routed expert, when one is known to be the source.
-        expert: Option<usize>,
-        /// The tensor that holds a NaN or infinity, or that none does.
+        /// Where: a layer, one of its experts, the embedding or the output head.
+        place: String,
+        /// The tensor that holds a NaN or an infinity, or that none does, and what helps.
         cause: String,
     },
     /// A file cannot be read.

@@ -25,7 +25,7 @@ impl<'c> Generator<'c> {
         let mut sequences = Sequences::default();
         sequences.push_at(ids, self.cache.len());
         let mut run = self.model.begin(&sequences)?;
-        while run.step(&mut (), Some(&mut self.cache))? {}
+        while run.step(&(), Some(&mut self.cache))? {}
         self.cache.advance(ids.len());
         let hidden = run.finish()?;
         let width = self.model.config().hidden_size;

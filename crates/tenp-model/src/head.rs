@@ -7,7 +7,7 @@ use tenp_kernels::{Compute, MatrixView};
 
 use crate::ModelError;
 use crate::error::AtLayer;
-use crate::weights::{find_non_finite, view};
+use crate::weights::{non_finite, view};
 
 /// The output head of a model (its embedding matrix, where the two are tied).
 #[derive(Clone, Copy, Debug)]
@@ -52,24 +52,11 @@ impl<'c> Head<'c> {
         if all_finite(&out) {
             Ok(out)
         } else {
-            Err(self.non_finite())
-        }
-    }
-
-    /// Hidden states were finite up to the last norm.
-    fn non_finite(&self) -> ModelError {
-        let tensor = find_non_finite(self.checkpoint, |name| {
-            name == self.name || name == "model.norm.weight"
-        });
-        ModelError::NonFinite {
-            layer: self.num_layers,
-            expert: None,
-            cause: tensor.map_or_else(
-                || "the head's weights are; the sums overflow with these inputs".to_owned(),
-                |name| {
-                    format!("tensor {name} holds a NaN or an infinity; the checkpoint is damaged")
-                },
-            ),
+            Err(non_finite(
+                self.checkpoint,
+                "output head".to_owned(),
+                |name| name == self.name || name == "model.norm.weight",
+            ))
         }
     }
 

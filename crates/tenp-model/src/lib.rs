@@ -21,13 +21,16 @@ pub mod forward;
 pub mod generate;
 mod head;
 mod mlp;
+mod observer;
+mod run;
 pub mod sequences;
 pub mod text;
 mod weights;
 
 pub use cache::KvCache;
 pub use error::ModelError;
-pub use forward::{Model, MoeBlock, Observer, Run};
+pub use forward::Model;
 pub use head::Head;
+pub use observer::{MoeBlock, Observer};
+pub use run::Run;
 pub use sequences::Sequences;
-pub use weights::damaged_expert;

@@ -4,6 +4,8 @@ use tenp_checkpoint::{Checkpoint, Dtype, ExpertTensors, Matrix, SharedTensors};
 use tenp_kernels::cpu::moe::ExpertWeights;
 use tenp_kernels::{KernelError, MatrixView};
 
+use crate::ModelError;
+
 /// A checkpoint matrix as a kernel operand.
 pub(crate) fn view<'a>(matrix: &Matrix<'a>) -> Result<MatrixView<'a>, KernelError> {
     let dtype = match matrix.dtype {
@@ -38,23 +40,44 @@ pub(crate) fn shared<'a>(tensors: &SharedTensors<'a>) -> Result<ExpertWeights<'a
     })
 }
 
-/// Name of the first tensor of a routed expert (of all experts, where they are stored as one) that holds a NaN or an
-/// infinity.
-pub fn damaged_expert(checkpoint: &Checkpoint, layer: usize, expert: usize) -> Option<String> {
+/// Why a routed expert's outputs or norms are not finite: scans its own tensors, or those of all experts where they are
+/// stored as one.
+pub(crate) fn non_finite_expert(
+    checkpoint: &Checkpoint,
+    layer: usize,
+    expert: usize,
+) -> ModelError {
     let own = format!(".experts.{expert}.");
-    find_non_finite(checkpoint, |name| {
-        tenp_checkpoint::layer_of(name) == Some(layer)
-            && (name.contains(&own)
-                || name.ends_with(".experts.gate_up_proj")
-                || name.ends_with(".experts.down_proj"))
-    })
+    non_finite(
+        checkpoint,
+        format!("layer {layer}, expert {expert}"),
+        |name| {
+            tenp_checkpoint::layer_of(name) == Some(layer)
+                && (name.contains(&own)
+                    || name.ends_with(".experts.gate_up_proj")
+                    || name.ends_with(".experts.down_proj"))
+        },
+    )
+}
+
+/// Why activations at `place` are not finite: scans the tensors accepted by `wanted`, the only ones that came in after
+/// the activations were last seen finite.
+pub(crate) fn non_finite(
+    checkpoint: &Checkpoint,
+    place: String,
+    wanted: impl Fn(&str) -> bool,
+) -> ModelError {
+    let cause = match find_non_finite(checkpoint, wanted) {
+        Some(name) => format!(
+            "tensor {name} holds a NaN or an infinity: the checkpoint is damaged; download or convert it again"
+        ),
+        None => "its tensors are all finite, but sums over them overflow; use other text, or a checkpoint whose weights are not scaled this large".to_owned(),
+    };
+    ModelError::NonFinite { place, cause }
 }
 
 /// Name of the first tensor accepted by `wanted` that holds a NaN or an infinity.
-pub(crate) fn find_non_finite(
-    checkpoint: &Checkpoint,
-    wanted: impl Fn(&str) -> bool,
-) -> Option<String> {
+fn find_non_finite(checkpoint: &Checkpoint, wanted: impl Fn(&str) -> bool) -> Option<String> {
     checkpoint
         .tensors()
         .filter(|t| wanted(t.name))

@@ -55,7 +55,7 @@ fn logits(dir: &Path, compute: Compute, ids: &[Vec<u32>]) -> Vec<f32> {
     for ids in ids {
         sequences.push(ids, 0);
     }
-    let hidden = model.hidden_states(&sequences, &mut ()).expect("runs");
+    let hidden = model.hidden_states(&sequences, &()).expect("runs");
     model.head().expect("head").logits(&hidden).expect("logits")
 }
 
@@ -124,7 +124,7 @@ fn a_branch_and_a_cached_token_have_the_bits_of_the_whole_sequence() {
             let stem = branched.push(&ids[0][..40], 0);
             branched.push_branch(&ids[0][40..70], stem);
             branched.push_branch(&ids[0][40..45], stem);
-            let hidden = model.hidden_states(&branched, &mut ()).expect("runs");
+            let hidden = model.hidden_states(&branched, &()).expect("runs");
             let got = model.head().expect("head").logits(&hidden).expect("logits");
             assert_eq!(got[..70 * vocab], whole[..70 * vocab]);
             assert_eq!(got[70 * vocab..], whole[40 * vocab..45 * vocab]);

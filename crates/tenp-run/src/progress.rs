@@ -1,5 +1,7 @@
 //! Progress: a bar with rate and time left on a terminal, a plain line now and then elsewhere.
 
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
@@ -21,11 +23,11 @@ pub(crate) struct Progress {
     label: String,
     unit: Unit,
     total: u64,
-    done: u64,
+    done: AtomicU64,
     /// Tokens pass every layer: the rate is in tokens through the whole model.
     per_item: f64,
     started: Instant,
-    last_line: Instant,
+    last_line: Mutex<Instant>,
     bar: Option<ProgressBar>,
 }
 
@@ -53,24 +55,35 @@ impl Progress {
             label: label.to_owned(),
             unit,
             total,
-            done: 0,
+            done: AtomicU64::new(0),
             per_item: layers.max(1) as f64,
             started: now,
-            last_line: now,
+            last_line: Mutex::new(now),
             bar,
         }
     }
 
-    pub(crate) fn advance(&mut self, by: u64) {
-        self.set(self.done + by);
+    /// Counts `by` more; from any thread.
+    pub(crate) fn advance(&self, by: u64) {
+        self.show(self.done.fetch_add(by, Ordering::Relaxed) + by);
     }
 
-    pub(crate) fn set(&mut self, done: u64) {
-        self.done = done;
+    pub(crate) fn set(&self, done: u64) {
+        self.done.store(done, Ordering::Relaxed);
+        self.show(done);
+    }
+
+    fn show(&self, done: u64) {
         if let Some(bar) = &self.bar {
             bar.set_position(done);
-        } else if self.last_line.elapsed() >= LINE_EVERY && done < self.total {
-            self.last_line = Instant::now();
+            return;
+        }
+        // Whoever finds the lock taken leaves the line to its holder.
+        let Ok(mut last_line) = self.last_line.try_lock() else {
+            return;
+        };
+        if last_line.elapsed() >= LINE_EVERY && done < self.total {
+            *last_line = Instant::now();
             let share = done as f64 / self.total.max(1) as f64;
             let left = self
                 .started
@@ -86,9 +99,13 @@ impl Progress {
         }
     }
 
+    fn done(&self) -> u64 {
+        self.done.load(Ordering::Relaxed)
+    }
+
     fn rate(&self) -> String {
         let seconds = self.started.elapsed().as_secs_f64().max(1e-9);
-        rate(self.unit, self.done as f64 / self.per_item / seconds)
+        rate(self.unit, self.done() as f64 / self.per_item / seconds)
     }
 
     /// Clears the bar and leaves one line.
@@ -98,8 +115,8 @@ impl Progress {
         }
         let seconds = self.started.elapsed().as_secs_f64();
         let amount = match self.unit {
-            Unit::Tokens => format!("{} tokens", (self.done as f64 / self.per_item).round()),
-            Unit::Bytes => console::bytes(self.done),
+            Unit::Tokens => format!("{} tokens", (self.done() as f64 / self.per_item).round()),
+            Unit::Bytes => console::bytes(self.done()),
         };
         console::note(&format!(
             "{}: {amount} in {seconds:.1} s ({})",

@@ -1,13 +1,14 @@
 //! A model against a reference, layer by layer in lock-step on the same tokens.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Mutex;
 
 use rayon::prelude::*;
 use tenp_kernels::cpu::elementwise::log_sum_exp;
 
-use crate::forward::MoeBlock;
 use crate::generate::arg_max;
-use crate::{Head, Model, ModelError, Observer, Sequences};
+use crate::{Head, Model, ModelError, MoeBlock, Observer, Sequences};
 
 /// How far a model is from its reference.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -33,29 +34,45 @@ pub struct LayerComparison {
     pub routing_shift: Option<f64>,
 }
 
-/// What one side of the comparison computed at the current layer.
+/// What one side of the comparison computes at the current layer: by first row, as blocks come in any order.
 #[derive(Default)]
 struct Capture {
-    outputs: Vec<f32>,
-    expert_ids: Vec<u32>,
-    top_k: usize,
+    outputs: Mutex<BTreeMap<usize, Vec<f32>>>,
+    expert_ids: Mutex<BTreeMap<usize, Vec<u32>>>,
 }
 
 impl Observer for Capture {
-    fn moe(&mut self, block: &MoeBlock<'_>) -> Result<(), ModelError> {
-        self.top_k = block.routing.expert_ids.len() / block.rows.len().max(1);
-        self.expert_ids.extend_from_slice(&block.routing.expert_ids);
+    fn moe(&self, block: &MoeBlock<'_>) -> Result<(), ModelError> {
+        let ids = block.routing.expert_ids.clone();
+        let mut all = self.expert_ids.lock().expect(UNPOISONED);
+        all.insert(block.rows.start, ids);
         Ok(())
     }
 
     fn moe_output(
-        &mut self,
+        &self,
         _layer: usize,
-        _rows: Range<usize>,
+        rows: Range<usize>,
         output: &[f32],
     ) -> Result<(), ModelError> {
-        self.outputs.extend_from_slice(output);
+        let output = output.to_vec();
+        let mut all = self.outputs.lock().expect(UNPOISONED);
+        all.insert(rows.start, output);
         Ok(())
+    }
+}
+
+const UNPOISONED: &str = "nothing panics while blocks are collected";
+
+impl Capture {
+    /// (`[tokens, H]` outputs, `[tokens, top_k]` expert ids).
+    fn into_layer(self) -> (Vec<f32>, Vec<u32>) {
+        let outputs = self.outputs.into_inner().expect(UNPOISONED);
+        let ids = self.expert_ids.into_inner().expect(UNPOISONED);
+        (
+            outputs.into_values().flatten().collect(),
+            ids.into_values().flatten().collect(),
+        )
     }
 }
 
@@ -162,13 +179,15 @@ fn one_pass(
     let mut index = 0;
     loop {
         let layer = run.layer();
-        let (mut ours, mut theirs) = (Capture::default(), Capture::default());
-        if !run.step(&mut ours, None)? {
+        let (ours, theirs) = (Capture::default(), Capture::default());
+        if !run.step(&ours, None)? {
             break;
         }
-        reference_run.step(&mut theirs, None)?;
+        reference_run.step(&theirs, None)?;
         progress(layer, sequences.num_tokens());
-        if ours.outputs.is_empty() || ours.outputs.len() != theirs.outputs.len() {
+        let (ours, our_ids) = ours.into_layer();
+        let (theirs, their_ids) = theirs.into_layer();
+        if ours.is_empty() || ours.len() != theirs.len() {
             continue;
         }
         if total.layers.len() == index {
@@ -178,7 +197,7 @@ fn one_pass(
             });
         }
         let sums = &mut total.layers[index];
-        for (a, b) in ours.outputs.iter().zip(&theirs.outputs) {
+        for (a, b) in ours.iter().zip(&theirs) {
             let (a, b) = (f64::from(*a), f64::from(*b));
             sums.error_sq += (a - b) * (a - b);
             sums.norm_sq += b * b;
@@ -186,7 +205,8 @@ fn one_pass(
         let kept = kept_experts.and_then(|k| k.get(index)).map(Vec::as_slice);
         if kept.is_some() || same_experts {
             let (shared, all) = sums.routing.unwrap_or_default();
-            let (more, of) = experts_in_common(&ours, &theirs, kept);
+            let top_k = [model, reference].map(|m| m.config().moe.top_k);
+            let (more, of) = experts_in_common((&our_ids, &their_ids), top_k, kept);
             sums.routing = Some((shared + more, all + of));
         }
         index += 1;
@@ -205,14 +225,17 @@ fn one_pass(
 }
 
 /// (chosen experts in common, chosen experts of the reference).
-fn experts_in_common(ours: &Capture, theirs: &Capture, kept: Option<&[usize]>) -> (usize, usize) {
+fn experts_in_common(
+    (ours, theirs): (&[u32], &[u32]),
+    [our_k, their_k]: [usize; 2],
+    kept: Option<&[usize]>,
+) -> (usize, usize) {
     let original = |e: u32| kept.map_or(e, |k| k.get(e as usize).map_or(u32::MAX, |&o| o as u32));
     let shared = ours
-        .expert_ids
-        .chunks_exact(ours.top_k.max(1))
-        .zip(theirs.expert_ids.chunks_exact(theirs.top_k.max(1)))
+        .chunks_exact(our_k.max(1))
+        .zip(theirs.chunks_exact(their_k.max(1)))
         .map(|(a, b)| a.iter().filter(|&&e| b.contains(&original(e))).count());
-    (shared.sum(), theirs.expert_ids.len())
+    (shared.sum(), theirs.len())
 }
 
 /// (sum of KL(reference ‖ model), rows whose likeliest tokens agree).

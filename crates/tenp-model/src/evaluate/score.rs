@@ -50,7 +50,7 @@ fn score_targets(
     model: &Model<'_>,
     sequences: &Sequences,
     targets: &[Target],
-    observer: &mut dyn Observer,
+    observer: &dyn Observer,
 ) -> Result<Vec<(f64, bool)>, ModelError> {
     let hidden = model.hidden_states(sequences, observer)?;
     let rows: Vec<usize> = targets.iter().map(|t| t.row).collect();
@@ -70,7 +70,7 @@ fn score_targets(
 pub fn score_tasks(
     model: &Model<'_>,
     task: &Task,
-    observer: &mut dyn Observer,
+    observer: &dyn Observer,
 ) -> Result<TaskScore, ModelError> {
     let max_tokens = PASS_BYTES / model.hidden_bytes_per_token();
     let (mut right, mut exact, mut nll, mut nll_tokens) = (0usize, 0usize, 0f64, 0usize);
@@ -153,7 +153,7 @@ pub fn score_tasks(
 pub fn score_text(
     model: &Model<'_>,
     samples: &[Vec<u32>],
-    observer: &mut dyn Observer,
+    observer: &dyn Observer,
 ) -> Result<TextScore, ModelError> {
     let max_tokens = PASS_BYTES / model.hidden_bytes_per_token();
     let (mut nll, mut tokens) = (0f64, 0usize);

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use tenp_checkpoint::{Checkpoint, Statistics};
 use tenp_kernels::Compute;
-use tenp_model::{Model, ModelError, calibrate, damaged_expert};
+use tenp_model::{Model, calibrate};
 
 use crate::cli::{Calibrate, ComputeArgs, DataArgs};
 use crate::progress::{Progress, Unit};
@@ -36,37 +36,14 @@ pub(super) fn run_domains(
 ) -> Result<Statistics> {
     let layers = checkpoint.config().num_layers;
     let total = models::num_tokens(domains) * layers;
-    let mut progress = Progress::new("calibrate", Unit::Tokens, total as u64, layers);
+    let progress = Progress::new("calibrate", Unit::Tokens, total as u64, layers);
     let model = Model::new(checkpoint, compute);
-    let statistics = calibrate::calibrate(&model, domains, &mut |_, tokens| {
+    let statistics = calibrate::calibrate(&model, domains, &|_, tokens| {
         progress.advance(tokens as u64);
     })?;
     progress.finish();
-    check_norms(checkpoint, &statistics)?;
     report_unreached(&statistics);
     Ok(statistics)
-}
-
-/// The pass itself sees only the weights of experts that tokens reach.
-fn check_norms(checkpoint: &Checkpoint, statistics: &Statistics) -> Result<(), ModelError> {
-    for (&layer, table) in statistics.domains.values().flatten() {
-        let mut norms = table.neuron_weight_norm_sq.iter();
-        if let Some(position) = norms.position(|norm| !norm.is_finite()) {
-            let expert = position / table.width.max(1);
-            let cause = damaged_expert(checkpoint, layer, expert).map_or_else(
-                || "its weights overflow when squared".to_owned(),
-                |name| {
-                    format!("tensor {name} holds a NaN or an infinity; the checkpoint is damaged")
-                },
-            );
-            return Err(ModelError::NonFinite {
-                layer,
-                expert: Some(expert),
-                cause,
-            });
-        }
-    }
-    Ok(())
 }
 
 fn report_unreached(statistics: &Statistics) {

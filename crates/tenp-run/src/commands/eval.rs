@@ -14,10 +14,10 @@ use crate::progress::{Progress, Unit};
 use crate::{console, models};
 
 /// Passes a run's progress on.
-pub(super) struct Watch<'p>(pub(super) &'p mut Progress);
+pub(super) struct Watch<'p>(pub(super) &'p Progress);
 
 impl Observer for Watch<'_> {
-    fn progress(&mut self, _layer: usize, tokens: usize) {
+    fn progress(&self, _layer: usize, tokens: usize) {
         self.0.advance(tokens as u64);
     }
 }
@@ -100,12 +100,12 @@ pub(super) fn run_tasks(
         .flat_map(|t| &t.items)
         .map(|i| i.prompt.len() + i.choices.iter().map(|c| c.len() - 1).sum::<usize>())
         .sum();
-    let mut progress = Progress::new(label, Unit::Tokens, (tokens * layers) as u64, layers);
+    let progress = Progress::new(label, Unit::Tokens, (tokens * layers) as u64, layers);
     let mut scores = Vec::new();
     for task in tasks {
         scores.push((
             task.name.clone(),
-            score_tasks(&model, task, &mut Watch(&mut progress))?,
+            score_tasks(&model, task, &Watch(&progress))?,
         ));
     }
     progress.finish();
@@ -120,12 +120,8 @@ fn run_text(
 ) -> Result<TextScore> {
     let layers = checkpoint.config().num_layers;
     let tokens: usize = samples.iter().map(Vec::len).sum();
-    let mut progress = Progress::new(name, Unit::Tokens, (tokens * layers) as u64, layers);
-    let score = score_text(
-        &Model::new(checkpoint, compute),
-        samples,
-        &mut Watch(&mut progress),
-    )?;
+    let progress = Progress::new(name, Unit::Tokens, (tokens * layers) as u64, layers);
+    let score = score_text(&Model::new(checkpoint, compute), samples, &Watch(&progress))?;
     progress.finish();
     Ok(score)
 }
@@ -149,7 +145,7 @@ fn run_reference(
         .collect();
     let layers = checkpoint.config().num_layers;
     let tokens: usize = samples.iter().map(Vec::len).sum();
-    let mut progress = Progress::new("reference", Unit::Tokens, (tokens * layers) as u64, layers);
+    let progress = Progress::new("reference", Unit::Tokens, (tokens * layers) as u64, layers);
     let kept = models::kept_experts(checkpoint, reference)?;
     let comparison = compare(
         &Model::new(checkpoint, compute),

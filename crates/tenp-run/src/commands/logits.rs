@@ -43,14 +43,14 @@ pub(super) fn run(args: &Logits) -> Result<()> {
     );
     header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
     let layers = checkpoint.config().num_layers;
-    let mut progress = Progress::new("logits", Unit::Tokens, (n * len * layers) as u64, layers);
+    let progress = Progress::new("logits", Unit::Tokens, (n * len * layers) as u64, layers);
     let per_pass = (PASS_BYTES / model.hidden_bytes_per_token() / len).max(1);
     let mut failure: Option<anyhow::Error> = None;
     let written = replace_file(&args.output, bytes + 8 + header.len() as u64, |sink| {
         sink.write(&(header.len() as u64).to_le_bytes())?;
         sink.write(header.as_bytes())?;
         for samples in samples.chunks(per_pass) {
-            let logits = pass(&model, samples, &mut progress, &mut |row| sink.write(row));
+            let logits = pass(&model, samples, &progress, &mut |row| sink.write(row));
             if let Err(error) = logits {
                 // The file is not replaced; the reason reaches the user below.
                 failure = Some(error);
@@ -72,14 +72,14 @@ pub(super) fn run(args: &Logits) -> Result<()> {
 fn pass(
     model: &Model<'_>,
     samples: &[Vec<u32>],
-    progress: &mut Progress,
+    progress: &Progress,
     write: &mut dyn FnMut(&[u8]) -> Result<(), CheckpointError>,
 ) -> Result<()> {
     let mut sequences = Sequences::default();
     for sample in samples {
         sequences.push(sample, 0);
     }
-    let hidden = model.hidden_states(&sequences, &mut super::eval::Watch(progress))?;
+    let hidden = model.hidden_states(&sequences, &super::eval::Watch(progress))?;
     let rows: Vec<usize> = (0..sequences.num_tokens()).collect();
     let mut result = Ok(());
     model.head()?.for_each(&hidden, &rows, |_, logits| {

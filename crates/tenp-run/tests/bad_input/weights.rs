@@ -67,7 +67,7 @@ fn in_the_embedding() {
     let (_, range) = crate::support::fixtures::place(&place.model, "model.embed_tokens.weight");
     let nan = BAD[0].repeat(range.len() / 2);
     overwrite(&place.model, "model.embed_tokens.weight", &nan);
-    place.refuses_everywhere_it_runs("embed");
+    place.refuses_everywhere_it_runs("model.embed_tokens.weight");
 }
 
 /// An expert that no token reaches still has its norms in the statistics.
