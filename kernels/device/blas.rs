@@ -1,0 +1,414 @@
+//! Dense products through cuBLAS: row-major operands, sums in f32.
+//!
+//! cuBLAS is column-major, so a row-major `out = x · Wᵀ` is asked for as `outᵀ = W · xᵀ`: the operands change places
+//! and nothing is moved.
+
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytemuck::Pod;
+use cudarc::cublas::result::CublasError;
+use cudarc::cublas::{result, sys};
+use cudarc::driver::CudaStream;
+use half::bf16;
+
+use super::check::to_i32;
+use super::context::Device;
+use super::view::{DeviceSlice, DeviceSliceMut};
+use crate::KernelError;
+
+/// An open cuBLAS, tied to the compute stream.
+#[derive(Debug)]
+pub(super) struct Blas {
+    handle: Mutex<Handle>,
+}
+
+#[derive(Debug)]
+struct Handle(sys::cublasHandle_t);
+
+// SAFETY: a handle may be used from any thread, one at a time, which the mutex around it sees to.
+unsafe impl Send for Handle {}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        // SAFETY: made by `open`, destroyed once. There is nobody to report a failure to.
+        let _ = unsafe { result::destroy_handle(self.0) };
+    }
+}
+
+fn blas_error(what: &'static str, error: CublasError) -> KernelError {
+    // SAFETY: takes any status and returns a static string.
+    let text = unsafe { std::ffi::CStr::from_ptr(sys::cublasGetStatusString(error.0)) };
+    KernelError::Cuda {
+        what,
+        code: format!("{:?}", error.0),
+        text: text.to_string_lossy().into_owned(),
+    }
+}
+
+impl Blas {
+    pub(super) fn open(stream: &Arc<CudaStream>) -> Result<Self, KernelError> {
+        // SAFETY: asks the loader only.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(KernelError::NoLibrary {
+                library: "libcublas.so.13",
+                needed_for: "dense products; it comes with the CUDA toolkit and with the Python wheel nvidia-cublas",
+            });
+        }
+        let handle = Handle(result::create_handle().map_err(|e| blas_error("opening cuBLAS", e))?);
+        // SAFETY: both are live, the stream for as long as the device that holds both.
+        unsafe { result::set_stream(handle.0, stream.cu_stream().cast()) }
+            .map_err(|e| blas_error("giving cuBLAS its stream", e))?;
+        Ok(Self {
+            handle: Mutex::new(handle),
+        })
+    }
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for half::bf16 {}
+    impl Sealed for f32 {}
+}
+
+/// Element types of dense products.
+pub trait DenseElement: Pod + sealed::Sealed {
+    /// cuBLAS's name of the type.
+    #[doc(hidden)]
+    const TYPE: sys::cudaDataType;
+}
+
+impl DenseElement for bf16 {
+    const TYPE: sys::cudaDataType = sys::cudaDataType_t::CUDA_R_16BF;
+}
+
+impl DenseElement for f32 {
+    const TYPE: sys::cudaDataType = sys::cudaDataType_t::CUDA_R_32F;
+}
+
+/// How the weight of a dense product lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightLayout {
+    /// `[outputs, inner]`: a row per output, as checkpoints have it.
+    OutputRows,
+    /// `[inner, outputs]`: transposed, as `DT` is for the down product.
+    InnerRows,
+}
+
+/// Sizes of `out[rows, outputs] = x[rows, inner] · W`; pitches are elements from one row to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DenseShape {
+    /// Rows of `x` and `out`.
+    pub rows: usize,
+    /// Inner dimension.
+    pub inner: usize,
+    /// Columns of `out`.
+    pub outputs: usize,
+    /// Of `x`, at least `inner`.
+    pub x_pitch: usize,
+    /// Of the weight, at least its row.
+    pub weight_pitch: usize,
+    /// Of `out`, at least `outputs`.
+    pub out_pitch: usize,
+    /// How the weight lies.
+    pub layout: WeightLayout,
+    /// Whether the product is added to what `out` holds.
+    pub accumulate: bool,
+}
+
+impl DenseShape {
+    /// Rows close together, the weight as in a checkpoint, nothing to add to.
+    #[must_use]
+    pub const fn new(rows: usize, inner: usize, outputs: usize) -> Self {
+        Self {
+            rows,
+            inner,
+            outputs,
+            x_pitch: inner,
+            weight_pitch: inner,
+            out_pitch: outputs,
+            layout: WeightLayout::OutputRows,
+            accumulate: false,
+        }
+    }
+
+    /// Rows and columns of the weight as stored.
+    #[must_use]
+    pub const fn weight(&self) -> (usize, usize) {
+        match self.layout {
+            WeightLayout::OutputRows => (self.outputs, self.inner),
+            WeightLayout::InnerRows => (self.inner, self.outputs),
+        }
+    }
+
+    /// Elements of `x`, the weight and `out` from the first to the last that is touched.
+    ///
+    /// # Errors
+    /// [`KernelError::Invalid`] for a pitch shorter than its row.
+    pub fn extents(&self) -> Result<[usize; 3], KernelError> {
+        let (weight_rows, weight_cols) = self.weight();
+        let extent = |what, rows: usize, cols: usize, pitch: usize| {
+            if pitch < cols {
+                return Err(KernelError::Invalid {
+                    what,
+                    why: format!("rows of {cols} elements lie {pitch} apart"),
+                });
+            }
+            Ok(if rows == 0 {
+                0
+            } else {
+                (rows - 1) * pitch + cols
+            })
+        };
+        Ok([
+            extent("dense input", self.rows, self.inner, self.x_pitch)?,
+            extent("dense weight", weight_rows, weight_cols, self.weight_pitch)?,
+            extent("dense output", self.rows, self.outputs, self.out_pitch)?,
+        ])
+    }
+}
+
+impl Device {
+    /// `out = x · Wᵀ` (or `x · W`), sums in f32. In and out may be (bf16, bf16), (bf16, f32) or (f32, f32).
+    ///
+    /// # Errors
+    /// Lengths and pitches that do not fit, a missing cuBLAS, or its own words.
+    pub fn dense<I: DenseElement, O: DenseElement>(
+        &self,
+        shape: &DenseShape,
+        x: DeviceSlice<'_, I>,
+        weight: DeviceSlice<'_, I>,
+        mut out: DeviceSliceMut<'_, O>,
+    ) -> Result<(), KernelError> {
+        let [x_len, weight_len, out_len] = shape.extents()?;
+        let x = x.checked("dense input", x_len, size_of::<I>() as u64)?;
+        let weight = weight.checked("dense weight", weight_len, size_of::<I>() as u64)?;
+        let out = out.checked("dense output", out_len, size_of::<O>() as u64)?;
+        let size = |what, value| to_i32(what, value);
+        let (m, n, k) = (
+            size("dense outputs", shape.outputs)?,
+            size("dense rows", shape.rows)?,
+            size("dense inner dimension", shape.inner)?,
+        );
+        let pitches = [
+            size("dense weight pitch", shape.weight_pitch.max(1))?,
+            size("dense input pitch", shape.x_pitch.max(1))?,
+            size("dense output pitch", shape.out_pitch.max(1))?,
+        ];
+        if m == 0 || n == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        let (alpha, beta) = (1f32, if shape.accumulate { 1f32 } else { 0f32 });
+        let transposed = match shape.layout {
+            WeightLayout::OutputRows => sys::cublasOperation_t::CUBLAS_OP_T,
+            WeightLayout::InnerRows => sys::cublasOperation_t::CUBLAS_OP_N,
+        };
+        let handle = self
+            .blas()?
+            .handle
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: extents were checked against the views, which outlive the call; later work is behind it on the stream.
+        unsafe {
+            result::gemm_ex(
+                handle.0,
+                transposed,
+                sys::cublasOperation_t::CUBLAS_OP_N,
+                m,
+                n,
+                k,
+                (&raw const alpha).cast(),
+                weight,
+                I::TYPE,
+                pitches[0],
+                x,
+                I::TYPE,
+                pitches[1],
+                (&raw const beta).cast(),
+                out,
+                O::TYPE,
+                pitches[2],
+                sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
+        }
+        .map_err(|e| blas_error("dense product", e))
+    }
+}
+
+/// One product of a grouped call: sizes, and the first element of each operand in its buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupedProduct {
+    /// Sizes and pitches; `accumulate` must be off.
+    pub shape: DenseShape,
+    /// First element of `x`.
+    pub x: usize,
+    /// First element of the weight.
+    pub weight: usize,
+    /// First element of `out`.
+    pub out: usize,
+}
+
+/// A prepared `cublasGemmGroupedBatchedEx`: the baseline that the grouped kernels are compared with.
+#[derive(Debug)]
+pub struct GroupedDense {
+    transposed: Vec<sys::cublasOperation_t>,
+    plain: Vec<sys::cublasOperation_t>,
+    sizes: [Vec<i32>; 3],
+    pitches: [Vec<i32>; 3],
+    ones: Vec<f32>,
+    zeros: Vec<f32>,
+    problems: Vec<i32>,
+    /// Pointers of weights, inputs and outputs, one after another, as the library wants them on the GPU.
+    pointers: super::DeviceBuffer<u64>,
+}
+
+impl GroupedDense {
+    /// Prepares products over three buffers; those with nothing to do are left out.
+    ///
+    /// # Errors
+    /// A product that reaches past a buffer, or memory for the pointers.
+    pub fn new(
+        device: &Device,
+        products: &[GroupedProduct],
+        x: DeviceSlice<'_, bf16>,
+        weight: DeviceSlice<'_, bf16>,
+        out: &mut DeviceSliceMut<'_, bf16>,
+    ) -> Result<Self, KernelError> {
+        let live: Vec<&GroupedProduct> = products
+            .iter()
+            .filter(|p| p.shape.rows > 0 && p.shape.outputs > 0 && p.shape.inner > 0)
+            .collect();
+        let mut pointers = vec![0u64; 3 * live.len()];
+        let (mut sizes, mut pitches): ([Vec<i32>; 3], [Vec<i32>; 3]) = Default::default();
+        for (i, p) in live.iter().enumerate() {
+            let [x_len, weight_len, out_len] = p.shape.extents()?;
+            let addresses = [
+                weight
+                    .slice(p.weight..p.weight + weight_len)?
+                    .checked::<u8>("grouped weight", weight_len, 16)? as u64,
+                x.slice(p.x..p.x + x_len)?
+                    .checked::<u8>("grouped input", x_len, 16)? as u64,
+                out.as_slice()
+                    .slice(p.out..p.out + out_len)?
+                    .checked::<u8>("grouped output", out_len, 16)? as u64,
+            ];
+            for (table, address) in addresses.into_iter().enumerate() {
+                pointers[table * live.len() + i] = address;
+            }
+            for (to, value) in sizes
+                .iter_mut()
+                .zip([p.shape.outputs, p.shape.rows, p.shape.inner])
+            {
+                to.push(to_i32("grouped product", value)?);
+            }
+            for (to, value) in
+                pitches
+                    .iter_mut()
+                    .zip([p.shape.weight_pitch, p.shape.x_pitch, p.shape.out_pitch])
+            {
+                to.push(to_i32("grouped pitch", value)?);
+            }
+        }
+        Ok(Self {
+            transposed: live
+                .iter()
+                .map(|p| match p.shape.layout {
+                    WeightLayout::OutputRows => sys::cublasOperation_t::CUBLAS_OP_T,
+                    WeightLayout::InnerRows => sys::cublasOperation_t::CUBLAS_OP_N,
+                })
+                .collect(),
+            plain: vec![sys::cublasOperation_t::CUBLAS_OP_N; live.len()],
+            sizes,
+            pitches,
+            ones: vec![1.0; live.len()],
+            zeros: vec![0.0; live.len()],
+            problems: vec![1; live.len()],
+            pointers: device.upload("pointers of a grouped product", &pointers)?,
+        })
+    }
+
+    /// Runs all products.
+    ///
+    /// # Safety
+    /// The buffers given to [`GroupedDense::new`] are still there, and `out` is not read or written elsewhere.
+    ///
+    /// # Errors
+    /// A missing cuBLAS, or its own words.
+    pub unsafe fn run(&self, device: &Device) -> Result<(), KernelError> {
+        let groups = self.problems.len();
+        if groups == 0 {
+            return Ok(());
+        }
+        device.bind()?;
+        let first: *const *const c_void =
+            self.pointers
+                .view()
+                .checked("pointers of a grouped product", 3 * groups, 8)?;
+        let table = |i: usize| first.wrapping_add(i * groups);
+        let handle = device
+            .blas()?
+            .handle
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: every array has `groups` entries, the pointers were checked by `new` and the caller keeps the buffers.
+        unsafe {
+            sys::cublasGemmGroupedBatchedEx(
+                handle.0,
+                self.transposed.as_ptr(),
+                self.plain.as_ptr(),
+                self.sizes[0].as_ptr(),
+                self.sizes[1].as_ptr(),
+                self.sizes[2].as_ptr(),
+                self.ones.as_ptr().cast(),
+                table(0),
+                sys::cudaDataType_t::CUDA_R_16BF,
+                self.pitches[0].as_ptr(),
+                table(1),
+                sys::cudaDataType_t::CUDA_R_16BF,
+                self.pitches[1].as_ptr(),
+                self.zeros.as_ptr().cast(),
+                table(2).cast::<*mut c_void>(),
+                sys::cudaDataType_t::CUDA_R_16BF,
+                self.pitches[2].as_ptr(),
+                groups as i32,
+                self.problems.as_ptr(),
+                sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            )
+        }
+        .result()
+        .map_err(|e| blas_error("grouped product", e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extents_reach_to_the_last_element() {
+        let shape = DenseShape::new(3, 5, 7);
+        assert_eq!(shape.extents().unwrap(), [15, 35, 21]);
+        let pitched = DenseShape {
+            x_pitch: 8,
+            weight_pitch: 16,
+            out_pitch: 10,
+            layout: WeightLayout::InnerRows,
+            ..shape
+        };
+        assert_eq!(
+            pitched.extents().unwrap(),
+            [2 * 8 + 5, 4 * 16 + 7, 2 * 10 + 7]
+        );
+        assert_eq!(DenseShape::new(0, 5, 7).extents().unwrap(), [0, 35, 0]);
+        assert!(
+            DenseShape {
+                x_pitch: 4,
+                ..shape
+            }
+            .extents()
+            .is_err()
+        );
+    }
+}

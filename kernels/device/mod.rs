@@ -1,0 +1,52 @@
+//! The CUDA side: weights as the kernels want them, checked launches, and (feature `cuda`) the GPU itself.
+//!
+//! Everything up to the launch needs no GPU: a wrapper checks its arguments and makes a [`Call`], which a [`Runner`]
+//! runs. The `simt` crate's executor is one runner, so the wrappers are tested on every machine; the GPU is the other.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | [`packed`] | padded neuron offsets, and packing of expert weights on the host |
+//! | [`geometry`] | how kernels are launched, the choice of tiles |
+//! | [`view`], [`call`] | borrowed GPU memory, checked launches |
+//! | [`check`] | checks of offsets, alignment and sizes |
+//! | one per `.cu` file | argument structures and the functions that make calls of them |
+//! | `Device`, `DeviceBuffer`, … | feature `cuda`: the GPU, its memory, uploads, times, cuBLAS |
+
+pub mod call;
+pub mod check;
+pub mod geometry;
+pub mod moe_contribution;
+pub mod moe_down;
+pub mod moe_gate_up;
+pub mod moe_group;
+pub mod moe_schedule;
+pub mod packed;
+pub mod rms_norm;
+pub mod view;
+
+#[cfg(feature = "cuda")]
+mod blas;
+#[cfg(feature = "cuda")]
+mod buffer;
+#[cfg(feature = "cuda")]
+mod context;
+#[cfg(feature = "cuda")]
+mod fatbins;
+#[cfg(feature = "cuda")]
+mod timing;
+#[cfg(feature = "cuda")]
+mod upload;
+
+pub use call::{Call, Runner};
+pub use geometry::{Launch, Product, Tile};
+pub use packed::PaddedLayout;
+pub use view::{DeviceSlice, DeviceSliceMut, InOut};
+
+#[cfg(feature = "cuda")]
+pub use self::{
+    blas::{DenseElement, DenseShape, GroupedDense, GroupedProduct, WeightLayout},
+    buffer::DeviceBuffer,
+    context::{Device, Properties, gpu_count},
+    timing::Timer,
+    upload::{PinnedBuffer, Upload, Uploader},
+};
