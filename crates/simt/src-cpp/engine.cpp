@@ -70,9 +70,11 @@ bool Engine::launch(const Request &request) {
         }
     }
     enter_engine(this);
+    watchdog_.arm();
     for (uint64_t i = 0; i < blocks && !failed_; ++i) {
         run_block(request.order == Order::Forward ? i : request.order == Order::Reversed ? blocks - 1 - i : shuffled[i]);
     }
+    watchdog_.disarm();
     enter_engine(nullptr);
     return !failed_;
 }
@@ -126,6 +128,7 @@ void Engine::run_block(uint64_t linear) {
         lane.index = i;
         lane.thread = {i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y};
         lane.clock = block_start_;
+        lane.meeting = {};
         lane.copies.clear();
         lane.group = 0;
         lane.fiber.start(stacks_.stack(i), Stacks::BYTES, [] { current()->lane_main(); });

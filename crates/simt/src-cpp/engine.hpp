@@ -4,6 +4,7 @@
 #include "fault.hpp"
 #include "lane.hpp"
 #include "memory.hpp"
+#include "watchdog.hpp"
 
 #include <memory>
 #include <vector>
@@ -93,6 +94,7 @@ class Engine {
 
     Request request_{};
     Stacks stacks_;
+    Watchdog watchdog_;
     std::unique_ptr<Lane[]> lanes_;
     Lane *running_ = nullptr;
     Fiber main_;

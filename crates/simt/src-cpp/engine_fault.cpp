@@ -38,7 +38,7 @@ void Engine::fail(SimtKind kind, uint32_t lane, uint32_t place, const char *form
     fault.block[0] = block_index.x;
     fault.block[1] = block_index.y;
     fault.block[2] = block_index.z;
-    if (fault.num_places < 2) {
+    if (place != 0 && fault.num_places < 2) {
         // The access at fault comes first, whatever was noted before.
         fault.places[1] = fault.places[0];
         fault.places[0] = place;
@@ -53,9 +53,9 @@ void Engine::fail(SimtKind kind, uint32_t lane, uint32_t place, const char *form
 
 void Engine::out_of_steps() {
     const Meeting &last = running_->meeting;
-    fail(SIMT_STEP_LIMIT, running_->index, place_of(__builtin_return_address(0)),
-         "%llu steps in this block and no end; last met others at %s",
-         static_cast<unsigned long long>(request_.step_limit), last.what == nullptr ? "no place" : last.what);
+    fail(SIMT_STEP_LIMIT, running_->index, last.place, "no end after %llu steps in this block; last met others at %s%s%s",
+         static_cast<unsigned long long>(request_.step_limit - steps_left()), last.what == nullptr ? "no place" : last.what,
+         last.what == nullptr ? "" : " in ", last.what == nullptr ? "" : file_of(last.site));
 }
 
 std::string Engine::waiting() const {

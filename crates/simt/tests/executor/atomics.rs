@@ -5,7 +5,7 @@ use simt::{Buffer, Executor, Fault, FaultKind, Schedule};
 use crate::fault_of;
 use crate::warps::WarpParams;
 
-fn run(entry: &str, schedule: Schedule) -> Result<Vec<i32>, Fault> {
+fn run(entry: &str, blocks: u32, schedule: Schedule) -> Result<Vec<i32>, Fault> {
     let values: Vec<i32> = (0..32).map(|i| i * 7 % 32 - 40).collect();
     let input = Buffer::input("in", &values);
     let out = Buffer::in_out("out", &[0, -100]);
@@ -13,18 +13,22 @@ fn run(entry: &str, schedule: Schedule) -> Result<Vec<i32>, Fault> {
         input: input.ptr(),
         out: out.mut_ptr(),
     };
-    Executor::new(schedule).launch(entry, [4, 1, 1], [32, 1, 1], 0, &params)?;
+    Executor::new(schedule).launch(entry, [blocks, 1, 1], [32, 1, 1], 0, &params)?;
     out.written()
 }
 
 #[test]
 fn add_and_max_over_blocks() {
     for schedule in Schedule::UNLIKE {
-        assert_eq!(run("test_atomics", schedule).unwrap(), [128, -9]);
+        assert_eq!(run("test_atomics", 4, schedule).unwrap(), [128, -9]);
     }
 }
 
 #[test]
 fn a_plain_read_of_a_counter_races() {
-    fault_of("test_atomic_and_plain", FaultKind::Race, run);
+    for blocks in [1, 4] {
+        fault_of("test_atomic_and_plain", FaultKind::Race, |entry, s| {
+            run(entry, blocks, s)
+        });
+    }
 }

@@ -52,6 +52,11 @@ fn missing_before_the_next_round() {
 }
 
 #[test]
+fn missing_behind_a_read() {
+    fault_of("test_write_while_other_warp_reads", FaultKind::Race, run);
+}
+
+#[test]
 fn missed_by_some() {
     let fault = fault_of("test_barrier_in_branch", FaultKind::BarrierDivergence, run);
     assert!(

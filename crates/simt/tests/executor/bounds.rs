@@ -149,6 +149,25 @@ fn blocks_are_not_ordered() {
 }
 
 #[test]
+fn a_block_changes_what_others_read() {
+    fault_of(
+        "test_row_others_read",
+        FaultKind::Race,
+        |entry, schedule| {
+            let row = Buffer::in_out("row", &[0.0f32; 32]);
+            let params = RowsParams {
+                input: row.ptr(),
+                out: row.mut_ptr(),
+                group_offsets: std::ptr::null(),
+                num_rows: 1,
+                padding: 0,
+            };
+            Executor::new(schedule).launch(entry, [3, 1, 1], [32, 1, 1], 0, &params)
+        },
+    );
+}
+
+#[test]
 fn read_only_loads_of_what_was_written() {
     let fault = fault_of("test_read_only_of_written", FaultKind::Race, run_two);
     assert!(fault.detail.contains("as read-only"), "{fault}");

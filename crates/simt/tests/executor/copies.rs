@@ -81,6 +81,12 @@ fn a_slot_filled_while_it_is_read() {
 }
 
 #[test]
+fn a_store_to_what_is_on_its_way() {
+    let fault = fault_of("test_copy_and_store", FaultKind::Race, run);
+    assert!(fault.detail.contains("while a cp.async"), "{fault}");
+}
+
+#[test]
 fn a_source_that_changes_on_the_way() {
     let fault = fault_of("test_copy_source_changes", FaultKind::Race, run);
     assert!(fault.detail.contains("`in`"), "{fault}");

@@ -241,6 +241,7 @@ fn matrix_instructions_used_wrongly() {
     let fault = fault_of("test_ldmatrix_misaligned", FaultKind::Misaligned, run_zeros);
     assert_eq!(fault.thread, Some(1), "{fault}");
     fault_of("test_ldmatrix_no_syncwarp", FaultKind::Race, run_zeros);
+    fault_of("test_ldmatrix_own_rows", FaultKind::Race, run_zeros);
     fault_of(
         "test_ldmatrix_unwritten",
         FaultKind::Uninitialised,

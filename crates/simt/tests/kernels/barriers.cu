@@ -60,3 +60,17 @@ TENP_KERNEL(test_exit_before_barrier, RowParams, 64, 1) {
     __syncthreads();
     p.out[threadIdx.x] = p.in[threadIdx.x];
 }
+
+// Both warps read the value, and one thread changes it once its own warp is through.
+TENP_KERNEL(test_write_while_other_warp_reads, RowParams, 64, 1) {
+    TENP_SHARED(float, row);
+    if (threadIdx.x == 0) {
+        row[0] = p.in[0];
+    }
+    __syncthreads();
+    p.out[threadIdx.x] = row[0];
+    __syncwarp();
+    if (threadIdx.x == 0) {
+        row[0] = 1.0f;
+    }
+}

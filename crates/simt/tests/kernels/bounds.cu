@@ -92,6 +92,14 @@ TENP_KERNEL(test_rows_of_other_block, RowsParams, 32, 1) {
     }
 }
 
+// All blocks read a value, and one changes it. Launched with `out` as `in`.
+TENP_KERNEL(test_row_others_read, RowsParams, 32, 1) {
+    const float first = p.in[threadIdx.x];
+    if (blockIdx.x == 1) {
+        p.out[threadIdx.x] = first + 1.0f;
+    }
+}
+
 TENP_KERNEL(test_read_only_of_written, RowsParams, 32, 1) {
     float4 *out = reinterpret_cast<float4 *>(p.out);
     out[threadIdx.x] = make_float4(1.0f, 2.0f, 3.0f, 4.0f);
@@ -117,8 +125,9 @@ TENP_KERNEL(test_size_overflow, RowsParams, 32, 1) {
 
 TENP_KERNEL(test_null, RowsParams, 32, 1) { p.out[threadIdx.x] = static_cast<float>(p.group_offsets[threadIdx.x]); }
 
+// An odd number times three is odd.
 TENP_KERNEL(test_endless, RowsParams, 32, 1) {
-    while (p.num_rows != 0) {
+    for (unsigned i = static_cast<unsigned>(p.num_rows) | 1u; i != 0; i *= 3) {
     }
 }
 

@@ -95,6 +95,16 @@ TENP_KERNEL(test_copy_refill_too_soon, CopyParams, 64, 1) {
     }
 }
 
+TENP_KERNEL(test_copy_and_store, CopyParams, 64, 1) {
+    TENP_SHARED(float, row);
+    start(p, row);
+    tenp::cp_async_commit();
+    row[4 * threadIdx.x] = 0.0f;
+    tenp::cp_async_wait<0>();
+    __syncthreads();
+    finish(p, row);
+}
+
 // The source changes while the copy is under way.
 TENP_KERNEL(test_copy_source_changes, CopyParams, 64, 1) {
     TENP_SHARED(float, row);

@@ -122,6 +122,17 @@ TENP_KERNEL(test_ldmatrix_no_syncwarp, FragmentParams, 32, 1) {
     p.registers[threadIdx.x] = r[0];
 }
 
+// Every lane writes the row that it gives the address of, but others receive it.
+TENP_KERNEL(test_ldmatrix_own_rows, FragmentParams, 32, 1) {
+    TENP_SHARED(uint16_t, rows);
+    for (int i = 0; i < 8; ++i) {
+        rows[threadIdx.x * 8 + i] = p.a[threadIdx.x * 8 + i];
+    }
+    uint32_t r[4];
+    tenp::ldmatrix_x4(r, rows + threadIdx.x * 8);
+    p.registers[threadIdx.x] = r[0];
+}
+
 TENP_KERNEL(test_ldmatrix_unwritten, FragmentParams, 32, 1) {
     TENP_SHARED(uint16_t, rows);
     to_shared(rows, p.a, 248);

@@ -132,7 +132,7 @@ TENP_KERNEL(test_atomics, WarpParams, 32, 1) {
 
 TENP_KERNEL(test_atomic_and_plain, WarpParams, 32, 1) {
     atomicAdd(p.out, 1);
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 31) {
         p.out[1] = p.out[0];
     }
 }

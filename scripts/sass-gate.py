@@ -1,0 +1,173 @@
+#!/usr/bin/env python3
+"""Checks the machine code of every kernel: no local memory, tensor-core instructions where they belong, few registers.
+
+  scripts/sass-gate.py              builds with the feature `cuda` and checks what was built
+  scripts/sass-gate.py FILE...      checks these fatbins
+  scripts/sass-gate.py --self-test  shows that a planted spill and a missing instruction are found
+"""
+
+import fnmatch
+import glob
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# Kernel, most registers a thread, instructions that must be there. The first line that fits counts; a kernel that fits
+# none is an error, so that a new one is thought about. 128 registers let two blocks of 256 threads share a
+# multiprocessor, 64 four; 1024 threads leave 64.
+TABLE = [
+    ("tenp_moe_*_n16", 128, ["HMMA", "LDGSTS", "LDSM"]),
+    ("tenp_moe_*_n64", 128, ["HMMA", "LDGSTS", "LDSM"]),
+    ("tenp_moe_*_n128", 128, ["HMMA", "LDGSTS", "LDSM"]),
+    ("tenp_moe_*_r2", 128, []),
+    ("tenp_attention_prefill*", 255, ["HMMA", "LDGSTS", "LDSM"]),
+    ("tenp_attention_decode*", 128, []),
+    ("tenp_segment_similarity", 255, ["HMMA"]),
+    ("tenp_segment_assign", 255, ["HMMA"]),
+    ("tenp_*", 64, []),
+]
+ARCHITECTURES = ["sm_90a", "sm_80"]
+# Loads and stores of local memory: spills, or arrays indexed at run time.
+LOCAL_MEMORY = re.compile(r"\b(LDL|STL)\b")
+
+
+def toolkit():
+    """The folder with cuobjdump and nvdisasm."""
+    places = glob.glob(os.path.join(ROOT, ".cuda/lib*/python*/site-packages/nvidia/cu13/bin"))
+    places += [os.path.join(os.environ.get(v, ""), "bin") for v in ("CUDA_HOME", "CUDA_PATH")]
+    found = shutil.which("cuobjdump")
+    places += [os.path.dirname(found)] if found else []
+    for place in places:
+        if os.path.exists(os.path.join(place, "cuobjdump")):
+            return place
+    sys.exit("sass-gate: no cuobjdump; scripts/install-nvcc.sh brings it")
+
+
+def run(*command):
+    env = dict(os.environ, PATH=toolkit() + os.pathsep + os.environ.get("PATH", ""))
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    if done.returncode != 0:
+        sys.exit(f"sass-gate: {' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def built_fatbins():
+    """Builds the crate and finds the folder its build script wrote to."""
+    lines = run("cargo", "build", "--package", "tenp-kernels", "--features", "cuda", "--message-format", "json")
+    for line in lines.splitlines():
+        message = json.loads(line)
+        if message["reason"] == "build-script-executed" and "tenp-kernels" in message["package_id"]:
+            return sorted(glob.glob(os.path.join(message["out_dir"], "*.fatbin")))
+    sys.exit("sass-gate: cargo named no output folder of tenp-kernels")
+
+
+def resources(fatbin):
+    """(architecture, kernel) -> registers, stack bytes."""
+    found, arch, kernel = {}, None, None
+    for line in run("cuobjdump", "--dump-resource-usage", fatbin).splitlines():
+        if match := re.match(r"\s*arch = (\S+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            kernel = match[1]
+        elif match := re.match(r"\s*REG:(\d+) STACK:(\d+)", line):
+            found[arch, kernel] = (int(match[1]), int(match[2]))
+    return found
+
+
+def instructions(fatbin):
+    """(architecture, kernel) -> lines of machine code."""
+    found, arch, kernel = {}, None, None
+    for line in run("cuobjdump", "--dump-sass", fatbin).splitlines():
+        if match := re.match(r"\s*arch = (\S+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function : (\S+)", line):
+            kernel = match[1]
+            found[arch, kernel] = []
+        elif kernel and re.match(r"\s*/\*[0-9a-f]{4,}\*/", line):
+            found[arch, kernel].append(line)
+    return found
+
+
+def check(fatbins, architectures):
+    """Prints a line per kernel and returns what is wrong."""
+    faults, seen = [], set()
+    for fatbin in fatbins:
+        used, code = resources(fatbin), instructions(fatbin)
+        names = sorted({kernel for _, kernel in used})
+        if not names:
+            faults.append(f"{os.path.basename(fatbin)} holds no kernel")
+        for kernel in names:
+            seen.add(kernel)
+            row = next((row for row in TABLE if fnmatch.fnmatch(kernel, row[0])), None)
+            if row is None:
+                faults.append(f"{kernel}: no line in the table of scripts/sass-gate.py")
+                continue
+            _, most_registers, needed = row
+            for arch in architectures:
+                if (arch, kernel) not in used:
+                    faults.append(f"{kernel}: not compiled for {arch}")
+                    continue
+                registers, stack = used[arch, kernel]
+                lines = code.get((arch, kernel), [])
+                local = sum(bool(LOCAL_MEMORY.search(line)) for line in lines)
+                missing = [name for name in needed if not any(re.search(rf"\b{name}\b", line) for line in lines)]
+                where = f"{kernel} ({arch})"
+                if not lines:
+                    faults.append(f"{where}: no machine code")
+                if local or stack:
+                    faults.append(f"{where}: {local} accesses to local memory, {stack} bytes of stack: registers spilled, "
+                                  "or an array is indexed at run time")
+                if registers > most_registers:
+                    faults.append(f"{where}: {registers} registers, at most {most_registers} allowed")
+                if missing:
+                    faults.append(f"{where}: no {', '.join(missing)} instruction")
+                print(f"{where:48} {registers:3} registers {len(lines):6} instructions")
+    print(f"sass-gate: {len(seen)} kernels in {len(fatbins)} files")
+    return faults
+
+
+PLANTED = r"""
+// Keeps more values alive than 32 registers hold.
+extern "C" __global__ void __launch_bounds__(1024, 2) tenp_planted_spill(const float *in, float *out) {
+    float v[64];
+#pragma unroll
+    for (int i = 0; i < 64; ++i) v[i] = in[threadIdx.x + 1024 * i];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 64; ++i) out[threadIdx.x + 1024 * i] = v[i] * v[63 - i] + v[(7 * i) % 64];
+}
+extern "C" __global__ void tenp_moe_planted_n16(const float *in, float *out) { out[threadIdx.x] = 2 * in[threadIdx.x]; }
+"""
+
+
+def self_test():
+    with tempfile.TemporaryDirectory() as folder:
+        source, fatbin = os.path.join(folder, "planted.cu"), os.path.join(folder, "planted.fatbin")
+        with open(source, "w", encoding="utf-8") as file:
+            file.write(PLANTED)
+        nvcc = os.environ.get("TENP_NVCC") or os.path.join(toolkit(), "nvcc")
+        run(nvcc, "--fatbin", "-gencode", "arch=compute_80,code=sm_80", "-o", fatbin, source)
+        faults = check([fatbin], ["sm_80"])
+    for kernel, word in [("tenp_planted_spill", "local memory"), ("tenp_moe_planted_n16", "no HMMA")]:
+        if not any(kernel in fault and word in fault for fault in faults):
+            sys.exit(f"sass-gate: the planted fault of {kernel} was not found; found: {faults}")
+    print("sass-gate: both planted faults found")
+
+
+def main():
+    if sys.argv[1:] == ["--self-test"]:
+        return self_test()
+    faults = check(sys.argv[1:] or built_fatbins(), ARCHITECTURES)
+    for fault in faults:
+        print(f"sass-gate: {fault}", file=sys.stderr)
+    return sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()
