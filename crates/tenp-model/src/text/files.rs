@@ -1,5 +1,7 @@
 //! Calibration and evaluation files: `.jsonl`, `.txt`, `.safetensors`.
 
+use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use safetensors::{Dtype, SafeTensors};
@@ -52,20 +54,17 @@ pub fn read_samples<'t>(
     let mut samples = match extension(path) {
         "safetensors" => token_ids(path, limit)?,
         "jsonl" => {
-            let lines = json_lines(path)?;
+            let lines = json_lines(path)?.take(limit);
             let tokenizer = tokenizer()?;
-            let mut samples = Vec::new();
-            for (line, value) in lines.into_iter().take(limit) {
-                samples.push(sample(path, line, &value, tokenizer)?);
-            }
-            samples
+            lines
+                .map(|line| line.and_then(|(n, value)| sample(path, n, &value, tokenizer)))
+                .collect::<Result<_, _>>()?
         }
         "txt" => {
-            let text = read_text(path)?;
+            let lines = text_lines(path)?.take(limit);
             let tokenizer = tokenizer()?;
-            let lines = text.lines().filter(|l| !l.trim().is_empty()).take(limit);
             lines
-                .map(|line| tokenizer.sequence(line))
+                .map(|line| line.and_then(|(_, text)| tokenizer.sequence(&text)))
                 .collect::<Result<_, _>>()?
         }
         _ => {
@@ -112,7 +111,8 @@ pub struct Task {
 /// Unreadable or empty files, lines without these fields, an answer that is no choice, a choice without tokens.
 pub fn read_task(path: &Path, tokenizer: &Tokenizer) -> Result<Task, ModelError> {
     let mut items = Vec::new();
-    for (line, value) in json_lines(path)? {
+    for line in json_lines(path)? {
+        let (line, value) = line?;
         let bad = |why: &str| data(path, Some(line), why);
         let prompt = value["prompt"]
             .as_str()
@@ -180,29 +180,41 @@ fn data(path: &Path, line: Option<usize>, why: &str) -> ModelError {
     }
 }
 
-fn read_text(path: &Path) -> Result<String, ModelError> {
-    let bytes = std::fs::read(path).map_err(|source| ModelError::Io {
+/// Lines that are not blank, with their numbers; read as they are asked for, so that the first samples of a large file cost
+/// no more than themselves.
+fn text_lines(
+    path: &Path,
+) -> Result<impl Iterator<Item = Result<(usize, String), ModelError>> + '_, ModelError> {
+    let io = |source| ModelError::Io {
         path: path.to_owned(),
         source,
-    })?;
-    String::from_utf8(bytes).map_err(|e| {
-        let valid = &e.as_bytes()[..e.utf8_error().valid_up_to()];
-        let line = valid.split(|&b| b == b'\n').count();
-        data(path, Some(line), "is not UTF-8 text")
-    })
+    };
+    let lines = BufReader::new(File::open(path).map_err(io)?).split(b'\n');
+    let lines = lines.enumerate().map(move |(i, bytes)| {
+        let mut bytes = bytes.map_err(io)?;
+        if bytes.last() == Some(&b'\r') {
+            bytes.pop();
+        }
+        match String::from_utf8(bytes) {
+            Ok(text) => Ok((i + 1, text)),
+            Err(_) => Err(data(path, Some(i + 1), "is not UTF-8 text")),
+        }
+    });
+    Ok(lines.filter(|line| !matches!(line, Ok((_, text)) if text.trim().is_empty())))
 }
 
-/// Non-empty lines with their numbers.
-fn json_lines(path: &Path) -> Result<Vec<(usize, Value)>, ModelError> {
-    let text = read_text(path)?;
-    text.lines()
-        .enumerate()
-        .filter(|(_, line)| !line.trim().is_empty())
-        .map(|(i, line)| match serde_json::from_str(line) {
-            Ok(value) => Ok((i + 1, value)),
-            Err(e) => Err(data(path, Some(i + 1), &format!("is not JSON: {e}"))),
-        })
-        .collect()
+/// The same lines, parsed.
+fn json_lines(
+    path: &Path,
+) -> Result<impl Iterator<Item = Result<(usize, Value), ModelError>> + '_, ModelError> {
+    let lines = text_lines(path)?;
+    Ok(lines.map(move |line| {
+        let (number, text) = line?;
+        match serde_json::from_str(&text) {
+            Ok(value) => Ok((number, value)),
+            Err(e) => Err(data(path, Some(number), &format!("is not JSON: {e}"))),
+        }
+    }))
 }
 
 fn sample(
