@@ -81,8 +81,8 @@ fn portable(a: &[u32], rows: usize, b: &[u32], tile: &mut Tile) {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m512, __m512bh, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
-        _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_store_ps,
+        __m512, __m512bh, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps,
+        _mm512_setzero_ps, _mm512_store_ps,
     };
 
     use super::{TILE_COLS, Tile};
@@ -111,7 +111,7 @@ mod avx512 {
         tile: &mut Tile,
     ) {
         // SAFETY: passed on unchanged.
-        unsafe { by_rows!(tile_f32, rows, steps, a.cast(), b.cast(), tile) }
+        unsafe { by_rows!(tile_f32, rows, steps, a, b, tile) }
     }
 
     /// # Safety
@@ -128,55 +128,77 @@ mod avx512 {
         unsafe { by_rows!(tile_pairs, rows, steps, a, b, tile) }
     }
 
-    #[target_feature(enable = "avx512f")]
-    unsafe fn tile_f32<const R: usize>(
-        steps: usize,
-        mut a: *const f32,
-        mut b: *const f32,
-        tile: &mut Tile,
-    ) {
-        let mut acc = [[_mm512_setzero_ps(); 2]; R];
-        for _ in 0..steps {
-            // SAFETY: step i reads 32 elements of b at 32·i and R of a at R·i, inside both by the caller's lengths.
-            unsafe {
-                let (b0, b1) = (_mm512_loadu_ps(b), _mm512_loadu_ps(b.add(16)));
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let x = _mm512_set1_ps(*a.add(r));
-                    acc[0] = _mm512_fmadd_ps(x, b0, acc[0]);
-                    acc[1] = _mm512_fmadd_ps(x, b1, acc[1]);
+    /// A tile kernel over steps of one element, or of a pair of bf16, of each row and output: `$accumulate(acc, x, b)`
+    /// takes what `$broadcast` made of a row's step and `$load` of 16 outputs' step.
+    macro_rules! tile_kernel {
+        ($name:ident, $features:literal, $broadcast:path, $load:path, $accumulate:path) => {
+            #[target_feature(enable = $features)]
+            unsafe fn $name<const R: usize>(
+                steps: usize,
+                mut a: *const u32,
+                mut b: *const u32,
+                tile: &mut Tile,
+            ) {
+                let mut acc = [[_mm512_setzero_ps(); 2]; R];
+                for _ in 0..steps {
+                    // SAFETY: step i reads 32 words of b at 32·i and R of a at R·i, inside both by the caller's lengths.
+                    unsafe {
+                        let (b0, b1) = ($load(b), $load(b.add(16)));
+                        for (r, acc) in acc.iter_mut().enumerate() {
+                            let x = $broadcast(a.add(r));
+                            acc[0] = $accumulate(acc[0], x, b0);
+                            acc[1] = $accumulate(acc[1], x, b1);
+                        }
+                        a = a.add(R);
+                        b = b.add(TILE_COLS);
+                    }
                 }
-                a = a.add(R);
-                b = b.add(TILE_COLS);
+                store(&acc, tile);
             }
-        }
-        store(&acc, tile);
+        };
     }
 
+    tile_kernel!(tile_f32, "avx512f", broadcast, load, multiply_add);
+    tile_kernel!(
+        tile_pairs,
+        "avx512f,avx512bf16",
+        broadcast_pair,
+        load_pairs,
+        _mm512_dpbf16_ps
+    );
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load(b: *const u32) -> __m512 {
+        // SAFETY: the caller's 16 words.
+        unsafe { _mm512_loadu_ps(b.cast()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn broadcast(a: *const u32) -> __m512 {
+        // SAFETY: the caller's word.
+        _mm512_set1_ps(f32::from_bits(unsafe { *a }))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn multiply_add(acc: __m512, x: __m512, b: __m512) -> __m512 {
+        _mm512_fmadd_ps(x, b, acc)
+    }
+
+    #[inline]
     #[target_feature(enable = "avx512f,avx512bf16")]
-    unsafe fn tile_pairs<const R: usize>(
-        steps: usize,
-        mut a: *const u32,
-        mut b: *const u32,
-        tile: &mut Tile,
-    ) {
-        let mut acc = [[_mm512_setzero_ps(); 2]; R];
-        for _ in 0..steps {
-            // SAFETY: step i reads 32 pairs of b at 32·i and R of a at R·i, inside both by the caller's lengths.
-            unsafe {
-                let b0: __m512bh = std::mem::transmute(_mm512_loadu_ps(b.cast()));
-                let b1: __m512bh = std::mem::transmute(_mm512_loadu_ps(b.add(16).cast()));
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let x: __m512bh = std::mem::transmute(_mm512_castsi512_ps(_mm512_set1_epi32(
-                        *a.add(r).cast(),
-                    )));
-                    acc[0] = _mm512_dpbf16_ps(acc[0], x, b0);
-                    acc[1] = _mm512_dpbf16_ps(acc[1], x, b1);
-                }
-                a = a.add(R);
-                b = b.add(TILE_COLS);
-            }
-        }
-        store(&acc, tile);
+    unsafe fn load_pairs(b: *const u32) -> __m512bh {
+        // SAFETY: the caller's 16 words; both types are 64 bytes without invalid values.
+        unsafe { std::mem::transmute(load(b)) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn broadcast_pair(a: *const u32) -> __m512bh {
+        // SAFETY: the caller's word; both types are 64 bytes without invalid values.
+        unsafe { std::mem::transmute(broadcast(a)) }
     }
 
     #[target_feature(enable = "avx512f")]
