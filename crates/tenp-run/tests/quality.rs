@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use serde_json::json;
-use support::fixtures::{DOMAINS, demo, demo_file, read_json};
+use support::fixtures::{DOMAINS, calibrate_demo, demo, demo_file, read_json};
 use support::json::{number, widths};
 use support::{Scratch, tenp};
 
@@ -47,13 +47,7 @@ impl Bench {
     fn new() -> Self {
         let scratch = Scratch::new();
         let stats = scratch.join("stats.safetensors");
-        let files = DOMAINS.map(|d| demo_file("calibration", d));
-        let [a, c, f, l] = files.each_ref().map(PathBuf::as_path);
-        tenp(
-            "calibrate {} --samples 128 --data arith={} code={} facts={} lists={} -o {}",
-            &[&demo(), a, c, f, l, &stats],
-        )
-        .ok();
+        calibrate_demo(128, &stats);
         let all = scratch.join("all.jsonl");
         let tasks = DOMAINS.map(|d| std::fs::read_to_string(demo_file("tasks", d)).unwrap());
         std::fs::write(&all, tasks.concat()).unwrap();

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 
-use crate::support::fixtures::{DOMAINS, demo, demo_file, read_json};
+use crate::support::fixtures::{calibrate_demo, demo, read_json};
 use crate::support::json::{keys, list, number, widths};
 use crate::support::{Scratch, tenp};
 
@@ -26,13 +26,7 @@ pub(crate) fn demo_statistics() -> &'static Path {
     let (_, path) = STATS.get_or_init(|| {
         let scratch = Scratch::new();
         let path = scratch.join("stats.safetensors");
-        let files = DOMAINS.map(|d| demo_file("calibration", d));
-        let [a, c, f, l] = files.each_ref().map(PathBuf::as_path);
-        tenp(
-            "calibrate {} --samples 32 --data arith={} code={} facts={} lists={} -o {}",
-            &[&demo(), a, c, f, l, &path],
-        )
-        .ok();
+        calibrate_demo(32, &path);
         (scratch, path)
     });
     path

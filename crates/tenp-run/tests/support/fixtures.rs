@@ -7,6 +7,8 @@ use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize};
 use serde_json::{Map, Value};
 
+use super::tenp;
+
 /// Tiny checkpoints with `golden.safetensors`, below `tests/golden`.
 pub(crate) const GOLDEN: [&str; 12] = [
     "deepseek",
@@ -204,4 +206,15 @@ pub(crate) fn edit_header(shard: &Path, change: impl FnOnce(&mut Map<String, Val
     out.extend(text.as_bytes());
     out.extend(&bytes[8 + length..]);
     std::fs::write(shard, out).unwrap();
+}
+
+/// Statistics of the demo model: the first `samples` samples of each domain.
+#[track_caller]
+pub(crate) fn calibrate_demo(samples: usize, out: &Path) {
+    let files = DOMAINS.map(|domain| demo_file("calibration", domain));
+    let [arith, code, facts, lists] = files.each_ref().map(PathBuf::as_path);
+    let line = format!(
+        "calibrate {{}} --samples {samples} --data arith={{}} code={{}} facts={{}} lists={{}} -o {{}}"
+    );
+    tenp(&line, &[&demo(), arith, code, facts, lists, out]).ok();
 }
