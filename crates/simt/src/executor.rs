@@ -1,6 +1,6 @@
 //! Launching an entry.
 
-use std::ffi::{CStr, CString};
+use std::ffi::{CStr, CString, c_void};
 
 use crate::fault::{Fault, FaultKind};
 use crate::ffi;
@@ -80,6 +80,42 @@ impl Executor {
         shared_bytes: u32,
         params: &P,
     ) -> Result<Report, Fault> {
+        self.launch_raw(
+            entry,
+            (grid, block, shared_bytes),
+            std::ptr::from_ref(params).cast(),
+            size_of::<P>(),
+        )
+    }
+
+    /// [`Self::launch`] of parameters that lie in 64-bit words, as the calls of `tenp_kernels::device` hold them.
+    ///
+    /// # Errors
+    /// The first [`Fault`].
+    pub fn launch_words(
+        &self,
+        entry: &str,
+        grid: [u32; 3],
+        block: [u32; 3],
+        shared_bytes: u32,
+        words: &[u64],
+    ) -> Result<Report, Fault> {
+        self.launch_raw(
+            entry,
+            (grid, block, shared_bytes),
+            words.as_ptr().cast(),
+            size_of_val(words),
+        )
+    }
+
+    /// `params` points to `params_bytes` bytes.
+    fn launch_raw(
+        &self,
+        entry: &str,
+        (grid, block, shared_bytes): ([u32; 3], [u32; 3], u32),
+        params: *const c_void,
+        params_bytes: usize,
+    ) -> Result<Report, Fault> {
         let refused = |detail: String| Fault::without_place(FaultKind::Launch, entry, detail);
         let Some((name, expected)) = find(entry) else {
             return Err(refused(format!(
@@ -87,10 +123,9 @@ impl Executor {
                 entries().join(", ")
             )));
         };
-        if expected != size_of::<P>() as u64 {
+        if expected != params_bytes as u64 {
             return Err(refused(format!(
-                "parameters of {} bytes, expected {expected}",
-                size_of::<P>()
+                "parameters of {params_bytes} bytes, expected {expected}"
             )));
         }
         let (order, seed) = match self.schedule {
@@ -121,7 +156,7 @@ impl Executor {
             ffi::simt_launch(
                 name.as_ptr(),
                 &raw const request,
-                std::ptr::from_ref(params).cast(),
+                params,
                 &raw mut report,
                 &raw mut fault,
             )

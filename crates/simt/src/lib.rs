@@ -44,7 +44,7 @@
 //! | `BarrierDivergence` | a `__syncthreads` that some thread never reaches, because it has exited or stands at another one |
 //! | `WarpDivergence` | likewise for `__syncwarp`, shuffles, votes, ldmatrix, mma (all 32 lanes); a shuffle from a lane outside the mask |
 //! | `Undefined` | signed overflow, shifts too far, integer division by zero, a float an integer cannot hold |
-//! | `StepLimit` | a block of more than 2³⁰ steps: no launch hangs |
+//! | `StepLimit` | a block of more than 2³⁰ steps, or a second of processor time without one: no launch hangs |
 //! | `Launch` | an unknown entry, parameters of another size, limits of sm_90, launch bounds of the entry |
 //! | `Unwritten` | [`Buffer::written`] and elements that no thread wrote |
 //!

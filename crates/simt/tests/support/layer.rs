@@ -2,10 +2,11 @@
 
 use half::bf16;
 use rand_chacha::ChaCha8Rng;
-use tenp_kernels::MatrixView;
 use tenp_kernels::cpu::moe::ExpertWeights;
+use tenp_kernels::device::PaddedLayout;
+use tenp_kernels::{MatrixView, RaggedLayout};
 
-use super::{bf16_values, bits};
+use super::bf16_values;
 
 /// One expert's matrices in bf16.
 pub struct Expert {
@@ -22,6 +23,7 @@ pub struct Layer {
     pub hidden: usize,
     pub widths: Vec<usize>,
     pub experts: Vec<Expert>,
+    pub layout: PaddedLayout,
 }
 
 impl Layer {
@@ -36,10 +38,12 @@ impl Layer {
                 down: bf16_values(rng, width * hidden, scale),
             })
             .collect();
+        let ragged = RaggedLayout::new(widths.to_vec()).expect("small widths");
         Self {
             hidden,
             widths: widths.to_vec(),
             experts,
+            layout: PaddedLayout::new(&ragged).expect("small widths"),
         }
     }
 
@@ -49,72 +53,35 @@ impl Layer {
 
     /// Width rounded up to whole fragments.
     pub fn width_padded(&self, expert: usize) -> usize {
-        self.widths[expert].next_multiple_of(16)
+        self.layout.range(expert).len()
     }
 
-    /// `[E + 1]` in padded neurons.
-    pub fn neuron_offsets(&self) -> Vec<i32> {
-        let mut offsets = vec![0];
-        for e in 0..self.num_experts() {
-            offsets.push(offsets[e] + self.width_padded(e) as i32);
-        }
-        offsets
-    }
-
-    /// Padded neurons S.
-    pub fn num_neurons(&self) -> usize {
-        (0..self.num_experts()).map(|e| self.width_padded(e)).sum()
-    }
-
-    /// A pitch for h.
+    /// Pitch of h.
     pub fn hidden_pitch(&self) -> usize {
-        (0..self.num_experts())
-            .map(|e| self.width_padded(e))
-            .max()
-            .unwrap_or(0)
-            .max(16)
+        self.layout.hidden_pitch()
     }
 
-    /// `[E]`.
-    pub fn device_widths(&self) -> Vec<i32> {
-        self.widths.iter().map(|&w| w as i32).collect()
+    /// Neuron `neuron`'s column of an expert's down projection.
+    pub fn down_column(&self, expert: usize, neuron: usize) -> Vec<bf16> {
+        let column = self.experts[expert].down.iter().skip(neuron);
+        column.step_by(self.widths[expert]).copied().collect()
     }
 
     /// `GU [2S, H]`.
-    pub fn gate_up(&self) -> Vec<u16> {
-        let h = self.hidden;
-        let mut out = vec![0u16; 2 * self.num_neurons() * h];
-        for (e, offset) in self.neuron_offsets()[..self.num_experts()]
-            .iter()
-            .enumerate()
-        {
-            for j in 0..self.widths[e] {
-                let row = 2 * (*offset as usize) + j / 8 * 16 + j % 8;
-                let from = j * h..(j + 1) * h;
-                out[row * h..(row + 1) * h]
-                    .copy_from_slice(&bits(&self.experts[e].gate[from.clone()]));
-                out[(row + 8) * h..(row + 9) * h].copy_from_slice(&bits(&self.experts[e].up[from]));
-            }
-        }
+    pub fn gate_up(&self) -> Vec<bf16> {
+        let mut out = vec![bf16::NAN; 2 * self.layout.total() * self.hidden];
+        self.layout
+            .pack_gate_up(self.hidden, &self.views(), &mut out)
+            .expect("the shapes are its own");
         out
     }
 
     /// `DT [S, H]`.
-    pub fn down_t(&self) -> Vec<u16> {
-        let h = self.hidden;
-        let mut out = vec![0u16; self.num_neurons() * h];
-        for (e, offset) in self.neuron_offsets()[..self.num_experts()]
-            .iter()
-            .enumerate()
-        {
-            let width = self.widths[e];
-            for j in 0..width {
-                for i in 0..h {
-                    out[(*offset as usize + j) * h + i] =
-                        self.experts[e].down[i * width + j].to_bits();
-                }
-            }
-        }
+    pub fn down_t(&self) -> Vec<bf16> {
+        let mut out = vec![bf16::NAN; self.layout.total() * self.hidden];
+        self.layout
+            .pack_down(self.hidden, &self.views(), &mut out)
+            .expect("the shapes are its own");
         out
     }
 

@@ -1,4 +1,4 @@
-//! What the tests of the kernels share: data, experts of awkward widths, routings, and the launches around a product.
+//! What the tests of the kernels share: data, experts of awkward widths, routed batches, and how calls are run.
 #![allow(
     dead_code,
     unreachable_pub,
@@ -8,17 +8,21 @@
 
 pub mod layer;
 pub mod moe;
+pub mod products;
 
+use bytemuck::Pod;
 use half::bf16;
 use rand::{RngExt as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
-use simt::{Executor, Report, Schedule};
+use simt::{Buffer, Executor, Fault, Schedule};
+use tenp_kernels::KernelError;
+use tenp_kernels::device::{Call, DeviceSlice, DeviceSliceMut, Runner};
 
 /// Widths around every tile and padding boundary.
 pub const AWKWARD_WIDTHS: [usize; 10] = [0, 1, 7, 8, 63, 64, 65, 127, 128, 129];
 
 /// Half a unit in the last place of bf16, relative: rounding to nearest moves a number by at most this part of it.
-pub const BF16_ROUNDING: f64 = 1.0 / 256.0 / 2.0;
+pub const BF16_ROUNDING: f64 = 1.0 / 256.0;
 
 /// The same of f32.
 pub const F32_ROUNDING: f64 = 1.0 / 16_777_216.0;
@@ -30,8 +34,9 @@ pub fn rng(seed: u64) -> ChaCha8Rng {
 
 /// `count` numbers in ±`scale` that bf16 holds exactly.
 pub fn bf16_values(rng: &mut ChaCha8Rng, count: usize, scale: f32) -> Vec<bf16> {
-    (0..count)
-        .map(|_| bf16::from_f32(rng.random_range(-scale..scale)))
+    f32_values(rng, count, scale)
+        .into_iter()
+        .map(bf16::from_f32)
         .collect()
 }
 
@@ -42,63 +47,108 @@ pub fn f32_values(rng: &mut ChaCha8Rng, count: usize, scale: f32) -> Vec<f32> {
         .collect()
 }
 
-/// The bits that kernels take.
-pub fn bits(values: &[bf16]) -> Vec<u16> {
-    values.iter().map(|v| v.to_bits()).collect()
-}
-
 /// Widened.
 pub fn widened(values: &[bf16]) -> Vec<f32> {
     values.iter().map(|v| v.to_f32()).collect()
 }
 
-/// The number behind bf16 bits.
-pub fn number(bits: u16) -> f64 {
-    f64::from(bf16::from_bits(bits).to_f32())
+/// Sum of products, and how far f32 may be from it whatever the order of its additions.
+pub fn dot(a: &[bf16], b: &[bf16]) -> (f64, f64) {
+    let terms = || a.iter().zip(b).map(|(a, b)| a.to_f64() * b.to_f64());
+    let size: f64 = terms().map(f64::abs).sum();
+    (terms().sum(), (a.len() as f64 + 1.0) * F32_ROUNDING * size)
 }
 
-/// Launches and panics with the whole report of a fault.
-pub fn launch<P: Copy>(
-    schedule: Schedule,
-    entry: &str,
-    grid: impl Grid,
-    block: u32,
-    shared_bytes: usize,
-    params: &P,
-) -> Report {
-    Executor::new(schedule)
-        .launch(
-            entry,
-            grid.dimensions(),
-            [block, 1, 1],
-            shared_bytes as u32,
-            params,
-        )
-        .unwrap_or_else(|fault| panic!("{fault}"))
+/// The executor as what runs calls.
+#[derive(Clone, Copy, Debug)]
+pub struct Sim {
+    pub schedule: Schedule,
+    /// Persistent kernels get twice as many blocks.
+    pub multiprocessors: usize,
 }
 
-/// A grid of one, two or three dimensions.
-pub trait Grid {
-    /// As the launch takes it.
-    fn dimensions(self) -> [u32; 3];
+/// How a call fails here.
+#[derive(Debug)]
+pub enum Failure {
+    Refused(KernelError),
+    Fault(Fault),
 }
 
-impl Grid for usize {
-    fn dimensions(self) -> [u32; 3] {
-        [self as u32, 1, 1]
+impl From<KernelError> for Failure {
+    fn from(error: KernelError) -> Self {
+        Self::Refused(error)
     }
 }
 
-impl Grid for (usize, usize) {
-    fn dimensions(self) -> [u32; 3] {
-        [self.0 as u32, self.1 as u32, 1]
+impl Runner for Sim {
+    type Error = Failure;
+
+    fn multiprocessors(&self) -> usize {
+        self.multiprocessors
+    }
+
+    fn run(&self, call: &Call<'_>) -> Result<(), Failure> {
+        let launch = call.launch();
+        if launch.is_empty() {
+            return Ok(());
+        }
+        let threads = [launch.threads, 1, 1];
+        Executor::new(self.schedule)
+            .launch_words(
+                call.entry(),
+                launch.grid,
+                threads,
+                launch.shared_bytes,
+                call.params(),
+            )
+            .map(|_| ())
+            .map_err(Failure::Fault)
     }
 }
 
-impl Grid for (usize, usize, usize) {
-    fn dimensions(self) -> [u32; 3] {
-        [self.0 as u32, self.1 as u32, self.2 as u32]
+impl Sim {
+    pub fn new(schedule: Schedule) -> Self {
+        Self {
+            schedule,
+            multiprocessors: 2,
+        }
     }
+
+    /// The `i`-th of some that differ in schedule and grid.
+    pub fn unlike(i: usize) -> Self {
+        Self {
+            schedule: Schedule::UNLIKE[i % 4],
+            multiprocessors: [2, 1, 3, 20][i % 4],
+        }
+    }
+
+    /// Runs a call whose arguments must be good; a fault ends the test with its whole report.
+    #[track_caller]
+    pub fn go(&self, call: Result<Call<'_>, KernelError>) {
+        let call = call.unwrap_or_else(|e| panic!("{e}"));
+        match self.run(&call) {
+            Ok(()) => {}
+            Err(Failure::Fault(fault)) => panic!("{fault}"),
+            Err(Failure::Refused(error)) => panic!("{error}"),
+        }
+    }
+}
+
+/// A buffer as an argument.
+pub fn view<T: Pod>(buffer: &Buffer<T>) -> DeviceSlice<'_, T> {
+    // SAFETY: the buffer outlives the view, and launches that write to it run one after another.
+    unsafe { DeviceSlice::from_raw(buffer.ptr() as u64, buffer.len()) }
+}
+
+/// A buffer as a result.
+pub fn view_mut<T: Pod>(buffer: &Buffer<T>) -> DeviceSliceMut<'_, T> {
+    // SAFETY: as `view`; the executor finds accesses that a launch's threads do not order.
+    unsafe { DeviceSliceMut::from_raw(buffer.mut_ptr() as u64, buffer.len()) }
+}
+
+/// A buffer's bytes, for comparisons that NaN and zeros must pass too.
+pub fn bytes_of<T: Pod>(buffer: &Buffer<T>) -> Vec<u8> {
+    bytemuck::cast_slice(&buffer.to_vec()).to_vec()
 }
 
 /// Asserts `|got − want| ≤ tolerance`, or that both are NaN, or the same infinity.
