@@ -15,13 +15,16 @@
 pub mod call;
 pub mod check;
 pub mod geometry;
+pub mod moe_accumulate;
 pub mod moe_contribution;
 pub mod moe_down;
 pub mod moe_gate_up;
 pub mod moe_group;
+pub mod moe_row_norms;
 pub mod moe_schedule;
 pub mod packed;
 pub mod rms_norm;
+pub mod segment_norms;
 pub mod view;
 
 #[cfg(feature = "cuda")]

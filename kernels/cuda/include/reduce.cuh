@@ -34,6 +34,13 @@ __device__ __forceinline__ unsigned warp_max(unsigned value) {
     return value;
 }
 
+__device__ __forceinline__ bool is_finite(double value) { return fabs(value) <= 0x1.fffffffffffffp+1023; }
+
+// 1 / (|y| + 1e-8) from the square of |y|, 0 where that is zero or not finite.
+__device__ __forceinline__ float inverse_norm(double square) {
+    return square > 0.0 && is_finite(square) ? static_cast<float>(1.0 / (sqrt(square) + 1e-8)) : 0.0f;
+}
+
 // Every thread gets the same sum; `partial` holds one value per warp and may be used again after the next barrier.
 template <class T> __device__ __forceinline__ T block_sum(T value, T *partial) {
     value = warp_sum(value);

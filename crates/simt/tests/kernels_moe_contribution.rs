@@ -1,0 +1,272 @@
+//! `tenp_moe_row_norms`, `tenp_moe_contribution_*` and `tenp_accumulate_partials` against the formulas in f64.
+
+mod support;
+
+use half::bf16;
+use simt::{Buffer, Schedule};
+use support::moe::Batch;
+use support::products::{Outputs, Partials, contribution, down, gate_up};
+use support::{F32_ROUNDING, Sim, assert_close, bytes_of, dot, f32_values, rng, view, view_mut};
+use tenp_kernels::device::moe_accumulate::{AccumulatePartials, accumulate_partials};
+use tenp_kernels::device::moe_row_norms::{MoeRowNorms, moe_row_norms};
+use tenp_kernels::device::{Product, Tile};
+use tenp_kernels::params::{TENP_SUM_CONTRIBUTION, TENP_SUM_CONTRIBUTION_ABS};
+
+/// Norms of a batch's rows.
+struct Norms {
+    inverse: Buffer<f32>,
+    norms: Buffer<f64>,
+    non_finite: Buffer<i32>,
+}
+
+fn row_norms(batch: &Batch, outputs: &Outputs, sim: Sim) -> Norms {
+    let rows = batch.num_rows();
+    let norms = Norms {
+        inverse: Buffer::output("row_inverse", rows),
+        norms: Buffer::output("row_norms", rows),
+        non_finite: Buffer::in_out("non_finite", &vec![3; batch.layer.num_experts()]),
+    };
+    sim.go(moe_row_norms(MoeRowNorms {
+        experts: batch.tables.view(),
+        square_partials: view(&outputs.squares),
+        group_offsets: view(&batch.grouped.group_offsets),
+        row_inverse: view_mut(&norms.inverse),
+        row_norms: Some(view_mut(&norms.norms)),
+        non_finite: view_mut(&norms.non_finite),
+        num_rows: rows,
+        num_partials: outputs.num_partials,
+    }));
+    norms
+}
+
+/// h, y and norms of a batch.
+struct Forward {
+    h: Buffer<bf16>,
+    outputs: Outputs,
+    norms: Norms,
+}
+
+impl Forward {
+    fn new(batch: &Batch, tile: Tile, sim: Sim) -> Self {
+        let (h, _) = gate_up(batch, Product::gate_up(tile), sim);
+        let outputs = down(batch, &h, Product::down(tile), sim);
+        let norms = row_norms(batch, &outputs, sim);
+        Self { h, outputs, norms }
+    }
+
+    fn contribution(&self, batch: &Batch, tile: Tile, sim: Sim) -> Partials {
+        let operands = (&self.h, &self.outputs.y_bf16, &self.norms.inverse);
+        contribution(batch, operands, Product::contribution(tile), sim)
+    }
+
+    /// One row's y.
+    fn y(&self, batch: &Batch, row: usize) -> Vec<bf16> {
+        self.outputs.y_bf16.to_vec()[row * batch.layer.hidden..][..batch.layer.hidden].to_vec()
+    }
+}
+
+fn check_norms(batch: &Batch, forward: &Forward) {
+    let hidden = batch.layer.hidden;
+    let (norms, inverse) = (
+        forward.norms.norms.written().unwrap(),
+        forward.norms.inverse.written().unwrap(),
+    );
+    let y = forward.outputs.y_f32.to_vec();
+    for row in batch.rows() {
+        let y = &y[row.index * hidden..][..hidden];
+        let squares: f64 = y.iter().map(|&v| f64::from(v).powi(2)).sum();
+        let want = if row.width == 0 { 0.0 } else { squares.sqrt() };
+        let what = || format!("norm of {row:?}");
+        let tolerance = 130.0 * F32_ROUNDING * want;
+        assert_close(norms[row.index], want, tolerance, what);
+        let want = if norms[row.index] > 0.0 {
+            1.0 / (norms[row.index] + 1e-8)
+        } else {
+            0.0
+        };
+        let tolerance = F32_ROUNDING * want;
+        assert_close(f64::from(inverse[row.index]), want, tolerance, what);
+    }
+    let clean = vec![3; batch.layer.num_experts()];
+    assert_eq!(forward.norms.non_finite.to_vec(), clean);
+}
+
+/// The partials of every neuron and tile, against h, y and 1/|y| as the kernel read them.
+fn check_contribution(batch: &Batch, forward: &Forward, tile: Tile, partials: &Partials) {
+    let (h, inverse) = (forward.h.to_vec(), forward.norms.inverse.to_vec());
+    let pitch = batch.layer.hidden_pitch();
+    let got = partials.table();
+    for e in 0..batch.layer.num_experts() {
+        let rows: Vec<usize> = batch.groups.rows(e).collect();
+        let y: Vec<Vec<bf16>> = rows.iter().map(|&r| forward.y(batch, r)).collect();
+        for j in 0..batch.layer.width_padded(e) {
+            let column = if j < batch.layer.widths[e] {
+                batch.layer.down_column(e, j)
+            } else {
+                vec![bf16::ZERO; batch.layer.hidden]
+            };
+            let tiles = rows.chunks(tile.rows()).zip(y.chunks(tile.rows()));
+            for (t, (rows, y)) in tiles.enumerate() {
+                let (mut sum, mut size, mut error) = (0.0, 0.0, 0.0);
+                for (&row, y) in rows.iter().zip(y) {
+                    let (product, off) = dot(&column, y);
+                    let scale = h[row * pitch + j].to_f64() * f64::from(inverse[row]);
+                    sum += scale * product;
+                    size += (scale * product).abs();
+                    error += scale.abs() * off;
+                }
+                let tolerance = error + (rows.len() as f64 + 4.0) * F32_ROUNDING * size;
+                for (which, want) in [
+                    (TENP_SUM_CONTRIBUTION, sum),
+                    (TENP_SUM_CONTRIBUTION_ABS, size),
+                ] {
+                    let got = got.get(batch, which, e, t, j);
+                    assert_close(got, want, tolerance * 1.01, || {
+                        format!("{tile:?} sum {which} expert {e} tile {t} neuron {j}")
+                    });
+                }
+            }
+        }
+    }
+}
+
+fn check(batch: &Batch, tile: Tile, sim: Sim) {
+    let forward = Forward::new(batch, Tile::N64, sim);
+    check_norms(batch, &forward);
+    let partials = forward.contribution(batch, tile, sim);
+    check_contribution(batch, &forward, tile, &partials);
+}
+
+#[test]
+fn both_tiles_at_awkward_widths() {
+    check(&Batch::awkward(10, 72, 37), Tile::N64, Sim::unlike(1));
+    check(&Batch::awkward(11, 40, 150), Tile::N128, Sim::unlike(2));
+    check(&Batch::awkward(12, 8, 0), Tile::N128, Sim::unlike(0));
+    check(&Batch::awkward(13, 24, 1), Tile::N64, Sim::unlike(0));
+}
+
+#[test]
+fn experts_as_wide_as_real_ones() {
+    let batch = Batch::wide(12, 16, 9);
+    check(&batch, Tile::N64, Sim::unlike(3));
+    check(&batch, Tile::N128, Sim::unlike(0));
+}
+
+#[test]
+fn every_token_on_one_expert() {
+    check(&Batch::crowded(20, 16, 67), Tile::N64, Sim::unlike(0));
+    check(&Batch::crowded(20, 16, 131), Tile::N128, Sim::unlike(1));
+}
+
+/// Running sums of a product over `before`.
+fn accumulated(batch: &Batch, partials: &Partials, before: &[f64], sim: Sim) -> Vec<f64> {
+    let sums = Buffer::in_out("sums", before);
+    sim.go(accumulate_partials(AccumulatePartials {
+        product: partials.tiles.product,
+        experts: batch.tables.view(),
+        partials: view(&partials.values),
+        offsets: view(&partials.tiles.partial_offsets),
+        stride: partials.stride,
+        group_offsets: view(&batch.grouped.group_offsets),
+        sums: view_mut(&sums),
+    }));
+    sums.to_vec()
+}
+
+#[test]
+fn partials_are_added_in_tile_order() {
+    let mut rng = rng(30);
+    for (i, batch) in [Batch::awkward(31, 16, 200), Batch::crowded(32, 16, 200)]
+        .iter()
+        .enumerate()
+    {
+        let sim = Sim::unlike(i + 1);
+        let (_, partials) = gate_up(batch, Product::gate_up_stats(Tile::N64), sim);
+        let partials = partials.expect("the entry makes them");
+        let neurons = batch.layer.layout.total();
+        let before: Vec<f64> = f32_values(&mut rng, 5 * neurons, 1.0)
+            .into_iter()
+            .map(f64::from)
+            .collect();
+        let got = accumulated(batch, &partials, &before, sim);
+        let table = partials.table();
+        for e in 0..batch.layer.num_experts() {
+            let tiles = batch.groups.rows(e).len().div_ceil(64);
+            for (j, neuron) in batch.layer.layout.range(e).enumerate() {
+                for sum in 0..5u32 {
+                    let at = sum as usize * neurons + neuron;
+                    let want = (0..tiles).fold(before[at], |total, tile| {
+                        let value = table.get(batch, sum, e, tile, j);
+                        if sum == 2 {
+                            total.max(value)
+                        } else {
+                            total + value
+                        }
+                    });
+                    assert_eq!(got[at].to_bits(), want.to_bits(), "{e} {j} {sum}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn contributions_of_an_expert_add_up_to_its_norms() {
+    for (tile, batch) in [
+        (Tile::N64, Batch::awkward(40, 72, 60)),
+        (Tile::N128, Batch::wide(41, 16, 12)),
+    ] {
+        let sim = Sim::unlike(3);
+        let forward = Forward::new(&batch, Tile::N64, sim);
+        let partials = forward.contribution(&batch, tile, sim);
+        let neurons = batch.layer.layout.total();
+        let sums = accumulated(&batch, &partials, &vec![0.0; 2 * neurons], sim);
+        let norms = forward.norms.norms.to_vec();
+        for e in 0..batch.layer.num_experts() {
+            let got: f64 = sums[batch.layer.layout.range(e)].iter().sum();
+            let want: f64 = batch.groups.rows(e).map(|r| norms[r]).sum();
+            // y is rounded to bf16 on one side of the dot product only.
+            assert_close(got, want, want / 256.0, || format!("{tile:?} expert {e}"));
+        }
+    }
+}
+
+#[test]
+fn outputs_that_are_not_finite_count_and_contribute_nothing() {
+    let clean = Batch::awkward(50, 24, 40);
+    let hidden = clean.layer.hidden;
+    let mut dirty = Batch::awkward(50, 24, 40);
+    dirty.x[3 * hidden..4 * hidden].fill(bf16::NAN);
+    let dirty = Batch::new(dirty.layer, dirty.routing, dirty.x);
+    let sim = Sim::new(Schedule::Random(4));
+    let forward = Forward::new(&dirty, Tile::N64, sim);
+    let (inverse, norms) = (
+        forward.norms.inverse.written().unwrap(),
+        forward.norms.norms.written().unwrap(),
+    );
+    let mut expected = vec![3; dirty.layer.num_experts()];
+    for row in dirty.rows() {
+        let bad = row.token == 3 && row.width > 0;
+        expected[row.expert] += i32::from(bad);
+        let zero = bad || row.width == 0;
+        assert_eq!(inverse[row.index] == 0.0, zero, "{row:?}");
+        assert_eq!(norms[row.index] == 0.0, zero, "{row:?}");
+    }
+    assert_eq!(forward.norms.non_finite.to_vec(), expected);
+    // The same as if those rows had been zero.
+    let mut h = forward.h.to_vec();
+    let mut y = forward.outputs.y_bf16.to_vec();
+    let pitch = dirty.layer.hidden_pitch();
+    for row in dirty.rows().iter().filter(|r| r.token == 3) {
+        let padded = dirty.layer.width_padded(row.expert);
+        h[row.index * pitch..][..padded].fill(bf16::ZERO);
+        y[row.index * hidden..][..hidden].fill(bf16::ZERO);
+    }
+    let (h, y) = (Buffer::input("h", &h), Buffer::input("y", &y));
+    for tile in [Tile::N64, Tile::N128] {
+        let product = Product::contribution(tile);
+        let want = contribution(&dirty, (&h, &y, &forward.norms.inverse), product, sim);
+        let got = forward.contribution(&dirty, tile, sim);
+        assert!(bytes_of(&got.values) == bytes_of(&want.values), "{tile:?}");
+    }
+}
