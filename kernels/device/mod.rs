@@ -25,6 +25,7 @@ pub mod moe_schedule;
 pub mod packed;
 pub mod rms_norm;
 pub mod segment_norms;
+pub mod router;
 pub mod view;
 
 #[cfg(feature = "cuda")]
