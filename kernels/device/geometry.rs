@@ -23,6 +23,13 @@ impl Launch {
         }
     }
 
+    /// A block per row whose threads take `items` items each row, at most 256 at a time.
+    #[must_use]
+    pub(super) fn row_per_block(rows: usize, items: usize) -> Self {
+        let threads = items.clamp(1, 256).next_multiple_of(32);
+        Self::line(rows as u32, threads as u32, 0)
+    }
+
     /// Whether there is nothing to launch (CUDA refuses a grid with a zero in it).
     #[must_use]
     pub const fn is_empty(&self) -> bool {

@@ -14,6 +14,7 @@
 
 pub mod call;
 pub mod check;
+pub mod elementwise;
 pub mod geometry;
 pub mod moe_accumulate;
 pub mod moe_contribution;
@@ -26,6 +27,7 @@ pub mod packed;
 pub mod rms_norm;
 pub mod segment_norms;
 pub mod router;
+pub mod rows;
 pub mod view;
 
 #[cfg(feature = "cuda")]
