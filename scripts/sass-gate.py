@@ -26,6 +26,8 @@ TABLE = [
     ("tenp_moe_*_n64", 128, ["HMMA", "LDGSTS", "LDSM"]),
     ("tenp_moe_*_n128", 128, ["HMMA", "LDGSTS", "LDSM"]),
     ("tenp_moe_*_r2", 128, []),
+    # Four rows' loads in flight and m beside them: five blocks of 128 threads to a multiprocessor, 80 KiB under way.
+    ("tenp_moe_direction", 96, []),
     ("tenp_attention_prefill*", 255, ["HMMA", "LDGSTS", "LDSM"]),
     ("tenp_attention_decode*", 128, []),
     ("tenp_segment_similarity", 255, ["HMMA"]),

@@ -15,9 +15,12 @@
 pub mod call;
 pub mod check;
 pub mod elementwise;
+pub mod expert_sums;
 pub mod geometry;
 pub mod moe_accumulate;
+pub mod moe_combine;
 pub mod moe_contribution;
+pub mod moe_direction;
 pub mod moe_down;
 pub mod moe_gate_up;
 pub mod moe_group;
