@@ -1,10 +1,25 @@
 //! Keys and values of finished tokens, so that generation computes each token once.
 
-/// Keys and values of every layer and sequence.
-#[derive(Clone, Debug, Default)]
+use std::any::Any;
+
+/// Keys and values of every layer and sequence, where the model that fills it keeps them.
+#[derive(Default)]
 pub struct KvCache {
-    layers: Vec<Vec<CachedSequence>>,
+    num_sequences: usize,
     len: usize,
+    pub(crate) store: Store,
+}
+
+/// Where keys and values are.
+#[derive(Default)]
+pub(crate) enum Store {
+    /// Nothing is cached yet.
+    #[default]
+    Empty,
+    /// In host memory, by layer and sequence.
+    Host(Vec<Vec<CachedSequence>>),
+    /// With an engine of its own.
+    Engine(Box<dyn Any>),
 }
 
 /// Keys and values of one sequence in one layer, `[tokens, kv heads · head size]` each.
@@ -16,10 +31,10 @@ pub(crate) struct CachedSequence {
 
 impl KvCache {
     /// An empty cache for `num_sequences` sequences.
-    pub fn new(num_layers: usize, num_sequences: usize) -> Self {
+    pub fn new(num_sequences: usize) -> Self {
         Self {
-            layers: vec![vec![CachedSequence::default(); num_sequences]; num_layers],
-            len: 0,
+            num_sequences,
+            ..Self::default()
         }
     }
 
@@ -33,11 +48,26 @@ impl KvCache {
         self.len == 0
     }
 
+    pub(crate) fn num_sequences(&self) -> usize {
+        self.num_sequences
+    }
+
     pub(crate) fn advance(&mut self, tokens: usize) {
         self.len += tokens;
     }
 
-    pub(crate) fn layer(&mut self, layer: usize) -> &mut [CachedSequence] {
-        &mut self.layers[layer]
+    /// The host's sequences of a layer.
+    ///
+    /// # Panics
+    /// If another engine has filled the cache: a cache belongs to the model that was first run with it.
+    pub(crate) fn host_layer(&mut self, layer: usize, num_layers: usize) -> &mut [CachedSequence] {
+        if matches!(self.store, Store::Empty) {
+            let layer = vec![CachedSequence::default(); self.num_sequences];
+            self.store = Store::Host(vec![layer; num_layers]);
+        }
+        let Store::Host(layers) = &mut self.store else {
+            panic!("a cache belongs to the model that was first run with it");
+        };
+        &mut layers[layer]
     }
 }

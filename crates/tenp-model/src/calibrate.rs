@@ -3,17 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
 
-use rayon::prelude::*;
 use sha2::{Digest, Sha256};
-use tenp_checkpoint::{LayerStatistics, Statistics};
-use tenp_kernels::cpu::direction::{ExpertSums, TokenContext, accumulate_expert_sums};
-use tenp_kernels::cpu::moe::ExpertWeights;
-use tenp_kernels::cpu::neuron::{NeuronSums, accumulate_neuron_sums, neuron_weight_norms};
+use tenp_checkpoint::{Checkpoint, LayerStatistics, Statistics};
+use tenp_kernels::cpu::direction::ExpertSums;
+use tenp_kernels::cpu::neuron::NeuronSums;
 use tenp_kernels::{Compute, RaggedLayout};
 
-use crate::error::AtLayer;
 use crate::weights::non_finite_expert;
-use crate::{Model, ModelError, MoeBlock, Observer, Sequences};
+use crate::{BlockSums, Model, ModelError, Observer, Sequences, WeightNorms};
 
 /// Runs the model over `domains` (name, samples) and collects every statistic.
 ///
@@ -46,13 +43,13 @@ pub fn calibrate(
         statistics.domains.insert(name.clone(), BTreeMap::new());
     }
     let collector = Collector {
-        model: *model,
+        checkpoint: model.checkpoint(),
         num_domains: domains.len(),
         current: Mutex::new(None),
         progress,
     };
     let mut run = model.begin(&sequences)?;
-    while run.step(&collector, None)? {
+    while run.step(&collector)? {
         if let Some((layer, sums)) = collector.finish_layer()? {
             for (d, (name, _)) in domains.iter().enumerate() {
                 let tables = statistics.domains.entry(name.clone()).or_default();
@@ -79,7 +76,7 @@ fn tokens_fingerprint(samples: &[Vec<u32>]) -> String {
 }
 
 struct Collector<'m, 'c> {
-    model: Model<'c>,
+    checkpoint: &'c Checkpoint,
     num_domains: usize,
     /// The layer that is running, and its sums.
     current: Mutex<Option<(usize, LayerSums)>>,
@@ -89,8 +86,7 @@ struct Collector<'m, 'c> {
 /// Running sums of one layer.
 struct LayerSums {
     layout: RaggedLayout,
-    /// Squared weight norms of the neurons, `[Σ widths]`: (whole neuron, down column).
-    weight_norms: (Vec<f64>, Vec<f64>),
+    weight_norms: WeightNorms,
     /// By domain.
     experts: Vec<Vec<ExpertSums>>,
     neurons: Vec<NeuronSums>,
@@ -100,37 +96,18 @@ struct LayerSums {
     waiting: BTreeMap<usize, BlockSums>,
 }
 
-/// Sums over one block.
-struct BlockSums {
-    domain: usize,
-    experts: Vec<ExpertSums>,
-    neurons: NeuronSums,
-    num_tokens: usize,
-}
-
 impl LayerSums {
-    fn new(
-        layer: usize,
-        experts: &[ExpertWeights<'_>],
-        num_domains: usize,
-    ) -> Result<Self, ModelError> {
-        let layout =
-            RaggedLayout::new(experts.iter().map(ExpertWeights::width).collect()).at(layer)?;
-        let norms: Vec<_> = experts
-            .par_iter()
-            .map(neuron_weight_norms)
-            .collect::<Result<_, _>>()
-            .at(layer)?;
-        let (whole, down): (Vec<_>, Vec<_>) = norms.into_iter().unzip();
-        Ok(Self {
-            weight_norms: (whole.concat(), down.concat()),
-            experts: vec![vec![ExpertSums::default(); experts.len()]; num_domains],
+    fn new(layout: RaggedLayout, weight_norms: WeightNorms, num_domains: usize) -> Self {
+        let num_experts = layout.num_experts();
+        Self {
+            weight_norms,
+            experts: vec![vec![ExpertSums::default(); num_experts]; num_domains],
             neurons: vec![NeuronSums::new(layout.clone()); num_domains],
             total_tokens: vec![0; num_domains],
             next_block: 0,
             waiting: BTreeMap::new(),
             layout,
-        })
+        }
     }
 
     /// Takes a finished block, and adds all that are next in order.
@@ -138,7 +115,7 @@ impl LayerSums {
         self.waiting.insert(index, block);
         while let Some(block) = self.waiting.remove(&self.next_block) {
             self.next_block += 1;
-            let d = block.domain;
+            let d = block.label;
             for (sum, more) in self.experts[d].iter_mut().zip(&block.experts) {
                 sum.merge(more);
             }
@@ -162,7 +139,7 @@ impl Collector<'_, '_> {
         };
         for experts in &sums.experts {
             if let Some(expert) = experts.iter().position(|e| e.non_finite > 0) {
-                return Err(non_finite_expert(self.model.checkpoint(), layer, expert));
+                return Err(non_finite_expert(self.checkpoint, layer, expert));
             }
         }
         Ok(Some((layer, sums)))
@@ -170,62 +147,34 @@ impl Collector<'_, '_> {
 }
 
 impl Observer for Collector<'_, '_> {
-    fn begin_moe(&self, layer: usize, experts: &[ExpertWeights<'_>]) -> Result<(), ModelError> {
-        let sums = LayerSums::new(layer, experts, self.num_domains)?;
+    fn wants_sums(&self) -> bool {
+        true
+    }
+
+    fn begin_sums(
+        &self,
+        layer: usize,
+        layout: &RaggedLayout,
+        norms: WeightNorms,
+    ) -> Result<(), ModelError> {
         // Found here and not in the outputs, so that experts without tokens are checked too.
-        let damaged = sums
-            .weight_norms
-            .0
-            .iter()
-            .position(|norm| !norm.is_finite());
+        let damaged = norms.whole.iter().position(|norm| !norm.is_finite());
         if let Some(neuron) = damaged {
-            let layout = &sums.layout;
             let mut experts = 0..layout.num_experts();
             let expert = experts.find(|&e| layout.range(e).contains(&neuron));
             let expert = expert.expect("every neuron is some expert's");
-            return Err(non_finite_expert(self.model.checkpoint(), layer, expert));
+            return Err(non_finite_expert(self.checkpoint, layer, expert));
         }
+        let sums = LayerSums::new(layout.clone(), norms, self.num_domains);
         *self.current() = Some((layer, sums));
         Ok(())
     }
 
-    fn moe(&self, block: &MoeBlock<'_>) -> Result<(), ModelError> {
-        let layout = self
-            .current()
-            .as_ref()
-            .map(|(_, sums)| sums.layout.clone())
-            .expect("begin_moe came first");
-        let mut sums = BlockSums {
-            domain: block.label,
-            experts: vec![ExpertSums::default(); block.experts.len()],
-            neurons: NeuronSums::new(layout),
-            num_tokens: block.groups.num_tokens(),
-        };
-        let context = TokenContext {
-            x: block.x,
-            residual: block.residual,
-            combined: block.combined,
-        };
-        let (outputs, hidden) = (block.activations.outputs(), block.activations.hidden());
-        let norms =
-            accumulate_expert_sums(block.groups, context, outputs, hidden, &mut sums.experts)
-                .at(block.layer)?;
-        accumulate_neuron_sums(
-            block.experts,
-            block.groups,
-            block.activations,
-            &norms,
-            &mut sums.neurons,
-        )
-        .at(block.layer)?;
+    fn sums(&self, _layer: usize, index: usize, sums: BlockSums) -> Result<(), ModelError> {
         if let Some((_, layer)) = &mut *self.current() {
-            layer.add(block.index, sums);
+            layer.add(index, sums);
         }
         Ok(())
-    }
-
-    fn scores_neurons(&self) -> bool {
-        true
     }
 
     fn progress(&self, layer: usize, tokens: usize) {
@@ -247,7 +196,7 @@ fn layer_statistics(sums: &LayerSums, domain: usize) -> LayerStatistics {
         }
         out
     };
-    let (whole, down) = &sums.weight_norms;
+    let WeightNorms { whole, down } = &sums.weight_norms;
     let each = |value: &dyn Fn(&ExpertSums) -> f64| experts.iter().map(value).collect();
     LayerStatistics {
         num_experts,

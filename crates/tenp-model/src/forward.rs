@@ -6,33 +6,59 @@ use tenp_kernels::Compute;
 use tenp_kernels::cpu::elementwise::all_finite;
 use tenp_kernels::cpu::rotary::{RotaryScaling, RotaryTable};
 
+use crate::cpu::{CpuModel, CpuPass};
+use crate::engine::{Engine, Pass};
 use crate::error::AtLayer;
 use crate::head::Head;
 use crate::weights::non_finite;
-use crate::{ModelError, Observer, Run, Sequences};
+use crate::{KvCache, ModelError, Observer, Sequences};
 
-/// Expert activations of the blocks of tokens in flight may take this much memory.
-const BLOCK_BYTES: usize = 768 << 20;
-
-/// Mean rows of an expert in a block, over which the packing of its weights is spread. The demo model was fastest between
-/// 96 and 192 (0.39 to 0.40 s a pass); at 384 the activations of two blocks no longer stay near their cores (0.43 s).
-const ROWS_PER_EXPERT: usize = 192;
-
-const EMBEDDING: &str = "model.embed_tokens.weight";
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// A checkpoint that can be run.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Model<'c> {
     checkpoint: &'c Checkpoint,
     compute: Compute,
+    /// Where it runs, if not on the CPU.
+    engine: Option<&'c dyn Engine>,
+}
+
+/// A pass in progress: hidden states of all tokens after some layers.
+pub struct Run<'s> {
+    pass: Box<dyn Pass + 's>,
+}
+
+impl Run<'_> {
+    /// The layer that the next step runs.
+    pub fn layer(&self) -> usize {
+        self.pass.layer()
+    }
+
+    /// Runs one layer; false when there is none left. The next layer is read ahead meanwhile.
+    ///
+    /// # Errors
+    /// Unreadable tensors, or activations that are not finite.
+    pub fn step(&mut self, observer: &dyn Observer) -> Result<bool, ModelError> {
+        self.pass.step(observer)
+    }
+
+    /// Applies the final norm: `[tokens, H]`.
+    ///
+    /// # Errors
+    /// The norm's tensor cannot be read.
+    pub fn finish(self) -> Result<Vec<f32>, ModelError> {
+        self.pass.finish()
+    }
 }
 
 impl<'c> Model<'c> {
-    /// A model over an opened checkpoint.
+    /// A model over an opened checkpoint, run on the CPU.
     pub fn new(checkpoint: &'c Checkpoint, compute: Compute) -> Self {
         Self {
             checkpoint,
             compute,
+            engine: None,
         }
     }
 
@@ -56,36 +82,56 @@ impl<'c> Model<'c> {
     /// # Errors
     /// The head's tensor cannot be read.
     pub fn head(&self) -> Result<Head<'c>, ModelError> {
-        Head::new(self.checkpoint, self.compute)
+        Head::new(self.checkpoint, self.compute, self.engine)
     }
 
     /// Starts a pass over `sequences`.
     ///
     /// # Errors
     /// A token id outside the vocabulary, a sequence longer than the model's positions, an unreadable embedding.
-    pub fn begin<'s>(&self, sequences: &'s Sequences) -> Result<Run<'c, 's>, ModelError> {
+    pub fn begin<'s>(&self, sequences: &'s Sequences) -> Result<Run<'s>, ModelError>
+    where
+        'c: 's,
+    {
+        self.start(sequences, None)
+    }
+
+    /// Starts a pass over sequences that continue those of `cache`, one each, and will be in it afterwards.
+    ///
+    /// # Errors
+    /// As [`Self::begin`].
+    pub fn resume<'s>(
+        &self,
+        sequences: &'s Sequences,
+        cache: &'s mut KvCache,
+    ) -> Result<Run<'s>, ModelError>
+    where
+        'c: 's,
+    {
+        self.start(sequences, Some(cache))
+    }
+
+    fn start<'s>(
+        &self,
+        sequences: &'s Sequences,
+        cache: Option<&'s mut KvCache>,
+    ) -> Result<Run<'s>, ModelError>
+    where
+        'c: 's,
+    {
         sequences.check(self.config())?;
-        let config = self.config();
-        let embedding = self
-            .checkpoint
-            .matrix(EMBEDDING, config.vocab_size, config.hidden_size)?;
-        let mut hidden = vec![0.0; sequences.num_tokens() * config.hidden_size];
-        for (&id, row) in sequences
-            .ids()
-            .iter()
-            .zip(hidden.chunks_exact_mut(config.hidden_size))
-        {
-            embedding.dtype.widen(embedding.row(id as usize), row);
+        let pass = match self.engine {
+            Some(engine) => engine.begin(sequences, cache)?,
+            None => Box::new(CpuPass::new(self.on_cpu(), sequences, cache)?),
+        };
+        Ok(Run { pass })
+    }
+
+    fn on_cpu(&self) -> CpuModel<'c> {
+        CpuModel {
+            checkpoint: self.checkpoint,
+            compute: self.compute,
         }
-        if !all_finite(&hidden) {
-            return Err(non_finite(
-                self.checkpoint,
-                "embedding".to_owned(),
-                |name| name == EMBEDDING,
-            ));
-        }
-        let (rotary, softmax_factor) = rotary(config, sequences.max_positions())?;
-        Ok(Run::new(*self, sequences, hidden, rotary, softmax_factor))
     }
 
     /// Runs all layers and returns the normed hidden states `[tokens, H]`.
@@ -98,7 +144,7 @@ impl<'c> Model<'c> {
         observer: &dyn Observer,
     ) -> Result<Vec<f32>, ModelError> {
         let mut run = self.begin(sequences)?;
-        while run.step(observer, None)? {}
+        while run.step(observer)? {}
         run.finish()
     }
 
@@ -112,7 +158,8 @@ impl<'c> Model<'c> {
     pub fn working_bytes(&self, tokens: usize) -> usize {
         let config = self.config();
         let moe = &config.moe;
-        let block = (self.block_tokens() * self.blocks_in_flight()).min(tokens);
+        let cpu = self.on_cpu();
+        let block = (cpu.block_tokens() * cpu.blocks_in_flight()).min(tokens);
         let heads = match &config.attention {
             Attention::Mla {
                 num_heads,
@@ -134,32 +181,27 @@ impl<'c> Model<'c> {
         let statistics = 8 * 9 * (1 + config.moe_layers.len()) * moe.num_experts * moe.expert_width;
         tokens * self.hidden_bytes_per_token() + 4 * block_values + statistics
     }
+}
 
-    /// Tokens of a block: enough rows per expert to pay for packing its weights, few enough that a block's activations
-    /// stay near the cores, and never more than [`BLOCK_BYTES`] of them.
-    pub(crate) fn block_tokens(&self) -> usize {
-        let moe = &self.config().moe;
-        let paying = ROWS_PER_EXPERT * moe.num_experts.div_ceil(moe.top_k.max(1));
-        let fitting = BLOCK_BYTES / self.block_bytes_per_token();
-        paying.min(fitting).max(64)
+/// `[tokens, H]` the embedding's rows of `ids`, which are in the vocabulary.
+pub(crate) fn embed(checkpoint: &Checkpoint, ids: &[u32]) -> Result<Vec<f32>, ModelError> {
+    let config = checkpoint.config();
+    let embedding = checkpoint.matrix(EMBEDDING, config.vocab_size, config.hidden_size)?;
+    let mut hidden = vec![0.0; ids.len() * config.hidden_size];
+    for (&id, row) in ids.iter().zip(hidden.chunks_exact_mut(config.hidden_size)) {
+        embedding.dtype.widen(embedding.row(id as usize), row);
     }
-
-    /// Blocks that run at once: one on each thread where that many fit in [`BLOCK_BYTES`], else one on all threads.
-    pub(crate) fn blocks_in_flight(&self) -> usize {
-        let threads = rayon::current_num_threads();
-        let bytes = threads * self.block_tokens() * self.block_bytes_per_token();
-        if bytes <= BLOCK_BYTES { threads } else { 1 }
-    }
-
-    /// Bytes of expert activations per token of a block.
-    fn block_bytes_per_token(&self) -> usize {
-        let moe = &self.config().moe;
-        (4 * moe.top_k * (3 * self.config().hidden_size + moe.expert_width)).max(1)
+    if all_finite(&hidden) {
+        Ok(hidden)
+    } else {
+        Err(non_finite(checkpoint, "embedding".to_owned(), |name| {
+            name == EMBEDDING
+        }))
     }
 }
 
 /// The rotary table for `positions` positions, and the factor that YaRN puts on the softmax scale of MLA.
-fn rotary(config: &ModelConfig, positions: usize) -> Result<(RotaryTable, f64), ModelError> {
+pub(crate) fn rotary(config: &ModelConfig, positions: usize) -> Result<(RotaryTable, f64), ModelError> {
     let (dim, mla) = match &config.attention {
         Attention::Mla { rope_dim, .. } => (*rope_dim, true),
         Attention::Gqa { head_dim, .. } => (*head_dim, false),

@@ -12,7 +12,7 @@ impl<'c> Generator<'c> {
     /// A generator with an empty cache.
     pub fn new(model: Model<'c>) -> Self {
         Self {
-            cache: KvCache::new(model.config().num_layers, 1),
+            cache: KvCache::new(1),
             model,
         }
     }
@@ -24,10 +24,10 @@ impl<'c> Generator<'c> {
     pub fn feed(&mut self, ids: &[u32]) -> Result<Vec<f32>, ModelError> {
         let mut sequences = Sequences::default();
         sequences.push_at(ids, self.cache.len());
-        let mut run = self.model.begin(&sequences)?;
-        while run.step(&(), Some(&mut self.cache))? {}
-        self.cache.advance(ids.len());
+        let mut run = self.model.resume(&sequences, &mut self.cache)?;
+        while run.step(&())? {}
         let hidden = run.finish()?;
+        self.cache.advance(ids.len());
         let width = self.model.config().hidden_size;
         self.model
             .head()?

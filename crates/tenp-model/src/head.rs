@@ -1,18 +1,30 @@
 //! From hidden states to logits.
 
-use tenp_checkpoint::Checkpoint;
+use tenp_checkpoint::{Checkpoint, ModelConfig};
 use tenp_kernels::cpu::elementwise::all_finite;
 use tenp_kernels::cpu::linear::linear;
 use tenp_kernels::{Compute, MatrixView};
 
 use crate::ModelError;
+use crate::engine::Engine;
 use crate::error::AtLayer;
+use crate::forward::EMBEDDING;
 use crate::weights::{non_finite, view};
 
+/// The tensor that logits are made with.
+pub(crate) fn head_name(config: &ModelConfig) -> &'static str {
+    if config.tie_word_embeddings {
+        EMBEDDING
+    } else {
+        "lm_head.weight"
+    }
+}
+
 /// The output head of a model (its embedding matrix, where the two are tied).
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Head<'c> {
     checkpoint: &'c Checkpoint,
+    engine: Option<&'c dyn Engine>,
     name: &'static str,
     weight: MatrixView<'c>,
     compute: Compute,
@@ -20,16 +32,17 @@ pub struct Head<'c> {
 }
 
 impl<'c> Head<'c> {
-    pub(crate) fn new(checkpoint: &'c Checkpoint, compute: Compute) -> Result<Self, ModelError> {
+    pub(crate) fn new(
+        checkpoint: &'c Checkpoint,
+        compute: Compute,
+        engine: Option<&'c dyn Engine>,
+    ) -> Result<Self, ModelError> {
         let config = checkpoint.config();
-        let name = if config.tie_word_embeddings {
-            "model.embed_tokens.weight"
-        } else {
-            "lm_head.weight"
-        };
+        let name = head_name(config);
         let weight = checkpoint.matrix(name, config.vocab_size, config.hidden_size)?;
         Ok(Self {
             checkpoint,
+            engine,
             name,
             weight: view(&weight).at(config.num_layers)?,
             compute,
@@ -48,7 +61,12 @@ impl<'c> Head<'c> {
     /// A number of values that is no multiple of H; logits that are not finite.
     pub fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>, ModelError> {
         let mut out = vec![0.0; hidden.len() / self.weight.cols() * self.weight.rows()];
-        linear(self.compute, hidden, &self.weight, None, &mut out).at(self.num_layers)?;
+        match self.engine {
+            Some(engine) => engine.logits(hidden, &mut out)?,
+            None => {
+                linear(self.compute, hidden, &self.weight, None, &mut out).at(self.num_layers)?;
+            }
+        }
         if all_finite(&out) {
             Ok(out)
         } else {

@@ -15,6 +15,8 @@
 mod attention;
 mod cache;
 pub mod calibrate;
+mod cpu;
+mod engine;
 mod error;
 pub mod evaluate;
 pub mod forward;
@@ -22,15 +24,13 @@ pub mod generate;
 mod head;
 mod mlp;
 mod observer;
-mod run;
 pub mod sequences;
 pub mod text;
 mod weights;
 
 pub use cache::KvCache;
 pub use error::ModelError;
-pub use forward::Model;
+pub use forward::{Model, Run};
 pub use head::Head;
-pub use observer::{MoeBlock, Observer};
-pub use run::Run;
+pub use observer::{BlockSums, Observer, WeightNorms};
 pub use sequences::Sequences;

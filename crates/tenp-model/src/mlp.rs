@@ -6,7 +6,7 @@ use tenp_kernels::cpu::elementwise::{add, add_scaled};
 use tenp_kernels::cpu::linear::{PackedRows, linear, linear_packed};
 use tenp_kernels::cpu::moe::{ExpertActivations, ExpertWeights, combine, expert_forward};
 use tenp_kernels::cpu::router::{GroupLimit, RouterSpec, Routing};
-use tenp_kernels::{Compute, ExpertGroups};
+use tenp_kernels::{Compute, ExpertGroups, KernelError, RaggedLayout};
 
 use crate::ModelError;
 use crate::error::AtLayer;
@@ -92,6 +92,11 @@ impl<'a> MoeWeights<'a> {
             spec,
             shared,
         })
+    }
+
+    /// Widths of the routed experts.
+    pub(crate) fn layout(&self) -> Result<RaggedLayout, KernelError> {
+        RaggedLayout::new(self.experts.iter().map(ExpertWeights::width).collect())
     }
 
     /// Routes normed rows `x` and runs the routed experts on them; `combined` becomes Σ g y, `[tokens, H]`.

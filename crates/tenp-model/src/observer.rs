@@ -2,54 +2,78 @@
 
 use std::ops::Range;
 
-use tenp_kernels::ExpertGroups;
-use tenp_kernels::cpu::moe::{ExpertActivations, ExpertWeights};
-use tenp_kernels::cpu::router::Routing;
+use tenp_kernels::RaggedLayout;
+use tenp_kernels::cpu::direction::ExpertSums;
+use tenp_kernels::cpu::neuron::NeuronSums;
 
 use crate::ModelError;
 
-/// One block of tokens at one MoE layer, as an [`Observer`] sees it.
-pub struct MoeBlock<'a> {
-    /// The model's own layer index.
-    pub layer: usize,
-    /// Number of the block in the layer, counted from 0 in the order of the tokens.
-    pub index: usize,
-    /// Label of the block's sequences (calibration domain).
+/// Squared weight norms of a layer's neurons, `[Σ widths]` in the order of the layer's [`RaggedLayout`].
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct WeightNorms {
+    /// ‖gate row‖² + ‖up row‖² + ‖down column‖².
+    pub whole: Vec<f64>,
+    /// ‖down column‖².
+    pub down: Vec<f64>,
+}
+
+/// Sums over some tokens of one label at one MoE layer (`docs/methods.md` section 2).
+#[derive(Clone, Debug)]
+pub struct BlockSums {
+    /// Label of the tokens' sequences (calibration domain).
     pub label: usize,
-    /// Rows of the batch.
-    pub rows: Range<usize>,
-    /// The routed experts' weights.
-    pub experts: &'a [ExpertWeights<'a>],
-    /// `[rows, H]` what the experts received.
-    pub x: &'a [f32],
-    /// `[rows, H]` residual stream before the layer's norm.
-    pub residual: &'a [f32],
-    /// Chosen experts and weights.
-    pub routing: &'a Routing,
-    /// The same, grouped by expert.
-    pub groups: &'a ExpertGroups,
-    /// h and y of every row.
-    pub activations: &'a ExpertActivations,
-    /// `[rows, H]` Σ g y of the routed experts.
-    pub combined: &'a [f32],
+    /// Tokens that went through the layer.
+    pub num_tokens: usize,
+    /// By expert.
+    pub experts: Vec<ExpertSums>,
+    /// By neuron.
+    pub neurons: NeuronSums,
 }
 
 /// Watches a pass over the layers. Blocks of one layer may come from several threads and in any order; layers come one
 /// after another.
 pub trait Observer: Sync {
-    /// A MoE layer is about to run.
+    /// Whether the pass makes the sums that [`Self::begin_sums`] and [`Self::sums`] take.
+    fn wants_sums(&self) -> bool {
+        false
+    }
+
+    /// A MoE layer whose sums are wanted is about to run.
     ///
     /// # Errors
     /// Ends the pass.
-    fn begin_moe(&self, _layer: usize, _experts: &[ExpertWeights<'_>]) -> Result<(), ModelError> {
+    fn begin_sums(
+        &self,
+        _layer: usize,
+        _layout: &RaggedLayout,
+        _norms: WeightNorms,
+    ) -> Result<(), ModelError> {
         Ok(())
     }
 
-    /// A MoE layer has run its routed experts on a block of tokens.
+    /// Sums over block `index` of a MoE layer, counted from 0 in the order of the tokens.
     ///
     /// # Errors
     /// Ends the pass.
-    fn moe(&self, _block: &MoeBlock<'_>) -> Result<(), ModelError> {
+    fn sums(&self, _layer: usize, _index: usize, _sums: BlockSums) -> Result<(), ModelError> {
+        Ok(())
+    }
+
+    /// Whether [`Self::routed`] and [`Self::moe_output`] are of interest.
+    fn wants_outputs(&self) -> bool {
+        false
+    }
+
+    /// The experts that a MoE layer chose for a block of tokens: `[rows, top_k]`.
+    ///
+    /// # Errors
+    /// Ends the pass.
+    fn routed(
+        &self,
+        _layer: usize,
+        _rows: Range<usize>,
+        _expert_ids: &[u32],
+    ) -> Result<(), ModelError> {
         Ok(())
     }
 
@@ -64,11 +88,6 @@ pub trait Observer: Sync {
         _output: &[f32],
     ) -> Result<(), ModelError> {
         Ok(())
-    }
-
-    /// Whether [`Self::moe`] accumulates neuron sums, for which the expert outputs are kept in a second form.
-    fn scores_neurons(&self) -> bool {
-        false
     }
 
     /// `tokens` more rows have passed `layer`.

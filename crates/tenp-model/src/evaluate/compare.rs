@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use tenp_kernels::cpu::elementwise::log_sum_exp;
 
 use crate::generate::arg_max;
-use crate::{Head, Model, ModelError, MoeBlock, Observer, Sequences};
+use crate::{Head, Model, ModelError, Observer, Sequences};
 
 /// How far a model is from its reference.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -42,10 +42,19 @@ struct Capture {
 }
 
 impl Observer for Capture {
-    fn moe(&self, block: &MoeBlock<'_>) -> Result<(), ModelError> {
-        let ids = block.routing.expert_ids.clone();
+    fn wants_outputs(&self) -> bool {
+        true
+    }
+
+    fn routed(
+        &self,
+        _layer: usize,
+        rows: Range<usize>,
+        expert_ids: &[u32],
+    ) -> Result<(), ModelError> {
+        let ids = expert_ids.to_vec();
         let mut all = self.expert_ids.lock().expect(UNPOISONED);
-        all.insert(block.rows.start, ids);
+        all.insert(rows.start, ids);
         Ok(())
     }
 
@@ -180,10 +189,10 @@ fn one_pass(
     loop {
         let layer = run.layer();
         let (ours, theirs) = (Capture::default(), Capture::default());
-        if !run.step(&ours, None)? {
+        if !run.step(&ours)? {
             break;
         }
-        reference_run.step(&theirs, None)?;
+        reference_run.step(&theirs)?;
         progress(layer, sequences.num_tokens());
         let (ours, our_ids) = ours.into_layer();
         let (theirs, their_ids) = theirs.into_layer();

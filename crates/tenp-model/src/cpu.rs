@@ -1,26 +1,75 @@
-//! A pass in progress: hidden states between layers, blocks of tokens within one.
+//! The pass on the CPU: hidden states between layers, blocks of tokens within one, on all threads.
 
 use std::ops::Range;
 use std::sync::Mutex;
 
 use rayon::prelude::*;
+use tenp_checkpoint::{Checkpoint, ModelConfig};
+use tenp_kernels::{Compute, KernelError, RaggedLayout};
+use tenp_kernels::cpu::direction::{ExpertSums, TokenContext, accumulate_expert_sums};
 use tenp_kernels::cpu::elementwise::{add, all_finite};
 use tenp_kernels::cpu::linear::PackedRows;
 use tenp_kernels::cpu::moe::ExpertActivations;
+use tenp_kernels::cpu::neuron::{NeuronSums, accumulate_neuron_sums, neuron_weight_norms};
 use tenp_kernels::cpu::norm::{rms_norm, rms_norm_strided};
 use tenp_kernels::cpu::rotary::RotaryTable;
 
 use crate::attention::{AttentionBlock, AttentionBuffers};
 use crate::cache::CachedSequence;
+use crate::engine::Pass;
 use crate::error::AtLayer;
-use crate::mlp::{MoeWeights, dense_block};
+use crate::forward::{embed, rotary};
+use crate::mlp::{MoeWeights, RoutedOutput, dense_block};
 use crate::weights::non_finite;
-use crate::{KvCache, Model, ModelError, MoeBlock, Observer, Sequences};
+use crate::{BlockSums, KvCache, ModelError, Observer, Sequences, WeightNorms};
+
+/// Expert activations of the blocks of tokens in flight may take this much memory.
+const BLOCK_BYTES: usize = 768 << 20;
+
+/// Mean rows of an expert in a block, over which the packing of its weights is spread. The demo model was fastest between
+/// 96 and 192 (0.39 to 0.40 s a pass); at 384 the activations of two blocks no longer stay near their cores (0.43 s).
+const ROWS_PER_EXPERT: usize = 192;
+
+/// A checkpoint to be run on the CPU.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CpuModel<'c> {
+    pub(crate) checkpoint: &'c Checkpoint,
+    pub(crate) compute: Compute,
+}
+
+impl CpuModel<'_> {
+    fn config(&self) -> &ModelConfig {
+        self.checkpoint.config()
+    }
+
+    /// Tokens of a block: enough rows per expert to pay for packing its weights, few enough that a block's activations
+    /// stay near the cores, and never more than [`BLOCK_BYTES`] of them.
+    pub(crate) fn block_tokens(&self) -> usize {
+        let moe = &self.config().moe;
+        let paying = ROWS_PER_EXPERT * moe.num_experts.div_ceil(moe.top_k.max(1));
+        let fitting = BLOCK_BYTES / self.block_bytes_per_token();
+        paying.min(fitting).max(64)
+    }
+
+    /// Blocks that run at once: one on each thread where that many fit in [`BLOCK_BYTES`], else one on all threads.
+    pub(crate) fn blocks_in_flight(&self) -> usize {
+        let threads = rayon::current_num_threads();
+        let bytes = threads * self.block_tokens() * self.block_bytes_per_token();
+        if bytes <= BLOCK_BYTES { threads } else { 1 }
+    }
+
+    /// Bytes of expert activations per token of a block.
+    fn block_bytes_per_token(&self) -> usize {
+        let moe = &self.config().moe;
+        (4 * moe.top_k * (3 * self.config().hidden_size + moe.expert_width)).max(1)
+    }
+}
 
 /// A pass in progress: hidden states of all tokens after some layers.
-pub struct Run<'c, 's> {
-    model: Model<'c>,
+pub(crate) struct CpuPass<'s> {
+    model: CpuModel<'s>,
     sequences: &'s Sequences,
+    cache: Option<&'s mut KvCache>,
     positions: Vec<u32>,
     rotary: RotaryTable,
     softmax_factor: f64,
@@ -76,62 +125,28 @@ struct Layer<'a> {
     observer: &'a dyn Observer,
 }
 
-impl<'c, 's> Run<'c, 's> {
+impl<'s> CpuPass<'s> {
     pub(crate) fn new(
-        model: Model<'c>,
+        model: CpuModel<'s>,
         sequences: &'s Sequences,
-        hidden: Vec<f32>,
-        rotary: RotaryTable,
-        softmax_factor: f64,
-    ) -> Self {
-        Self {
+        cache: Option<&'s mut KvCache>,
+    ) -> Result<Self, ModelError> {
+        let (rotary, softmax_factor) = rotary(model.checkpoint.config(), sequences.max_positions())?;
+        Ok(Self {
             model,
             sequences,
+            cache,
             positions: sequences.positions(),
             rotary,
             softmax_factor,
-            hidden,
+            hidden: embed(model.checkpoint, sequences.ids())?,
             layer: 0,
             buffers: BufferPool::default(),
-        }
+        })
     }
 
-    /// The layer that the next step runs.
-    pub fn layer(&self) -> usize {
-        self.layer
-    }
-
-    /// Runs one layer; false when there is none left. The next layer is read ahead meanwhile.
-    ///
-    /// # Errors
-    /// Unreadable tensors, or activations that are not finite.
-    pub fn step(
-        &mut self,
-        observer: &dyn Observer,
-        cache: Option<&mut KvCache>,
-    ) -> Result<bool, ModelError> {
-        let layer = self.layer;
-        let checkpoint = self.model.checkpoint();
-        if layer == self.model.config().num_layers {
-            return Ok(false);
-        }
-        // Read-ahead on its own thread: on a cold file the call itself can wait for the disk's queue.
-        std::thread::scope(|scope| {
-            scope.spawn(|| checkpoint.prefetch_layer(layer + 1));
-            self.run_layer(layer, observer, cache)
-        })?;
-        checkpoint.release_layer(layer);
-        self.layer += 1;
-        Ok(true)
-    }
-
-    fn run_layer(
-        &mut self,
-        layer: usize,
-        observer: &dyn Observer,
-        cache: Option<&mut KvCache>,
-    ) -> Result<(), ModelError> {
-        let checkpoint = self.model.checkpoint();
+    fn run_layer(&mut self, layer: usize, observer: &dyn Observer) -> Result<(), ModelError> {
+        let checkpoint = self.model.checkpoint;
         let config = checkpoint.config();
         let width = config.hidden_size;
         let norm_weight = |name: &str| {
@@ -141,8 +156,9 @@ impl<'c, 's> Run<'c, 's> {
             Ok(_) => Some(MoeWeights::new(checkpoint, layer)?),
             Err(_) => None,
         };
-        if let Some(moe) = &moe {
-            observer.begin_moe(layer, &moe.experts)?;
+        if let Some(moe) = moe.as_ref().filter(|_| observer.wants_sums()) {
+            let (layout, norms) = weight_norms(layer, moe)?;
+            observer.begin_sums(layer, &layout, norms)?;
         }
         let shared = Layer {
             index: layer,
@@ -150,7 +166,7 @@ impl<'c, 's> Run<'c, 's> {
             mlp_norm: norm_weight("post_attention_layernorm")?,
             attention: AttentionBlock {
                 checkpoint,
-                compute: self.model.compute(),
+                compute: self.model.compute,
                 layer,
                 rotary: &self.rotary,
                 softmax_factor: self.softmax_factor,
@@ -163,7 +179,9 @@ impl<'c, 's> Run<'c, 's> {
             self.model.block_tokens(),
             width,
             &mut self.hidden,
-            cache.map(|cache| cache.layer(layer)),
+            self.cache
+                .as_deref_mut()
+                .map(|cache| cache.host_layer(layer, config.num_layers)),
         );
         let context = BlockContext {
             model: self.model,
@@ -179,22 +197,58 @@ impl<'c, 's> Run<'c, 's> {
         let results: Vec<_> = blocks.into_par_iter().with_max_len(1).map(run).collect();
         results.into_iter().collect()
     }
+}
 
-    /// Applies the final norm: `[tokens, H]`.
-    ///
-    /// # Errors
-    /// The norm's tensor cannot be read.
-    pub fn finish(self) -> Result<Vec<f32>, ModelError> {
-        let config = self.model.config();
-        let weight = self
-            .model
-            .checkpoint()
-            .vector_f32("model.norm.weight", config.hidden_size)?;
+impl Pass for CpuPass<'_> {
+    fn layer(&self) -> usize {
+        self.layer
+    }
+
+    /// The next layer is read ahead while this one runs.
+    fn step(&mut self, observer: &dyn Observer) -> Result<bool, ModelError> {
+        let layer = self.layer;
+        let checkpoint = self.model.checkpoint;
+        if layer == checkpoint.config().num_layers {
+            return Ok(false);
+        }
+        // Read-ahead on its own thread: on a cold file the call itself can wait for the disk's queue.
+        std::thread::scope(|scope| {
+            scope.spawn(|| checkpoint.prefetch_layer(layer + 1));
+            self.run_layer(layer, observer)
+        })?;
+        checkpoint.release_layer(layer);
+        self.layer += 1;
+        Ok(true)
+    }
+
+    fn finish(self: Box<Self>) -> Result<Vec<f32>, ModelError> {
+        let checkpoint = self.model.checkpoint;
+        let config = checkpoint.config();
+        let weight = checkpoint.vector_f32("model.norm.weight", config.hidden_size)?;
         let mut out = self.hidden;
         rms_norm_strided(&mut out, config.hidden_size, &weight, config.rms_norm_eps)
             .at(config.num_layers)?;
         Ok(out)
     }
+}
+
+/// Widths and squared weight norms of a layer's neurons.
+fn weight_norms(
+    layer: usize,
+    moe: &MoeWeights<'_>,
+) -> Result<(RaggedLayout, WeightNorms), ModelError> {
+    let norms: Vec<_> = moe
+        .experts
+        .par_iter()
+        .map(neuron_weight_norms)
+        .collect::<Result<_, _>>()
+        .at(layer)?;
+    let (whole, down): (Vec<_>, Vec<_>) = norms.into_iter().unzip();
+    let norms = WeightNorms {
+        whole: whole.concat(),
+        down: down.concat(),
+    };
+    Ok((moe.layout().at(layer)?, norms))
 }
 
 /// Cuts the sequences into blocks and hands each its own part of the hidden states and of the cache.
@@ -229,7 +283,7 @@ fn split<'a>(
 
 /// What a block needs of the run.
 struct BlockContext<'a> {
-    model: Model<'a>,
+    model: CpuModel<'a>,
     sequences: &'a Sequences,
     positions: &'a [u32],
 }
@@ -268,13 +322,13 @@ impl BlockContext<'_> {
             let label = self.sequences.spans()[block.sequences.start].label;
             self.moe(layer, moe, (block.index, label, &rows), hidden, buffers)?;
         } else {
-            let checkpoint = self.model.checkpoint();
-            dense_block(checkpoint, self.model.compute(), layer.index, x, experts)?;
+            let checkpoint = self.model.checkpoint;
+            dense_block(checkpoint, self.model.compute, layer.index, x, experts)?;
             add(hidden, experts.outputs());
         }
         if !all_finite(hidden) {
             let place = format!("layer {}", layer.index);
-            return Err(non_finite(self.model.checkpoint(), place, |name| {
+            return Err(non_finite(self.model.checkpoint, place, |name| {
                 tenp_checkpoint::layer_of(name) == Some(layer.index)
             }));
         }
@@ -298,27 +352,58 @@ impl BlockContext<'_> {
             experts,
             ..
         } = buffers;
-        let (compute, observer) = (self.model.compute(), layer.observer);
+        let (compute, observer) = (self.model.compute, layer.observer);
         combined.resize(hidden.len(), 0.0);
-        experts.keep_packed_outputs(observer.scores_neurons());
+        experts.keep_packed_outputs(observer.wants_sums());
         let routed = moe.routed(compute, x, router_input, experts, combined)?;
-        observer.moe(&MoeBlock {
-            layer: layer.index,
-            index,
-            label,
-            rows: rows.clone(),
-            experts: &moe.experts,
-            x,
-            residual: hidden,
-            routing: &routed.routing,
-            groups: &routed.groups,
-            activations: experts,
-            combined,
-        })?;
+        if observer.wants_sums() {
+            let context = TokenContext {
+                x,
+                residual: hidden,
+                combined,
+            };
+            let sums = block_sums(moe, &routed, context, experts, label).at(layer.index)?;
+            observer.sums(layer.index, index, sums)?;
+        }
         experts.keep_packed_outputs(false);
         moe.add_shared(compute, x, experts, combined)?;
-        observer.moe_output(layer.index, rows.clone(), combined)?;
+        if observer.wants_outputs() {
+            observer.routed(layer.index, rows.clone(), &routed.routing.expert_ids)?;
+            observer.moe_output(layer.index, rows.clone(), combined)?;
+        }
         add(hidden, combined);
         Ok(())
     }
+}
+
+/// Every sum over a block, from its routed experts' activations.
+fn block_sums(
+    moe: &MoeWeights<'_>,
+    routed: &RoutedOutput,
+    context: TokenContext<'_>,
+    activations: &ExpertActivations,
+    label: usize,
+) -> Result<BlockSums, KernelError> {
+    let groups = &routed.groups;
+    let mut sums = BlockSums {
+        label,
+        num_tokens: groups.num_tokens(),
+        experts: vec![ExpertSums::default(); moe.experts.len()],
+        neurons: NeuronSums::new(moe.layout()?),
+    };
+    let norms = accumulate_expert_sums(
+        groups,
+        context,
+        activations.outputs(),
+        activations.hidden(),
+        &mut sums.experts,
+    )?;
+    accumulate_neuron_sums(
+        &moe.experts,
+        groups,
+        activations,
+        &norms,
+        &mut sums.neurons,
+    )?;
+    Ok(sums)
 }

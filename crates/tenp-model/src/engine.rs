@@ -1,0 +1,28 @@
+//! Where a model runs: the CPU, or an engine that brings its own memory.
+
+use crate::{KvCache, ModelError, Observer, Sequences};
+
+/// Runs a checkpoint's layers and head somewhere else than on the CPU.
+pub(crate) trait Engine {
+    /// Starts a pass over `sequences`, which the caller has checked, behind what `cache` holds.
+    fn begin<'s>(
+        &'s self,
+        sequences: &'s Sequences,
+        cache: Option<&'s mut KvCache>,
+    ) -> Result<Box<dyn Pass + 's>, ModelError>;
+
+    /// Logits `[rows, vocab]` of normed hidden states `[rows, H]`.
+    fn logits(&self, hidden: &[f32], out: &mut [f32]) -> Result<(), ModelError>;
+}
+
+/// A pass in progress: hidden states of all tokens after some layers.
+pub(crate) trait Pass {
+    /// The layer that the next step runs.
+    fn layer(&self) -> usize;
+
+    /// Runs one layer; false when there is none left.
+    fn step(&mut self, observer: &dyn Observer) -> Result<bool, ModelError>;
+
+    /// Applies the final norm: `[tokens, H]`.
+    fn finish(self: Box<Self>) -> Result<Vec<f32>, ModelError>;
+}
