@@ -28,9 +28,9 @@ pub mod moe_row_norms;
 pub mod moe_schedule;
 pub mod packed;
 pub mod rms_norm;
-pub mod segment_norms;
 pub mod router;
 pub mod rows;
+pub mod segment_norms;
 pub mod view;
 
 #[cfg(feature = "cuda")]

@@ -5,7 +5,6 @@ use std::sync::Mutex;
 
 use rayon::prelude::*;
 use tenp_checkpoint::{Checkpoint, ModelConfig};
-use tenp_kernels::{Compute, KernelError, RaggedLayout};
 use tenp_kernels::cpu::direction::{ExpertSums, TokenContext, accumulate_expert_sums};
 use tenp_kernels::cpu::elementwise::{add, all_finite};
 use tenp_kernels::cpu::linear::PackedRows;
@@ -13,6 +12,7 @@ use tenp_kernels::cpu::moe::ExpertActivations;
 use tenp_kernels::cpu::neuron::{NeuronSums, accumulate_neuron_sums, neuron_weight_norms};
 use tenp_kernels::cpu::norm::{rms_norm, rms_norm_strided};
 use tenp_kernels::cpu::rotary::RotaryTable;
+use tenp_kernels::{Compute, KernelError, RaggedLayout};
 
 use crate::attention::{AttentionBlock, AttentionBuffers};
 use crate::cache::CachedSequence;
@@ -131,7 +131,8 @@ impl<'s> CpuPass<'s> {
         sequences: &'s Sequences,
         cache: Option<&'s mut KvCache>,
     ) -> Result<Self, ModelError> {
-        let (rotary, softmax_factor) = rotary(model.checkpoint.config(), sequences.max_positions())?;
+        let (rotary, softmax_factor) =
+            rotary(model.checkpoint.config(), sequences.max_positions())?;
         Ok(Self {
             model,
             sequences,
@@ -398,12 +399,6 @@ fn block_sums(
         activations.hidden(),
         &mut sums.experts,
     )?;
-    accumulate_neuron_sums(
-        &moe.experts,
-        groups,
-        activations,
-        &norms,
-        &mut sums.neurons,
-    )?;
+    accumulate_neuron_sums(&moe.experts, groups, activations, &norms, &mut sums.neurons)?;
     Ok(sums)
 }

@@ -201,7 +201,10 @@ pub(crate) fn embed(checkpoint: &Checkpoint, ids: &[u32]) -> Result<Vec<f32>, Mo
 }
 
 /// The rotary table for `positions` positions, and the factor that YaRN puts on the softmax scale of MLA.
-pub(crate) fn rotary(config: &ModelConfig, positions: usize) -> Result<(RotaryTable, f64), ModelError> {
+pub(crate) fn rotary(
+    config: &ModelConfig,
+    positions: usize,
+) -> Result<(RotaryTable, f64), ModelError> {
     let (dim, mla) = match &config.attention {
         Attention::Mla { rope_dim, .. } => (*rope_dim, true),
         Attention::Gqa { head_dim, .. } => (*head_dim, false),
