@@ -89,6 +89,30 @@ impl RotaryTable {
         self.cos.len().checked_div(self.pairs).unwrap_or(0)
     }
 
+    /// Pairs of a head.
+    #[must_use]
+    pub fn pairs(&self) -> usize {
+        self.pairs
+    }
+
+    /// Whether pairs are neighbours.
+    #[must_use]
+    pub fn is_interleaved(&self) -> bool {
+        self.interleaved
+    }
+
+    /// `[positions, pairs]` cosines.
+    #[must_use]
+    pub fn cosines(&self) -> &[f32] {
+        &self.cos
+    }
+
+    /// `[positions, pairs]` sines.
+    #[must_use]
+    pub fn sines(&self) -> &[f32] {
+        &self.sin
+    }
+
     /// Rotates the last `2 · pairs` elements of each head of `x`: `[tokens, heads, head_dim]`, token t at
     /// `positions[t]`.
     ///
