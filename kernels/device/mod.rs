@@ -14,6 +14,7 @@
 
 pub mod call;
 pub mod check;
+pub mod dequantise_fp8;
 pub mod elementwise;
 pub mod expert_sums;
 pub mod geometry;
@@ -27,6 +28,7 @@ pub mod moe_gate_up;
 pub mod moe_group;
 pub mod moe_row_norms;
 pub mod moe_schedule;
+pub mod pack;
 pub mod packed;
 pub mod rms_norm;
 pub mod rotary;
