@@ -6,7 +6,6 @@
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bytemuck::Pod;
 use cudarc::cublas::result::CublasError;
 use cudarc::cublas::{result, sys};
 use cudarc::driver::CudaStream;
@@ -14,8 +13,9 @@ use half::bf16;
 
 use super::check::to_i32;
 use super::context::Device;
+use super::dense::{DenseElement, DenseShape, WeightLayout};
 use super::view::{DeviceSlice, DeviceSliceMut};
-use crate::KernelError;
+use crate::{Dtype, KernelError};
 
 /// An open cuBLAS, tied to the compute stream.
 #[derive(Debug)]
@@ -65,106 +65,12 @@ impl Blas {
     }
 }
 
-mod sealed {
-    pub trait Sealed {}
-    impl Sealed for half::bf16 {}
-    impl Sealed for f32 {}
-}
-
-/// Element types of dense products.
-pub trait DenseElement: Pod + sealed::Sealed {
-    /// cuBLAS's name of the type.
-    #[doc(hidden)]
-    const TYPE: sys::cudaDataType;
-}
-
-impl DenseElement for bf16 {
-    const TYPE: sys::cudaDataType = sys::cudaDataType_t::CUDA_R_16BF;
-}
-
-impl DenseElement for f32 {
-    const TYPE: sys::cudaDataType = sys::cudaDataType_t::CUDA_R_32F;
-}
-
-/// How the weight of a dense product lies in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WeightLayout {
-    /// `[outputs, inner]`: a row per output, as checkpoints have it.
-    OutputRows,
-    /// `[inner, outputs]`: transposed, as `DT` is for the down product.
-    InnerRows,
-}
-
-/// Sizes of `out[rows, outputs] = x[rows, inner] · W`; pitches are elements from one row to the next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DenseShape {
-    /// Rows of `x` and `out`.
-    pub rows: usize,
-    /// Inner dimension.
-    pub inner: usize,
-    /// Columns of `out`.
-    pub outputs: usize,
-    /// Of `x`, at least `inner`.
-    pub x_pitch: usize,
-    /// Of the weight, at least its row.
-    pub weight_pitch: usize,
-    /// Of `out`, at least `outputs`.
-    pub out_pitch: usize,
-    /// How the weight lies.
-    pub layout: WeightLayout,
-    /// Whether the product is added to what `out` holds.
-    pub accumulate: bool,
-}
-
-impl DenseShape {
-    /// Rows close together, the weight as in a checkpoint, nothing to add to.
-    #[must_use]
-    pub const fn new(rows: usize, inner: usize, outputs: usize) -> Self {
-        Self {
-            rows,
-            inner,
-            outputs,
-            x_pitch: inner,
-            weight_pitch: inner,
-            out_pitch: outputs,
-            layout: WeightLayout::OutputRows,
-            accumulate: false,
-        }
-    }
-
-    /// Rows and columns of the weight as stored.
-    #[must_use]
-    pub const fn weight(&self) -> (usize, usize) {
-        match self.layout {
-            WeightLayout::OutputRows => (self.outputs, self.inner),
-            WeightLayout::InnerRows => (self.inner, self.outputs),
-        }
-    }
-
-    /// Elements of `x`, the weight and `out` from the first to the last that is touched.
-    ///
-    /// # Errors
-    /// [`KernelError::Invalid`] for a pitch shorter than its row.
-    pub fn extents(&self) -> Result<[usize; 3], KernelError> {
-        let (weight_rows, weight_cols) = self.weight();
-        let extent = |what, rows: usize, cols: usize, pitch: usize| {
-            if pitch < cols {
-                return Err(KernelError::Invalid {
-                    what,
-                    why: format!("rows of {cols} elements lie {pitch} apart"),
-                });
-            }
-            Ok(if rows == 0 {
-                0
-            } else {
-                (rows - 1) * pitch + cols
-            })
-        };
-        Ok([
-            extent("dense input", self.rows, self.inner, self.x_pitch)?,
-            extent("dense weight", weight_rows, weight_cols, self.weight_pitch)?,
-            extent("dense output", self.rows, self.outputs, self.out_pitch)?,
-        ])
+/// cuBLAS's name of an element type.
+fn blas_type<T: DenseElement>() -> sys::cudaDataType {
+    match T::DTYPE {
+        Dtype::F32 => sys::cudaDataType_t::CUDA_R_32F,
+        Dtype::F16 => sys::cudaDataType_t::CUDA_R_16F,
+        Dtype::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
     }
 }
 
@@ -220,14 +126,14 @@ impl Device {
                 k,
                 (&raw const alpha).cast(),
                 weight,
-                I::TYPE,
+                blas_type::<I>(),
                 pitches[0],
                 x,
-                I::TYPE,
+                blas_type::<I>(),
                 pitches[1],
                 (&raw const beta).cast(),
                 out,
-                O::TYPE,
+                blas_type::<O>(),
                 pitches[2],
                 sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
                 sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
@@ -379,36 +285,5 @@ impl GroupedDense {
         }
         .result()
         .map_err(|e| blas_error("grouped product", e))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn extents_reach_to_the_last_element() {
-        let shape = DenseShape::new(3, 5, 7);
-        assert_eq!(shape.extents().unwrap(), [15, 35, 21]);
-        let pitched = DenseShape {
-            x_pitch: 8,
-            weight_pitch: 16,
-            out_pitch: 10,
-            layout: WeightLayout::InnerRows,
-            ..shape
-        };
-        assert_eq!(
-            pitched.extents().unwrap(),
-            [2 * 8 + 5, 4 * 16 + 7, 2 * 10 + 7]
-        );
-        assert_eq!(DenseShape::new(0, 5, 7).extents().unwrap(), [0, 35, 0]);
-        assert!(
-            DenseShape {
-                x_pitch: 4,
-                ..shape
-            }
-            .extents()
-            .is_err()
-        );
     }
 }

@@ -74,7 +74,7 @@ impl Device {
         len: usize,
     ) -> Result<DeviceBuffer<T>, KernelError> {
         let mut buffer = self.alloc(what, len)?;
-        buffer.fill_bytes(0)?;
+        buffer.view_mut().clear(self)?;
         Ok(buffer)
     }
 
@@ -124,21 +124,6 @@ impl<T: Pod> DeviceBuffer<T> {
     pub fn view_mut(&mut self) -> DeviceSliceMut<'_, T> {
         // SAFETY: the buffer's own memory, borrowed alone for as long as the view.
         unsafe { DeviceSliceMut::from_raw(self.address, self.len) }
-    }
-
-    /// Sets every byte.
-    ///
-    /// # Errors
-    /// The driver's own words.
-    pub fn fill_bytes(&mut self, byte: u8) -> Result<(), KernelError> {
-        if self.len == 0 {
-            return Ok(());
-        }
-        self.device.bind()?;
-        let stream = self.device.stream().cu_stream();
-        // SAFETY: the buffer's own bytes, in stream order.
-        unsafe { result::memset_d8_async(self.address, byte, self.len * size_of::<T>(), stream) }
-            .map_err(|e| driver_error("filling GPU memory", e))
     }
 
     /// Copies everything back, after all work asked for so far.
@@ -192,6 +177,21 @@ impl<T: Pod> DeviceSlice<'_, T> {
 }
 
 impl<T: Pod> DeviceSliceMut<'_, T> {
+    /// Sets every byte to zero, in stream order.
+    ///
+    /// # Errors
+    /// The driver's own words.
+    pub fn clear(&mut self, device: &Device) -> Result<(), KernelError> {
+        if self.is_empty() {
+            return Ok(());
+        }
+        device.bind()?;
+        let (bytes, stream) = (self.len() * size_of::<T>(), device.stream().cu_stream());
+        // SAFETY: live memory of that many bytes, borrowed to write.
+        unsafe { result::memset_d8_async(self.address(), 0, bytes, stream) }
+            .map_err(|e| driver_error("clearing GPU memory", e))
+    }
+
     /// Copies `values` here and waits until they have been read.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! The GPU: opened once, it owns the stream that all kernels run on, the loaded kernels and cuBLAS.
 //!
 //! There is one compute stream, so kernels run in the order they were asked for, and memory freed is reused in that
-//! order too: nothing has to be waited for. The one other stream is that of [`super::Uploader`].
+//! order too: nothing has to be waited for. The one other stream is that of uploads.
 
 use std::collections::HashMap;
 use std::ffi::CString;
@@ -58,6 +58,7 @@ struct Inner {
     kernels: Mutex<HashMap<&'static str, Kernel>>,
     modules: Vec<Module>,
     stream: Arc<CudaStream>,
+    uploads: Arc<CudaStream>,
     context: Arc<CudaContext>,
     properties: Properties,
     advice: Mutex<String>,
@@ -143,11 +144,12 @@ impl Device {
         }
         let opening = |e| driver_error("opening the GPU", e);
         let context = CudaContext::new(ordinal).map_err(opening)?;
-        // SAFETY: all work but uploads runs on one stream, and `Uploader` orders its own by events.
+        // SAFETY: all work but uploads runs on one stream, and an `Upload` orders itself by events.
         unsafe { context.disable_event_tracking() };
         let properties = read_properties(&context, ordinal, driver).map_err(opening)?;
         check_gpu(&properties.name, properties.capability)?;
         let stream = context.new_stream().map_err(opening)?;
+        let uploads = context.new_stream().map_err(opening)?;
         keep_freed_memory(&context).map_err(opening)?;
         let modules = load_modules(&context)?;
         Ok(Self {
@@ -156,6 +158,7 @@ impl Device {
                 kernels: Mutex::new(HashMap::new()),
                 modules,
                 stream,
+                uploads,
                 context,
                 properties,
                 advice: Mutex::new(String::new()),
@@ -208,6 +211,11 @@ impl Device {
 
     pub(super) fn stream(&self) -> &Arc<CudaStream> {
         &self.inner.stream
+    }
+
+    /// The stream that uploads run on.
+    pub(super) fn uploads(&self) -> &Arc<CudaStream> {
+        &self.inner.uploads
     }
 
     pub(super) fn context(&self) -> &Arc<CudaContext> {

@@ -8,15 +8,18 @@
 //! | [`packed`] | padded neuron offsets, and packing of expert weights on the host |
 //! | [`geometry`] | how kernels are launched, the choice of tiles |
 //! | [`view`], [`call`] | borrowed GPU memory, checked launches |
+//! | [`backend`], [`dense`] | what a forward pass needs of the place it runs on |
 //! | [`check`] | checks of offsets, alignment and sizes |
 //! | one per `.cu` file | argument structures and the functions that make calls of them |
 //! | `Device`, `DeviceBuffer`, … | feature `cuda`: the GPU, its memory, uploads, times, cuBLAS |
 
+pub mod backend;
 pub mod call;
 pub mod check;
 pub mod dequantise_fp8;
 pub mod elementwise;
 pub mod expert_sums;
+pub mod dense;
 pub mod geometry;
 pub mod moe_accumulate;
 pub mod moe_combine;
@@ -46,20 +49,24 @@ mod context;
 #[cfg(feature = "cuda")]
 mod fatbins;
 #[cfg(feature = "cuda")]
+mod gpu;
+#[cfg(feature = "cuda")]
 mod timing;
 #[cfg(feature = "cuda")]
 mod upload;
 
+pub use backend::{Backend, Memory};
 pub use call::{Call, Runner};
+pub use dense::{DenseElement, DenseShape, WeightLayout};
 pub use geometry::{Launch, Product, Tile};
 pub use packed::PaddedLayout;
 pub use view::{DeviceSlice, DeviceSliceMut, InOut};
 
 #[cfg(feature = "cuda")]
 pub use self::{
-    blas::{DenseElement, DenseShape, GroupedDense, GroupedProduct, WeightLayout},
+    blas::{GroupedDense, GroupedProduct},
     buffer::DeviceBuffer,
     context::{Device, Properties, gpu_count},
     timing::Timer,
-    upload::{PinnedBuffer, Upload, Uploader},
+    upload::{PinnedBuffer, Upload},
 };

@@ -3,10 +3,8 @@
 //! The order between the two streams is kept by ownership: an [`Upload`] holds the buffer it fills, so no kernel can be
 //! asked to read it before [`Upload::finish`] has made the compute stream wait for the copy.
 
-use std::sync::Arc;
-
 use bytemuck::Pod;
-use cudarc::driver::{CudaEvent, CudaStream, DriverError, result};
+use cudarc::driver::{CudaEvent, DriverError, result};
 
 use super::buffer::DeviceBuffer;
 use super::context::{Device, driver_error};
@@ -109,13 +107,6 @@ impl<T> Drop for PinnedBuffer<T> {
     }
 }
 
-/// The stream uploads run on.
-#[derive(Debug)]
-pub struct Uploader {
-    device: Device,
-    stream: Arc<CudaStream>,
-}
-
 /// A copy under way. Dropping it is finishing it.
 #[derive(Debug)]
 pub struct Upload<T> {
@@ -125,48 +116,35 @@ pub struct Upload<T> {
     done: CudaEvent,
 }
 
-impl Uploader {
-    /// A stream beside the compute stream.
-    ///
-    /// # Errors
-    /// The driver's own words.
-    pub fn new(device: &Device) -> Result<Self, KernelError> {
-        device.bind()?;
-        let stream = device
-            .context()
-            .new_stream()
-            .map_err(|e| driver_error("making a stream", e))?;
-        Ok(Self {
-            device: device.clone(),
-            stream,
-        })
-    }
-
-    /// Starts copying the first `len` elements of `from` into `into`, behind everything that was asked of `into` so far.
+impl Device {
+    /// Starts copying the first `len` elements of `from` into `into` on a stream of its own, behind everything that was
+    /// asked of `into` so far.
     ///
     /// # Errors
     /// [`KernelError::Length`] if either is shorter than `len`, or the driver's own words.
-    pub fn start<T: Pod>(
+    pub fn start_upload<T: Pod>(
         &self,
         mut from: PinnedBuffer<T>,
         mut into: DeviceBuffer<T>,
         len: usize,
     ) -> Result<Upload<T>, KernelError> {
         check_len("upload", len, len.min(from.len()).min(into.len()))?;
-        self.device.bind()?;
+        self.bind()?;
         let failed = |e| driver_error("uploading", e);
-        self.stream.join(self.device.stream()).map_err(failed)?;
+        let uploads = self.uploads();
+        uploads.join(self.stream()).map_err(failed)?;
         if len > 0 {
             let address = into.view_mut().address();
-            let stream = self.stream.cu_stream();
             // SAFETY: both sides are live and long enough, and owned by the `Upload` until the copy is waited for.
-            unsafe { result::memcpy_htod_async(address, &from.as_slice()[..len], stream) }
-                .map_err(failed)?;
+            unsafe {
+                result::memcpy_htod_async(address, &from.as_slice()[..len], uploads.cu_stream())
+            }
+            .map_err(failed)?;
         }
-        let event = || self.stream.record_event(None).map_err(failed);
+        let event = || uploads.record_event(None).map_err(failed);
         from.read = Some(event()?);
         Ok(Upload {
-            device: self.device.clone(),
+            device: self.clone(),
             done: event()?,
             parts: Some((from, into)),
         })

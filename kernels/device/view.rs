@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use bytemuck::Pod;
 
-use super::check::check_alignment;
+use super::check::{check_alignment, check_multiple};
 use crate::KernelError;
 
 /// Elements on the GPU, to read.
@@ -55,7 +55,7 @@ fn check_room(what: &'static str, needed: usize, got: usize) -> Result<(), Kerne
     })
 }
 
-impl<T: Pod> DeviceSlice<'_, T> {
+impl<'a, T: Pod> DeviceSlice<'a, T> {
     /// Views memory that something else owns: another runtime's tensor, or the executor's.
     ///
     /// # Safety
@@ -97,6 +97,21 @@ impl<T: Pod> DeviceSlice<'_, T> {
         Ok(Self {
             address: self.address + (range.start * size_of::<T>()) as u64,
             len: range.len(),
+            marker: PhantomData,
+        })
+    }
+
+    /// The same bytes as elements of another type.
+    ///
+    /// # Errors
+    /// [`KernelError::Misaligned`]; [`KernelError::Invalid`] if the bytes are no whole number of elements.
+    pub fn cast<U: Pod>(&self) -> Result<DeviceSlice<'a, U>, KernelError> {
+        let bytes = self.len * size_of::<T>();
+        check_multiple("bytes of a GPU buffer", bytes, size_of::<U>())?;
+        check_alignment("part of a GPU buffer", self.address, align_of::<U>() as u64)?;
+        Ok(DeviceSlice {
+            address: self.address,
+            len: bytes / size_of::<U>(),
             marker: PhantomData,
         })
     }

@@ -48,10 +48,33 @@ void *simt_buffer_new(const char *name, uint64_t bytes, uint64_t element_bytes, 
 void simt_buffer_free(void *region) { simt::regions().remove(static_cast<simt::Region *>(region)); }
 
 void simt_buffer_set_written(void *region) {
-    auto &shadow = static_cast<simt::Region *>(region)->shadow;
-    if (shadow != nullptr) {
-        shadow->set_written();
+    const auto *of = static_cast<simt::Region *>(region);
+    if (of->shadow != nullptr) {
+        of->shadow->set_written(0, of->bytes);
     }
+}
+
+// Before the host reads or writes memory between launches. 0: it may; 1: no buffer holds these bytes; 2: some that it
+// would read were never written.
+uint32_t simt_host_access(uint64_t address, uint64_t bytes, uint32_t writes) {
+    simt::Region *region = simt::regions().find(address, bytes);
+    if (region == nullptr) {
+        return 1;
+    }
+    if (region->shadow == nullptr) {
+        return 0;
+    }
+    const size_t at = address - region->base;
+    if (writes != 0) {
+        region->shadow->set_written(at, bytes);
+        return 0;
+    }
+    for (size_t i = 0; i < bytes; ++i) {
+        if (!region->shadow->written(at + i)) {
+            return 2;
+        }
+    }
+    return 0;
 }
 
 uint32_t simt_buffer_written(const void *region, uint64_t byte) {

@@ -58,7 +58,7 @@ Shadow::Shadow(size_t bytes) : bytes_(bytes), base_(map_bytes(std::max<size_t>(b
 
 Shadow::~Shadow() { unmap_bytes(base_, std::max<size_t>(bytes_, 1) * CELL_BYTES); }
 
-void Shadow::set_written() { std::fill_n(writes_, bytes_, write_cell(1, 0, 0)); }
+void Shadow::set_written(size_t at, size_t bytes) { std::fill_n(writes_ + at, bytes, write_cell(1, 0, 0)); }
 
 bool Shadow::written_since(size_t at, size_t bytes, uint64_t time) const {
     return std::any_of(writes_ + at, writes_ + at + bytes, [=](uint64_t cell) { return write_time(cell) >= time; });

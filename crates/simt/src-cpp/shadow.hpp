@@ -49,7 +49,7 @@ class Shadow {
     Conflict issue(size_t at, size_t bytes, const Observer &by);
     void deliver(size_t at, size_t bytes, const Observer &by);
 
-    void set_written();
+    void set_written(size_t at, size_t bytes);
     bool written(size_t at) const { return writes_[at] != 0; }
     // Written since `time`.
     bool written_since(size_t at, size_t bytes, uint64_t time) const;

@@ -40,6 +40,7 @@ unsafe extern "C" {
     pub(crate) fn simt_buffer_free(region: *mut c_void);
     pub(crate) fn simt_buffer_set_written(region: *mut c_void);
     pub(crate) fn simt_buffer_written(region: *const c_void, byte: u64) -> u32;
+    pub(crate) fn simt_host_access(address: u64, bytes: u64, writes: u32) -> u32;
     pub(crate) fn simt_num_entries() -> u64;
     pub(crate) fn simt_entry_name(index: u64) -> *const c_char;
     pub(crate) fn simt_entry(

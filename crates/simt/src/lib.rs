@@ -67,11 +67,13 @@
 //! (buffers), `hooks.cpp` (what the instrumentation calls), `fiber.cpp`. The Hopper instructions will join: mbarriers and
 //! bulk tensor copies beside `async.cpp`, wgmma beside `matrix.cpp`, their functions in `include/simt_ptx.hpp`.
 
+pub mod backend;
 pub mod buffer;
 pub mod executor;
 pub mod fault;
 mod ffi;
 
+pub use backend::Simulated;
 pub use buffer::Buffer;
 pub use executor::{Executor, Report, Schedule, entries, launch};
 pub use fault::{Fault, FaultKind};
