@@ -29,7 +29,10 @@ TABLE = [
     # Four rows' loads in flight and m beside them: five blocks of 128 threads to a multiprocessor, 80 KiB under way.
     ("tenp_moe_direction", 96, []),
     ("tenp_attention_prefill*", 255, ["HMMA", "LDGSTS", "LDSM"]),
-    ("tenp_attention_decode*", 128, []),
+    # Shared memory leaves room for two to four blocks of 128 threads (two of 64 for _256), which these do not lower.
+    ("tenp_attention_decode_64", 128, ["HMMA", "LDGSTS", "LDSM"]),
+    ("tenp_attention_decode_256", 255, ["HMMA", "LDGSTS", "LDSM"]),
+    ("tenp_attention_decode_*", 168, ["HMMA", "LDGSTS", "LDSM"]),
     ("tenp_segment_similarity", 255, ["HMMA"]),
     ("tenp_segment_assign", 255, ["HMMA"]),
     ("tenp_*", 64, []),

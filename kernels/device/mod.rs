@@ -14,6 +14,7 @@
 //! | `Device`, `DeviceBuffer`, … | feature `cuda`: the GPU, its memory, uploads, times, cuBLAS |
 
 pub mod backend;
+pub mod attention;
 pub mod call;
 pub mod check;
 pub mod dequantise_fp8;

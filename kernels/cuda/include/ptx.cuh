@@ -105,6 +105,13 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 // About 2 ulp plus 1 ulp per unit of |value|; 0 below the normal range.
 __device__ __forceinline__ float fast_exp(float value) { return __expf(value); }
 
+// 2^value to 2 ulp; 0 below the normal range.
+__device__ __forceinline__ float fast_exp2(float value) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+    return result;
+}
+
 } // namespace tenp
 
 #endif

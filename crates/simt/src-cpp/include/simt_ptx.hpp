@@ -52,5 +52,6 @@ SIMT_INLINE uint32_t pack_bf16(float low, float high) {
 }
 
 SIMT_INLINE float fast_exp(float value) { return expf(value); }
+SIMT_INLINE float fast_exp2(float value) { return exp2f(value); }
 
 } // namespace tenp

@@ -6,6 +6,8 @@
     reason = "every test binary uses another part, and none is a library"
 )]
 
+pub mod batch;
+
 use bytemuck::Pod;
 use simt::{Buffer, Executor, Schedule};
 use tenp_kernels::device::{Call, DeviceSlice, DeviceSliceMut};
