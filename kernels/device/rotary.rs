@@ -132,7 +132,7 @@ mod tests {
         unsafe { DeviceSlice::from_raw(0x1000, len) }
     }
 
-    fn args<'a>(x: InOut<'a, f32>) -> Rotary<'a> {
+    fn args(x: InOut<'_, f32>) -> Rotary<'_> {
         Rotary {
             x,
             angles: Angles {
