@@ -20,6 +20,7 @@ pub mod norm;
 pub mod reduce;
 pub mod rotary;
 pub mod router;
+pub mod segments;
 
 pub use dispatch::{Isa, isa};
 pub use tile::{TILE_COLS, TILE_ROWS};

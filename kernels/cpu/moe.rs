@@ -38,7 +38,7 @@ impl ExpertWeights<'_> {
         self.gate.rows()
     }
 
-    fn check(&self, hidden: usize) -> Result<(), KernelError> {
+    pub(crate) fn check(&self, hidden: usize) -> Result<(), KernelError> {
         let width = self.width();
         check_shape("expert gate weight", &self.gate, width, hidden)?;
         check_shape("expert up weight", &self.up, width, hidden)?;

@@ -14,7 +14,7 @@ use super::pack::pack_columns;
 use super::panels::panels_of;
 use super::tile::{TILE_COLS, TILE_ROWS, Tile, multiply};
 use crate::error::check_len;
-use crate::{ExpertGroups, KernelError, RaggedLayout};
+use crate::{ExpertGroups, KernelError, MatrixView, RaggedLayout};
 
 /// Added to ‖y‖ in the contribution's denominator.
 pub const CONTRIBUTION_EPSILON: f64 = 1e-8;
@@ -230,13 +230,8 @@ multiversion! {
 pub fn neuron_weight_norms(
     expert: &ExpertWeights<'_>,
 ) -> Result<(Vec<f64>, Vec<f64>), KernelError> {
-    let (width, hidden) = (expert.width(), expert.gate.cols());
-    let mut down = vec![0f64; width];
-    let mut row = vec![0f32; width];
-    for r in 0..expert.down.rows() {
-        expert.down.widen_row(r, &mut row)?;
-        add_squares(&row, &mut down);
-    }
+    let hidden = expert.gate.cols();
+    let down = column_squares(&expert.down)?;
     let mut all = down.clone();
     let mut row = vec![0f32; hidden];
     for matrix in [&expert.gate, &expert.up] {
@@ -246,6 +241,17 @@ pub fn neuron_weight_norms(
         }
     }
     Ok((all, down))
+}
+
+/// Squared norms of a matrix's columns.
+pub(crate) fn column_squares(matrix: &MatrixView<'_>) -> Result<Vec<f64>, KernelError> {
+    let mut squares = vec![0f64; matrix.cols()];
+    let mut row = vec![0f32; matrix.cols()];
+    for r in 0..matrix.rows() {
+        matrix.widen_row(r, &mut row)?;
+        add_squares(&row, &mut squares);
+    }
+    Ok(squares)
 }
 
 multiversion! {
