@@ -22,6 +22,7 @@ pub mod elementwise;
 pub mod expert_sums;
 pub mod dense;
 pub mod geometry;
+pub mod kmeans_centres;
 pub mod moe_accumulate;
 pub mod moe_combine;
 pub mod mla_keys;
@@ -38,6 +39,7 @@ pub mod rms_norm;
 pub mod rotary;
 pub mod router;
 pub mod rows;
+pub mod segment_match;
 pub mod segment_norms;
 pub mod view;
 

@@ -15,7 +15,7 @@ use tenp_kernels::params::{TENP_SUM_CONTRIBUTION, TENP_SUM_CONTRIBUTION_ABS};
 /// Norms of a batch's rows.
 struct Norms {
     inverse: Buffer<f32>,
-    norms: Buffer<f64>,
+    values: Buffer<f64>,
     non_finite: Buffer<i32>,
 }
 
@@ -23,7 +23,7 @@ fn row_norms(batch: &Batch, outputs: &Outputs, sim: Sim) -> Norms {
     let rows = batch.num_rows();
     let norms = Norms {
         inverse: Buffer::output("row_inverse", rows),
-        norms: Buffer::output("row_norms", rows),
+        values: Buffer::output("row_norms", rows),
         non_finite: Buffer::in_out("non_finite", &vec![3; batch.layer.num_experts()]),
     };
     sim.go(moe_row_norms(MoeRowNorms {
@@ -31,7 +31,7 @@ fn row_norms(batch: &Batch, outputs: &Outputs, sim: Sim) -> Norms {
         square_partials: view(&outputs.squares),
         group_offsets: view(&batch.grouped.group_offsets),
         row_inverse: view_mut(&norms.inverse),
-        row_norms: Some(view_mut(&norms.norms)),
+        row_norms: Some(view_mut(&norms.values)),
         non_finite: view_mut(&norms.non_finite),
         num_rows: rows,
         num_partials: outputs.num_partials,
@@ -68,7 +68,7 @@ impl Forward {
 fn check_norms(batch: &Batch, forward: &Forward) {
     let hidden = batch.layer.hidden;
     let (norms, inverse) = (
-        forward.norms.norms.written().unwrap(),
+        forward.norms.values.written().unwrap(),
         forward.norms.inverse.written().unwrap(),
     );
     let y = forward.outputs.y_f32.to_vec();
@@ -221,7 +221,7 @@ fn contributions_of_an_expert_add_up_to_its_norms() {
         let partials = forward.contribution(&batch, tile, sim);
         let neurons = batch.layer.layout.total();
         let sums = accumulated(&batch, &partials, &vec![0.0; 2 * neurons], sim);
-        let norms = forward.norms.norms.to_vec();
+        let norms = forward.norms.values.to_vec();
         for e in 0..batch.layer.num_experts() {
             let got: f64 = sums[batch.layer.layout.range(e)].iter().sum();
             let want: f64 = batch.groups.rows(e).map(|r| norms[r]).sum();
@@ -242,7 +242,7 @@ fn outputs_that_are_not_finite_count_and_contribute_nothing() {
     let forward = Forward::new(&dirty, Tile::N64, sim);
     let (inverse, norms) = (
         forward.norms.inverse.written().unwrap(),
-        forward.norms.norms.written().unwrap(),
+        forward.norms.values.written().unwrap(),
     );
     let mut expected = vec![3; dirty.layer.num_experts()];
     for row in dirty.rows() {

@@ -9,6 +9,7 @@
 pub mod layer;
 pub mod moe;
 pub mod products;
+pub mod segments;
 pub mod sums;
 
 use bytemuck::Pod;

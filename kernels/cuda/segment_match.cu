@@ -1,0 +1,260 @@
+// computes: for each row (a segment: gate row, up row, down column w of one neuron) its best column. similarity:
+//           lambda_g cos(gate, gate') + lambda_u cos(up, up') + lambda_d cos(w, w'); assign: cos(v, v') of v = [gate; up; w],
+//           up and w times the row's sign
+// layout:   GU [2S, H], DT [S, H]; best_value, best_id, best_flip at an item's out_begin on. Nothing of size rows x columns
+// requires: H a multiple of 8; at most TENP_SEGMENT_ROWS rows an item; ties go to the lower column; a part whose lambda
+//           is 0 is not read, unless its sign is needed
+// launch:   grid (num_items), block (256), shared 49920 bytes: a block per item
+// flops:    2 H a row, column and part (similarity), 6 H (assign). bytes: 2 H a row and part, once per 128 columns; 2 H a
+//           column and part
+#include "reduce.cuh"
+#include "tile.cuh"
+
+namespace {
+
+using Shape = tenp::TileShape<TENP_SEGMENT_ROWS, 128, 32, 2, 4, 4>;
+using Tile = float[Shape::MI][Shape::NI][4];
+
+enum Part { GATE, UP, DOWN, ALL };
+
+__device__ __forceinline__ const uint16_t *part_row(const uint16_t *gate_up, const uint16_t *down_t, int hidden, int part,
+                                                    int64_t neuron) {
+    if (part == DOWN) {
+        return down_t + neuron * hidden;
+    }
+    return gate_up + (neuron / 8 * 16 + neuron % 8 + (part == UP ? 8 : 0)) * hidden;
+}
+
+// What one block works on: an item and its columns from `column` on.
+struct Place {
+    TenpSegmentItem item;
+    int column;
+};
+
+// acc += the products of one part.
+__device__ __forceinline__ void multiply_part(const TenpSegmentMatchParams &p, const Place &at, int part, uint8_t *stages,
+                                              Tile &acc) {
+    const tenp::RowLoader<Shape::BM, Shape::BK, Shape::THREADS> load_rows(
+        [&](int r) {
+            const int row = at.item.row_begin + r;
+            return row < at.item.row_end
+                       ? part_row(p.row_gate_up, p.row_down_t, p.hidden, part, p.row_ids[row])
+                       : nullptr;
+        },
+        p.row_down_t);
+    const tenp::RowLoader<Shape::BN, Shape::BK, Shape::THREADS> load_columns(
+        [&](int c) {
+            const int column = at.column + c;
+            return column < at.item.col_end ? part_row(p.col_gate_up, p.col_down_t, p.hidden, part, column) : nullptr;
+        },
+        p.col_down_t);
+    tenp::multiply<Shape, false>(acc, stages, load_rows, load_columns, p.hidden);
+    // The stages are filled again by the next product.
+    __syncthreads();
+}
+
+// Row and column inside the tile of accumulator (i, j, c): row 16 i + c / 2 * 8, column 8 j + c % 2, from these on.
+struct Corner {
+    int row;
+    int column;
+    __device__ __forceinline__ Corner() {
+        const tenp::WarpPlace<Shape> warp;
+        row = warp.row + warp.lane / 4;
+        column = warp.column + warp.lane % 4 * 2;
+    }
+};
+
+// Multiplies products by the inverse norms: `row_inverse` of the tile's rows in shared memory, the columns' in `table`.
+__device__ __forceinline__ void to_cosines(const Place &at, const float *row_inverse, const float *table, Tile &acc) {
+    const Corner corner;
+#pragma unroll
+    for (int j = 0; j < Shape::NI; ++j) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            const int column = at.column + corner.column + 8 * j + c;
+            const float scale = column < at.item.col_end ? table[column] : 0.0f;
+#pragma unroll
+            for (int i = 0; i < Shape::MI; ++i) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    acc[i][j][2 * half + c] *= row_inverse[corner.row + 16 * i + 8 * half] * scale;
+                }
+            }
+        }
+    }
+}
+
+// The best column that a thread has seen for each of its rows.
+struct Best {
+    float values[Shape::MI][2];
+    int ids[Shape::MI][2]; // column, then one bit: flipped
+
+    __device__ __forceinline__ Best() {
+#pragma unroll
+        for (int i = 0; i < Shape::MI; ++i) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                values[i][half] = -INFINITY;
+                ids[i][half] = -1;
+            }
+        }
+    }
+
+    // False for NaN. Columns come in no order, so ties are decided here.
+    __device__ __forceinline__ static bool wins(float value, int id, float best, int best_id) {
+        return value > best || (value == best && id >= 0 && (best_id < 0 || id < best_id));
+    }
+
+    __device__ __forceinline__ void take(int i, int half, float value, int id) {
+        if (value > -INFINITY && wins(value, id, values[i][half], ids[i][half])) {
+            values[i][half] = value;
+            ids[i][half] = id;
+        }
+    }
+
+    // Over the four lanes of a row, then over the warps beside each other, and out.
+    __device__ __forceinline__ void store(const TenpSegmentMatchParams &p, const TenpSegmentItem &item, uint8_t *shared) {
+        const tenp::WarpPlace<Shape> warp;
+        float *values_of_warps = reinterpret_cast<float *>(shared);
+        int *ids_of_warps = reinterpret_cast<int *>(shared) + Shape::WARPS_N * Shape::BM;
+#pragma unroll
+        for (int i = 0; i < Shape::MI; ++i) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                for (int offset = 1; offset < 4; offset *= 2) {
+                    const float value = __shfl_xor_sync(tenp::WHOLE_WARP, values[i][half], offset);
+                    const int id = __shfl_xor_sync(tenp::WHOLE_WARP, ids[i][half], offset);
+                    take(i, half, value, id);
+                }
+                if (warp.lane % 4 == 0) {
+                    const int at = warp.column / Shape::WN * Shape::BM + warp.row + 16 * i + 8 * half + warp.lane / 4;
+                    values_of_warps[at] = values[i][half];
+                    ids_of_warps[at] = ids[i][half];
+                }
+            }
+        }
+        __syncthreads();
+        const int row = threadIdx.x;
+        if (row >= item.row_end - item.row_begin) {
+            return;
+        }
+        float value = values_of_warps[row];
+        int id = ids_of_warps[row];
+        for (int w = 1; w < Shape::WARPS_N; ++w) {
+            const float other = values_of_warps[w * Shape::BM + row];
+            const int other_id = ids_of_warps[w * Shape::BM + row];
+            if (wins(other, other_id, value, id)) {
+                value = other;
+                id = other_id;
+            }
+        }
+        p.best_value[item.out_begin + row] = value;
+        p.best_id[item.out_begin + row] = id < 0 ? -1 : id / 2;
+        if (p.best_flip != nullptr) {
+            p.best_flip[item.out_begin + row] = id < 0 ? 0 : id % 2;
+        }
+    }
+};
+
+// Inverse norms of the item's rows to shared memory; zeros past its end.
+__device__ __forceinline__ void load_inverse(const TenpSegmentMatchParams &p, const TenpSegmentItem &item, int part,
+                                             float *to) {
+    for (int r = threadIdx.x; r < Shape::BM; r += Shape::THREADS) {
+        const int row = item.row_begin + r;
+        to[r] = row < item.row_end ? p.row_inverse[part * p.row_stride + p.row_ids[row]] : 0.0f;
+    }
+}
+
+// Offers every element of the tile's columns that are there; `value(i, j, c, flipped)` gives it.
+template <class Value> __device__ __forceinline__ void take_tile(const Place &at, Best &best, Value value) {
+    const Corner corner;
+#pragma unroll
+    for (int j = 0; j < Shape::NI; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            const int column = at.column + corner.column + 8 * j + c % 2;
+            if (column < at.item.col_end) {
+#pragma unroll
+                for (int i = 0; i < Shape::MI; ++i) {
+                    int flipped = 0;
+                    const float own = value(i, j, c, flipped);
+                    best.take(i, c / 2, own, 2 * (column - at.item.col_begin) + flipped);
+                }
+            }
+        }
+    }
+}
+
+} // namespace
+
+TENP_KERNEL(tenp_segment_similarity, TenpSegmentMatchParams, 256, 1) {
+    TENP_SHARED(uint8_t, shared);
+    float *row_inverse = reinterpret_cast<float *>(shared + Shape::PIPELINE_BYTES);
+    Place at;
+    at.item = p.items[blockIdx.x];
+    const bool signs = p.sign_canonical != 0;
+    for (int part = GATE; part <= DOWN; ++part) {
+        load_inverse(p, at.item, part, row_inverse + part * Shape::BM);
+    }
+    __syncthreads();
+    Best best;
+    for (at.column = at.item.col_begin; at.column < at.item.col_end; at.column += Shape::BN) {
+        Tile gate = {};
+        if (p.lambda_gate != 0.0f) {
+            multiply_part(p, at, GATE, shared, gate);
+            to_cosines(at, row_inverse, p.col_inverse + GATE * p.col_stride, gate);
+        }
+        Tile up = {};
+        if (signs || p.lambda_up != 0.0f) {
+            multiply_part(p, at, UP, shared, up);
+            to_cosines(at, row_inverse + UP * Shape::BM, p.col_inverse + UP * p.col_stride, up);
+        }
+        Tile down = {};
+        if (signs || p.lambda_down != 0.0f) {
+            multiply_part(p, at, DOWN, shared, down);
+            to_cosines(at, row_inverse + DOWN * Shape::BM, p.col_inverse + DOWN * p.col_stride, down);
+        }
+        take_tile(at, best, [&](int i, int j, int c, int &flipped) {
+            flipped = signs && up[i][j][c] < 0.0f && down[i][j][c] < 0.0f ? 1 : 0;
+            const float rest = p.lambda_up * up[i][j][c] + p.lambda_down * down[i][j][c];
+            return p.lambda_gate * gate[i][j][c] + (flipped != 0 ? -rest : rest);
+        });
+    }
+    best.store(p, at.item, shared);
+}
+
+TENP_KERNEL(tenp_segment_assign, TenpSegmentMatchParams, 256, 1) {
+    TENP_SHARED(uint8_t, shared);
+    float *row_inverse = reinterpret_cast<float *>(shared + Shape::PIPELINE_BYTES);
+    float *signs = row_inverse + Shape::BM;
+    Place at;
+    at.item = p.items[blockIdx.x];
+    load_inverse(p, at.item, ALL, row_inverse);
+    for (int r = threadIdx.x; r < Shape::BM; r += Shape::THREADS) {
+        const int row = at.item.row_begin + r;
+        signs[r] = p.row_signs != nullptr && row < at.item.row_end ? p.row_signs[row] : 1.0f;
+    }
+    __syncthreads();
+    const Corner corner;
+    Best best;
+    for (at.column = at.item.col_begin; at.column < at.item.col_end; at.column += Shape::BN) {
+        Tile acc = {};
+        multiply_part(p, at, UP, shared, acc);
+        multiply_part(p, at, DOWN, shared, acc);
+#pragma unroll
+        for (int i = 0; i < Shape::MI; ++i) {
+#pragma unroll
+            for (int j = 0; j < Shape::NI; ++j) {
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    acc[i][j][c] *= signs[corner.row + 16 * i + c / 2 * 8];
+                }
+            }
+        }
+        multiply_part(p, at, GATE, shared, acc);
+        to_cosines(at, row_inverse, p.col_inverse + ALL * p.col_stride, acc);
+        take_tile(at, best, [&](int i, int j, int c, int &) { return acc[i][j][c]; });
+    }
+    best.store(p, at.item, shared);
+}
