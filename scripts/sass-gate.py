@@ -35,6 +35,9 @@ TABLE = [
     ("tenp_attention_decode_*", 168, ["HMMA", "LDGSTS", "LDSM"]),
     ("tenp_segment_similarity", 255, ["HMMA"]),
     ("tenp_segment_assign", 255, ["HMMA"]),
+    ("tenp_attention_decode*", 128, []),
+    ("tenp_segment_similarity", 128, ["HMMA", "LDGSTS", "LDSM"]),
+    ("tenp_segment_assign", 128, ["HMMA", "LDGSTS", "LDSM"]),
     ("tenp_*", 64, []),
 ]
 ARCHITECTURES = ["sm_90a", "sm_80"]

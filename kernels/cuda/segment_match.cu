@@ -4,7 +4,7 @@
 // layout:   GU [2S, H], DT [S, H]; best_value, best_id, best_flip at an item's out_begin on. Nothing of size rows x columns
 // requires: H a multiple of 8; at most TENP_SEGMENT_ROWS rows an item; ties go to the lower column; a part whose lambda
 //           is 0 is not read, unless its sign is needed
-// launch:   grid (num_items), block (256), shared 49920 bytes: a block per item
+// launch:   grid (num_items), block (256), shared 58112 bytes: a block per item
 // flops:    2 H a row, column and part (similarity), 6 H (assign). bytes: 2 H a row and part, once per 128 columns; 2 H a
 //           column and part
 #include "reduce.cuh"
@@ -25,9 +25,10 @@ __device__ __forceinline__ const uint16_t *part_row(const uint16_t *gate_up, con
     return gate_up + (neuron / 8 * 16 + neuron % 8 + (part == UP ? 8 : 0)) * hidden;
 }
 
-// What one block works on: an item and its columns from `column` on.
+// What one block works on: an item, looked up when needed (held over a product it would be the registers that spill),
+// and its columns from `column` on.
 struct Place {
-    TenpSegmentItem item;
+    const TenpSegmentItem &item;
     int column;
 };
 
@@ -100,6 +101,33 @@ struct Best {
         }
     }
 
+    // A thread's own words of shared memory, where this waits while products need the registers.
+    static constexpr int WORDS = 2 * Shape::MI * 2 * Shape::THREADS;
+
+    __device__ __forceinline__ explicit Best(const int *kept) {
+#pragma unroll
+        for (int i = 0; i < Shape::MI; ++i) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int at = 2 * (2 * i + half) * Shape::THREADS + static_cast<int>(threadIdx.x);
+                values[i][half] = __int_as_float(kept[at]);
+                ids[i][half] = kept[at + Shape::THREADS];
+            }
+        }
+    }
+
+    __device__ __forceinline__ void keep(int *to) const {
+#pragma unroll
+        for (int i = 0; i < Shape::MI; ++i) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int at = 2 * (2 * i + half) * Shape::THREADS + static_cast<int>(threadIdx.x);
+                to[at] = __float_as_int(values[i][half]);
+                to[at + Shape::THREADS] = ids[i][half];
+            }
+        }
+    }
+
     // False for NaN. Columns come in no order, so ties are decided here.
     __device__ __forceinline__ static bool wins(float value, int id, float best, int best_id) {
         return value > best || (value == best && id >= 0 && (best_id < 0 || id < best_id));
@@ -167,8 +195,9 @@ __device__ __forceinline__ void load_inverse(const TenpSegmentMatchParams &p, co
 }
 
 // Offers every element of the tile's columns that are there; `value(i, j, c, flipped)` gives it.
-template <class Value> __device__ __forceinline__ void take_tile(const Place &at, Best &best, Value value) {
+template <class Value> __device__ __forceinline__ void take_tile(const Place &at, int *kept, Value value) {
     const Corner corner;
+    Best best(kept);
 #pragma unroll
     for (int j = 0; j < Shape::NI; ++j) {
 #pragma unroll
@@ -184,52 +213,78 @@ template <class Value> __device__ __forceinline__ void take_tile(const Place &at
             }
         }
     }
+    best.keep(kept);
+}
+
+static_assert(Shape::MI * Shape::NI * 4 == 32, "a bit for every accumulator");
+__device__ __forceinline__ int bit_of(int i, int j, int c) { return (i * Shape::NI + j) * 4 + c; }
+
+// rest = lambda_u cos(up, up') + lambda_d cos(w, w'), and for which elements it is that of the flipped row.
+template <class Cosines>
+__device__ __forceinline__ uint32_t up_and_down(const TenpSegmentMatchParams &p, const Cosines &cosines, Tile &rest) {
+    const bool signs = p.sign_canonical != 0;
+    if (signs || p.lambda_up != 0.0f) {
+        cosines(UP, rest);
+    }
+    Tile down = {};
+    if (signs || p.lambda_down != 0.0f) {
+        cosines(DOWN, down);
+    }
+    uint32_t flips = 0;
+#pragma unroll
+    for (int i = 0; i < Shape::MI; ++i) {
+#pragma unroll
+        for (int j = 0; j < Shape::NI; ++j) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                const bool flipped = signs && rest[i][j][c] < 0.0f && down[i][j][c] < 0.0f;
+                const float sum = p.lambda_up * rest[i][j][c] + p.lambda_down * down[i][j][c];
+                rest[i][j][c] = flipped ? -sum : sum;
+                flips |= (flipped ? 1u : 0u) << bit_of(i, j, c);
+            }
+        }
+    }
+    return flips;
 }
 
 } // namespace
 
-TENP_KERNEL(tenp_segment_similarity, TenpSegmentMatchParams, 256, 1) {
+TENP_KERNEL(tenp_segment_similarity, TenpSegmentMatchParams, 256, 2) {
     TENP_SHARED(uint8_t, shared);
-    float *row_inverse = reinterpret_cast<float *>(shared + Shape::PIPELINE_BYTES);
-    Place at;
-    at.item = p.items[blockIdx.x];
-    const bool signs = p.sign_canonical != 0;
+    int *kept = reinterpret_cast<int *>(shared + Shape::PIPELINE_BYTES);
+    float *row_inverse = reinterpret_cast<float *>(kept + Best::WORDS);
+    Place at = {p.items[blockIdx.x], 0};
     for (int part = GATE; part <= DOWN; ++part) {
         load_inverse(p, at.item, part, row_inverse + part * Shape::BM);
     }
     __syncthreads();
-    Best best;
+    const auto cosines = [&](int part, Tile &acc) {
+        multiply_part(p, at, part, shared, acc);
+        to_cosines(at, row_inverse + part * Shape::BM, p.col_inverse + part * p.col_stride, acc);
+    };
+    Best().keep(kept);
     for (at.column = at.item.col_begin; at.column < at.item.col_end; at.column += Shape::BN) {
+        // Gate comes last, so that two tiles are alive at most: of the flips only the bits are kept.
+        Tile rest = {};
+        const uint32_t flips = up_and_down(p, cosines, rest);
         Tile gate = {};
         if (p.lambda_gate != 0.0f) {
-            multiply_part(p, at, GATE, shared, gate);
-            to_cosines(at, row_inverse, p.col_inverse + GATE * p.col_stride, gate);
+            cosines(GATE, gate);
         }
-        Tile up = {};
-        if (signs || p.lambda_up != 0.0f) {
-            multiply_part(p, at, UP, shared, up);
-            to_cosines(at, row_inverse + UP * Shape::BM, p.col_inverse + UP * p.col_stride, up);
-        }
-        Tile down = {};
-        if (signs || p.lambda_down != 0.0f) {
-            multiply_part(p, at, DOWN, shared, down);
-            to_cosines(at, row_inverse + DOWN * Shape::BM, p.col_inverse + DOWN * p.col_stride, down);
-        }
-        take_tile(at, best, [&](int i, int j, int c, int &flipped) {
-            flipped = signs && up[i][j][c] < 0.0f && down[i][j][c] < 0.0f ? 1 : 0;
-            const float rest = p.lambda_up * up[i][j][c] + p.lambda_down * down[i][j][c];
-            return p.lambda_gate * gate[i][j][c] + (flipped != 0 ? -rest : rest);
+        take_tile(at, kept, [&](int i, int j, int c, int &flipped) {
+            flipped = static_cast<int>(flips >> bit_of(i, j, c) & 1u);
+            return fmaf(p.lambda_gate, gate[i][j][c], rest[i][j][c]);
         });
     }
-    best.store(p, at.item, shared);
+    Best(kept).store(p, at.item, shared);
 }
 
-TENP_KERNEL(tenp_segment_assign, TenpSegmentMatchParams, 256, 1) {
+TENP_KERNEL(tenp_segment_assign, TenpSegmentMatchParams, 256, 2) {
     TENP_SHARED(uint8_t, shared);
-    float *row_inverse = reinterpret_cast<float *>(shared + Shape::PIPELINE_BYTES);
+    int *kept = reinterpret_cast<int *>(shared + Shape::PIPELINE_BYTES);
+    float *row_inverse = reinterpret_cast<float *>(kept + Best::WORDS);
     float *signs = row_inverse + Shape::BM;
-    Place at;
-    at.item = p.items[blockIdx.x];
+    Place at = {p.items[blockIdx.x], 0};
     load_inverse(p, at.item, ALL, row_inverse);
     for (int r = threadIdx.x; r < Shape::BM; r += Shape::THREADS) {
         const int row = at.item.row_begin + r;
@@ -237,7 +292,7 @@ TENP_KERNEL(tenp_segment_assign, TenpSegmentMatchParams, 256, 1) {
     }
     __syncthreads();
     const Corner corner;
-    Best best;
+    Best().keep(kept);
     for (at.column = at.item.col_begin; at.column < at.item.col_end; at.column += Shape::BN) {
         Tile acc = {};
         multiply_part(p, at, UP, shared, acc);
@@ -254,7 +309,7 @@ TENP_KERNEL(tenp_segment_assign, TenpSegmentMatchParams, 256, 1) {
         }
         multiply_part(p, at, GATE, shared, acc);
         to_cosines(at, row_inverse, p.col_inverse + ALL * p.col_stride, acc);
-        take_tile(at, best, [&](int i, int j, int c, int &) { return acc[i][j][c]; });
+        take_tile(at, kept, [&](int i, int j, int c, int &) { return acc[i][j][c]; });
     }
-    best.store(p, at.item, shared);
+    Best(kept).store(p, at.item, shared);
 }
