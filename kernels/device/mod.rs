@@ -13,19 +13,19 @@
 //! | one per `.cu` file | argument structures and the functions that make calls of them |
 //! | `Device`, `DeviceBuffer`, … | feature `cuda`: the GPU, its memory, uploads, times, cuBLAS |
 
-pub mod backend;
 pub mod attention;
+pub mod backend;
 pub mod call;
 pub mod check;
+pub mod dense;
 pub mod dequantise_fp8;
 pub mod elementwise;
 pub mod expert_sums;
-pub mod dense;
 pub mod geometry;
 pub mod kmeans_centres;
+pub mod mla_keys;
 pub mod moe_accumulate;
 pub mod moe_combine;
-pub mod mla_keys;
 pub mod moe_contribution;
 pub mod moe_direction;
 pub mod moe_down;

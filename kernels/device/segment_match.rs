@@ -302,10 +302,7 @@ mod tests {
             // SAFETY: the call is never run.
             unsafe { segment_similarity(args, Similarity::default()) }.map(|c| c.launch())
         };
-        assert_eq!(
-            call(32, 3, 6, 8).unwrap(),
-            Launch::line(2, 256, 58_112)
-        );
+        assert_eq!(call(32, 3, 6, 8).unwrap(), Launch::line(2, 256, 58_112));
         assert!(call(33, 3, 6, 8).is_err());
         assert!(call(48, 3, 6, 8).is_err());
         assert!(call(32, 2, 6, 8).is_err());
