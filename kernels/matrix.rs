@@ -107,6 +107,32 @@ impl<'a> MatrixView<'a> {
     /// # Errors
     /// [`KernelError::Index`] past the last row, [`KernelError::Length`] if `out` is not one row long.
     pub fn widen_row(&self, row: usize, out: &mut [f32]) -> Result<(), KernelError> {
+        self.check_row(row, out.len())?;
+        widen(self.dtype, self.row_bytes(row), out);
+        Ok(())
+    }
+
+    /// Rounds row `row` to bf16 (nearest, ties to even) where it is not bf16 already.
+    ///
+    /// # Errors
+    /// As [`Self::widen_row`].
+    pub fn round_row(&self, row: usize, out: &mut [bf16]) -> Result<(), KernelError> {
+        if self.dtype != Dtype::Bf16 {
+            let mut wide = vec![0.0; out.len()];
+            self.widen_row(row, &mut wide)?;
+            for (to, &value) in out.iter_mut().zip(&wide) {
+                *to = bf16::from_f32(value);
+            }
+            return Ok(());
+        }
+        self.check_row(row, out.len())?;
+        for (to, from) in out.iter_mut().zip(self.row_bytes(row).as_chunks::<2>().0) {
+            *to = bf16::from_le_bytes(*from);
+        }
+        Ok(())
+    }
+
+    fn check_row(&self, row: usize, len: usize) -> Result<(), KernelError> {
         if row >= self.rows {
             return Err(KernelError::Index {
                 what: "matrix row",
@@ -114,9 +140,7 @@ impl<'a> MatrixView<'a> {
                 len: self.rows,
             });
         }
-        crate::error::check_len("widened row", self.cols, out.len())?;
-        widen(self.dtype, self.row_bytes(row), out);
-        Ok(())
+        crate::error::check_len("converted row", self.cols, len)
     }
 
     /// The whole matrix in f32.

@@ -237,14 +237,9 @@ fn copy_row(matrix: &MatrixView<'_>, row: usize, out: &mut [bf16]) {
         out.fill(bf16::ZERO);
         return;
     }
-    let bytes = matrix.row_bytes(row);
-    if matrix.dtype() == Dtype::Bf16 {
-        for (to, from) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-            *to = bf16::from_le_bytes(*from);
-        }
-    } else {
-        round_row(matrix.dtype(), bytes, out);
-    }
+    matrix
+        .round_row(row, out)
+        .expect("the row is there, and shapes were checked");
 }
 
 fn round_row(dtype: Dtype, bytes: &[u8], out: &mut [bf16]) {

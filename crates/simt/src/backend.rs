@@ -13,6 +13,7 @@ use crate::{Buffer, Executor, Fault, Schedule, ffi};
 #[derive(Clone, Copy, Debug)]
 pub struct Simulated {
     executor: Executor,
+    free_bytes: u64,
 }
 
 impl Simulated {
@@ -20,7 +21,14 @@ impl Simulated {
     pub fn new(schedule: Schedule) -> Self {
         Self {
             executor: Executor::new(schedule),
+            free_bytes: 1 << 30,
         }
+    }
+
+    /// The same GPU, which says that so many bytes are free.
+    #[must_use]
+    pub fn with_free_bytes(self, free_bytes: u64) -> Self {
+        Self { free_bytes, ..self }
     }
 }
 
@@ -201,7 +209,7 @@ impl Backend for Simulated {
     }
 
     fn free_bytes(&self) -> Result<u64, KernelError> {
-        Ok(1 << 30)
+        Ok(self.free_bytes)
     }
 
     fn staging(&self, bytes: usize) -> Result<Vec<u8>, KernelError> {

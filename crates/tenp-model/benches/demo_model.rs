@@ -41,12 +41,12 @@ fn demo_model(c: &mut Criterion) {
     group.throughput(Throughput::Elements(sequences.num_tokens() as u64));
     group.sample_size(20);
     for compute in [Compute::F32, Compute::Bf16] {
-        let model = Model::new(&checkpoint, compute);
+        let model = || Model::new(&checkpoint, compute);
         group.bench_function(format!("forward/{compute:?}"), |b| {
-            b.iter(|| in_pool(|| model.hidden_states(&sequences, &()).expect("runs")));
+            b.iter(|| in_pool(|| model().hidden_states(&sequences, &()).expect("runs")));
         });
         group.bench_function(format!("calibrate/{compute:?}"), |b| {
-            b.iter(|| in_pool(|| calibrate(&model, &domains, &|_, _| ()).expect("runs")));
+            b.iter(|| in_pool(|| calibrate(&model(), &domains, &|_, _| ()).expect("runs")));
         });
     }
     group.finish();

@@ -17,7 +17,7 @@ use crate::weights::view;
 use crate::{ModelError, Sequences};
 
 /// The compressed query and key/value norms of DeepSeek use this whatever `rms_norm_eps` says.
-const LORA_NORM_EPS: f64 = 1e-6;
+pub(crate) const LORA_NORM_EPS: f64 = 1e-6;
 
 /// What one layer's attention needs besides its input.
 pub(crate) struct AttentionBlock<'a> {
@@ -122,7 +122,7 @@ impl AttentionBlock<'_> {
     ) -> Result<&'b [f32], ModelError> {
         let hidden = self.config().hidden_size;
         self.pack(x, hidden, hidden, &mut buffers.packed)?;
-        let (shape, o_bias) = self.shape();
+        let (shape, o_bias) = attention_shape(self.config(), self.layer, self.softmax_factor);
         match &self.config().attention {
             Attention::Mla { .. } => self.project_mla(positions, buffers)?,
             Attention::Gqa { .. } => self.project_gqa(positions, buffers)?,
@@ -138,51 +138,6 @@ impl AttentionBlock<'_> {
         attend(&shape, &projected, sequences, block, cache, heads).at(self.layer)?;
         self.pack(heads, width, width, &mut buffers.packed)?;
         Ok(self.project(&buffers.packed, "o_proj", hidden, o_bias, &mut buffers.out)?)
-    }
-
-    fn shape(&self) -> (AttentionShape, bool) {
-        match &self.config().attention {
-            Attention::Mla {
-                num_heads,
-                nope_dim,
-                rope_dim,
-                v_dim,
-                bias,
-                ..
-            } => {
-                let qk_dim = nope_dim + rope_dim;
-                let scale = self.softmax_factor / (qk_dim as f64).sqrt();
-                let (num_heads, v_dim) = (*num_heads, *v_dim);
-                let scale = scale as f32;
-                let shape = AttentionShape {
-                    num_heads,
-                    num_kv_heads: num_heads,
-                    qk_dim,
-                    v_dim,
-                    scale,
-                    window: None,
-                };
-                (shape, *bias)
-            }
-            Attention::Gqa {
-                num_heads,
-                num_kv_heads,
-                head_dim,
-                o_bias,
-                sliding_window,
-                ..
-            } => {
-                let shape = AttentionShape {
-                    num_heads: *num_heads,
-                    num_kv_heads: *num_kv_heads,
-                    qk_dim: *head_dim,
-                    v_dim: *head_dim,
-                    scale: (1.0 / (*head_dim as f64).sqrt()) as f32,
-                    window: sliding_window.get(self.layer).copied().flatten(),
-                };
-                (shape, *o_bias)
-            }
-        }
     }
 
     fn project_mla(
@@ -314,6 +269,53 @@ impl AttentionBlock<'_> {
             .rotate(keys, *head_dim, positions)
             .at(self.layer)?;
         Ok(())
+    }
+}
+
+/// Heads and scale of a layer's attention, and whether its output projection has a bias. `softmax_factor` is YaRN's.
+pub(crate) fn attention_shape(
+    config: &ModelConfig,
+    layer: usize,
+    softmax_factor: f64,
+) -> (AttentionShape, bool) {
+    match &config.attention {
+        Attention::Mla {
+            num_heads,
+            nope_dim,
+            rope_dim,
+            v_dim,
+            bias,
+            ..
+        } => {
+            let qk_dim = nope_dim + rope_dim;
+            let shape = AttentionShape {
+                num_heads: *num_heads,
+                num_kv_heads: *num_heads,
+                qk_dim,
+                v_dim: *v_dim,
+                scale: (softmax_factor / (qk_dim as f64).sqrt()) as f32,
+                window: None,
+            };
+            (shape, *bias)
+        }
+        Attention::Gqa {
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            o_bias,
+            sliding_window,
+            ..
+        } => {
+            let shape = AttentionShape {
+                num_heads: *num_heads,
+                num_kv_heads: *num_kv_heads,
+                qk_dim: *head_dim,
+                v_dim: *head_dim,
+                scale: (1.0 / (*head_dim as f64).sqrt()) as f32,
+                window: sliding_window.get(layer).copied().flatten(),
+            };
+            (shape, *o_bias)
+        }
     }
 }
 

@@ -6,7 +6,10 @@ use tenp_kernels::Compute;
 use tenp_kernels::cpu::elementwise::all_finite;
 use tenp_kernels::cpu::rotary::{RotaryScaling, RotaryTable};
 
+use tenp_kernels::device::Backend;
+
 use crate::cpu::{CpuModel, CpuPass};
+use crate::device::DeviceModel;
 use crate::engine::{Engine, Pass};
 use crate::error::AtLayer;
 use crate::head::Head;
@@ -59,6 +62,15 @@ impl<'c> Model<'c> {
             checkpoint,
             compute,
             engine: None,
+        }
+    }
+
+    /// A model that runs on a backend, in bf16.
+    pub fn on<'m, B: Backend + 'static>(device: &'m DeviceModel<'_, B>) -> Model<'m> {
+        Model {
+            checkpoint: device.checkpoint(),
+            compute: Compute::Bf16,
+            engine: Some(device),
         }
     }
 

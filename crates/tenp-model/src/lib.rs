@@ -7,6 +7,7 @@
 //! |---|---|
 //! | token batches | [`sequences`] |
 //! | the layer-by-layer pass | [`forward`] |
+//! | the same on a GPU | [`device`] |
 //! | calibration statistics | [`calibrate`] |
 //! | likelihoods, perplexity, comparison with a reference | [`evaluate`] |
 //! | text generation with a key/value cache | [`generate`] |
@@ -16,6 +17,7 @@ mod attention;
 mod cache;
 pub mod calibrate;
 mod cpu;
+pub mod device;
 mod engine;
 mod error;
 pub mod evaluate;

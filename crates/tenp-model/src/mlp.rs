@@ -6,7 +6,7 @@ use tenp_kernels::cpu::elementwise::{add, add_scaled};
 use tenp_kernels::cpu::linear::{PackedRows, linear, linear_packed};
 use tenp_kernels::cpu::moe::{ExpertActivations, ExpertWeights, combine, expert_forward};
 use tenp_kernels::cpu::router::{GroupLimit, RouterSpec, Routing};
-use tenp_kernels::{Compute, ExpertGroups, KernelError, RaggedLayout};
+use tenp_kernels::{Compute, ExpertGroups, KernelError, MatrixView, RaggedLayout};
 
 use crate::ModelError;
 use crate::error::AtLayer;
@@ -39,9 +39,10 @@ pub(crate) struct MoeWeights<'a> {
     layer: usize,
     hidden: usize,
     pub(crate) experts: Vec<ExpertWeights<'a>>,
-    router: tenp_kernels::MatrixView<'a>,
-    spec: RouterSpec,
-    shared: Option<(ExpertWeights<'a>, Option<tenp_kernels::MatrixView<'a>>)>,
+    pub(crate) router: MatrixView<'a>,
+    pub(crate) spec: RouterSpec,
+    /// The expert, and what its gate is made with.
+    pub(crate) shared: Option<(ExpertWeights<'a>, Option<MatrixView<'a>>)>,
 }
 
 /// What the routed part of a block computed; `activations` still holds the expert outputs.

@@ -3,50 +3,14 @@
 // `cargo test -- --nocapture` lists the errors.
 #![allow(clippy::print_stdout)]
 
-use std::path::{Path, PathBuf};
+mod support;
 
-use safetensors::SafeTensors;
+use std::path::Path;
+
+use support::{FAMILIES, golden, golden_dir, relative_error, transformers_bf16_error};
 use tenp_checkpoint::Checkpoint;
 use tenp_kernels::Compute;
 use tenp_model::{Model, Sequences};
-
-const FAMILIES: [&str; 8] = [
-    "deepseek",
-    "deepseek_v2_group",
-    "deepseek_v2_lite",
-    "deepseek_v3",
-    "mixtral",
-    "olmoe",
-    "qwen2_moe",
-    "qwen3_moe",
-];
-
-fn golden_dir() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden")
-}
-
-fn golden(dir: &Path) -> (Vec<Vec<u32>>, Vec<f32>) {
-    let bytes = std::fs::read(dir.join("golden.safetensors")).expect("golden file");
-    let file = SafeTensors::deserialize(&bytes).expect("valid safetensors");
-    let ids = file.tensor("input_ids").expect("input_ids");
-    let len = ids.shape()[1];
-    let ids: Vec<u32> = ids
-        .data()
-        .as_chunks::<8>()
-        .0
-        .iter()
-        .map(|b| i64::from_le_bytes(*b) as u32)
-        .collect();
-    let logits = file.tensor("logits").expect("logits");
-    let logits = logits
-        .data()
-        .as_chunks::<4>()
-        .0
-        .iter()
-        .map(|b| f32::from_le_bytes(*b))
-        .collect();
-    (ids.chunks(len).map(<[u32]>::to_vec).collect(), logits)
-}
 
 fn logits(dir: &Path, compute: Compute, ids: &[Vec<u32>]) -> Vec<f32> {
     let checkpoint = Checkpoint::open(dir).expect("opens");
@@ -57,12 +21,6 @@ fn logits(dir: &Path, compute: Compute, ids: &[Vec<u32>]) -> Vec<f32> {
     }
     let hidden = model.hidden_states(&sequences, &()).expect("runs");
     model.head().expect("head").logits(&hidden).expect("logits")
-}
-
-fn relative_error(got: &[f32], want: &[f32]) -> f64 {
-    assert_eq!(got.len(), want.len());
-    let sum = |f: &dyn Fn(usize) -> f64| (0..got.len()).map(|i| f(i).powi(2)).sum::<f64>().sqrt();
-    sum(&|i| f64::from(got[i]) - f64::from(want[i])) / sum(&|i| f64::from(want[i]))
 }
 
 #[test]
@@ -92,15 +50,11 @@ fn f32_logits_agree_with_transformers_for_every_family_and_spelling() {
 
 #[test]
 fn bf16_logits_are_no_worse_than_one_and_a_half_times_transformers_own_error() {
-    let reference = std::fs::read(golden_dir().join("bf16_error.json")).expect("bf16_error.json");
-    let reference: serde_json::Value = serde_json::from_slice(&reference).expect("JSON");
     for family in FAMILIES {
         let dir = golden_dir().join(family);
         let (ids, want) = golden(&dir);
         let error = relative_error(&logits(&dir, Compute::Bf16, &ids), &want);
-        let theirs = reference[family]
-            .as_f64()
-            .unwrap_or_else(|| panic!("{family} in bf16_error.json"));
+        let theirs = transformers_bf16_error(family);
         println!("{family:40} bf16 {error:.2e}, transformers {theirs:.2e}");
         assert!(
             error <= 1.5 * theirs,
