@@ -124,7 +124,7 @@ fn layer(c: &mut Criterion) {
             let (groups, _) = forward(&mut a);
             group.bench_function(format!("experts/{compute:?}/{name}"), |b| {
                 b.iter(|| {
-                    expert_forward(compute, &experts, &groups, &x, &mut a).expect("shapes fit")
+                    expert_forward(compute, &experts, &groups, &x, &mut a).expect("shapes fit");
                 });
             });
             group.bench_function(format!("forward/{compute:?}/{name}"), |b| {
