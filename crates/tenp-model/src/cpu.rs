@@ -2,17 +2,18 @@
 
 use std::ops::Range;
 use std::sync::Mutex;
+use std::time::Instant;
 
 use rayon::prelude::*;
 use tenp_checkpoint::{Checkpoint, ModelConfig};
 use tenp_kernels::cpu::direction::{ExpertSums, TokenContext, accumulate_expert_sums};
 use tenp_kernels::cpu::elementwise::{add, all_finite};
-use tenp_kernels::cpu::linear::PackedRows;
+use tenp_kernels::cpu::linear::{PackedRows, linear};
 use tenp_kernels::cpu::moe::ExpertActivations;
 use tenp_kernels::cpu::neuron::{NeuronSums, accumulate_neuron_sums, neuron_weight_norms};
 use tenp_kernels::cpu::norm::{rms_norm, rms_norm_strided};
 use tenp_kernels::cpu::rotary::RotaryTable;
-use tenp_kernels::{Compute, KernelError, RaggedLayout};
+use tenp_kernels::{Compute, KernelError, MatrixView, RaggedLayout};
 
 use crate::attention::{AttentionBlock, AttentionBuffers};
 use crate::cache::CachedSequence;
@@ -62,6 +63,33 @@ impl CpuModel<'_> {
     fn block_bytes_per_token(&self) -> usize {
         let moe = &self.config().moe;
         (4 * moe.top_k * (3 * self.config().hidden_size + moe.expert_width)).max(1)
+    }
+}
+
+impl CpuModel<'_> {
+    /// FLOP/s of a dense product.
+    pub(crate) fn measured_rate(&self) -> Result<f64, ModelError> {
+        let (rows, inner, outputs) = (448, 1024, 1024);
+        let values = |count: usize, period: usize, offset: f32| -> Vec<f32> {
+            (0..count)
+                .map(|i| (i % period) as f32 * 0.1 - offset)
+                .collect()
+        };
+        let (x, w) = (
+            values(rows * inner, 17, 0.8),
+            values(outputs * inner, 13, 0.6),
+        );
+        let weight = MatrixView::from_f32(outputs, inner, &w).at(0)?;
+        let mut out = vec![0.0; rows * outputs];
+        let mut product = || linear(self.compute, &x, &weight, None, &mut out).at(0);
+        product()?;
+        let started = Instant::now();
+        let mut runs = 0;
+        while started.elapsed().as_secs_f64() < 0.3 {
+            product()?;
+            runs += 1;
+        }
+        Ok((2 * rows * inner * outputs * runs) as f64 / started.elapsed().as_secs_f64())
     }
 }
 

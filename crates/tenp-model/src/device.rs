@@ -20,10 +20,11 @@ mod sums;
 mod tables;
 
 use std::cell::{OnceCell, RefCell};
+use std::time::Instant;
 
 use bytemuck::Pod;
 use half::bf16;
-use tenp_checkpoint::Checkpoint;
+use tenp_checkpoint::{Checkpoint, ModelConfig};
 use tenp_kernels::KernelError;
 use tenp_kernels::device::attention::Pitches;
 use tenp_kernels::device::elementwise::{Add, SiluMul, add, silu_mul};
@@ -41,7 +42,7 @@ use crate::engine::{Engine, Pass};
 use crate::error::AtLayer;
 use crate::head::head_name;
 use crate::weights::view;
-use crate::{KvCache, ModelError, Sequences};
+use crate::{KvCache, ModelError, Sequences, WorkingBytes};
 
 /// Tokens that go through a layer at once, where no sequence is longer: rows enough for every expert of the models we
 /// know to be bound by arithmetic (`docs/cuda.md`).
@@ -73,16 +74,12 @@ impl<'c, B: Backend + 'static> DeviceModel<'c, B> {
         layer::check(checkpoint).at(0)?;
         let free = backend.free_bytes().at(0)?;
         let config = checkpoint.config();
-        let moe = &config.moe;
-        let per_token = moe.top_k * (6 * config.hidden_size + 2 * moe.expert_width)
-            + 24 * config.hidden_size
-            + 10 * moe.shared_width.max(config.dense_width);
         Ok(Self {
             checkpoint,
             store: RefCell::new(Store::new(checkpoint, free / 2)?),
             backend,
             head: OnceCell::new(),
-            block_tokens: (BLOCK_BYTES / per_token).clamp(64, BLOCK_TOKENS),
+            block_tokens: (BLOCK_BYTES / block_bytes_per_token(config)).clamp(64, BLOCK_TOKENS),
         })
     }
 
@@ -128,6 +125,15 @@ impl<'c, B: Backend + 'static> DeviceModel<'c, B> {
         let buffer = upload().at(config.num_layers)?;
         Ok(self.head.get_or_init(|| buffer))
     }
+}
+
+/// Bytes of activations per token of a block: the routed rows' y in f32 and bf16 and their h, the residual stream's
+/// forms, the widest dense product.
+fn block_bytes_per_token(config: &ModelConfig) -> usize {
+    let moe = &config.moe;
+    moe.top_k * (6 * config.hidden_size + 2 * moe.expert_width)
+        + 24 * config.hidden_size
+        + 10 * moe.shared_width.max(config.dense_width)
 }
 
 impl<B: Backend> DeviceModel<'_, B> {
@@ -244,6 +250,47 @@ impl<B: Backend + 'static> Engine for DeviceModel<'_, B> {
         cache: Option<&'s mut KvCache>,
     ) -> Result<Box<dyn Pass + 's>, ModelError> {
         Ok(Box::new(DevicePass::new(self, sequences, cache)?))
+    }
+
+    fn working_bytes(&self, tokens: usize) -> WorkingBytes {
+        let (config, layer) = (self.checkpoint.config(), self.store.borrow().layer_bytes());
+        let moe = &config.moe;
+        let hidden = 4 * tokens * config.hidden_size;
+        let sums = 8 * 7 * moe.num_experts * moe.expert_width;
+        let block = self.block_tokens.min(tokens) * block_bytes_per_token(config);
+        // The statistics of all layers, two layers being packed, the hidden states that come back.
+        let host = 2 * layer + hidden + sums * 9 / 7 * config.moe_layers.len();
+        let weights = self.store.borrow().resident_bytes().unwrap_or(2 * layer);
+        WorkingBytes {
+            host,
+            device: Some(weights + hidden + block + 2 * sums),
+        }
+    }
+
+    fn measured_rate(&self) -> Result<f64, ModelError> {
+        const SIZE: usize = 4096;
+        let run = || {
+            let backend = &self.backend;
+            let values: Vec<bf16> = (0..SIZE * SIZE)
+                .map(|i| bf16::from_f32((i % 97) as f32 * 0.01 - 0.5))
+                .collect();
+            let x = uploaded(backend, "measured product", &values)?;
+            let mut out = backend.alloc::<f32>("measured product", SIZE * SIZE)?;
+            let shape = DenseShape::new(SIZE, SIZE, SIZE);
+            let mut product = |count: usize| {
+                for _ in 0..count {
+                    backend.dense(&shape, x.view(), x.view(), out.view_mut())?;
+                }
+                let mut first = [0f32];
+                backend.read(out.view().slice(0..1)?, &mut first)
+            };
+            product(1)?;
+            let (started, count) = (Instant::now(), 16);
+            product(count)?;
+            let flops = 2.0 * (SIZE as f64).powi(3) * count as f64;
+            Ok(flops / started.elapsed().as_secs_f64())
+        };
+        run().at(0)
     }
 
     fn logits(&self, hidden: &[f32], out: &mut [f32]) -> Result<(), ModelError> {

@@ -1,6 +1,6 @@
 //! Where a model runs: the CPU, or an engine that brings its own memory.
 
-use crate::{KvCache, ModelError, Observer, Sequences};
+use crate::{KvCache, ModelError, Observer, Sequences, WorkingBytes};
 
 /// Runs a checkpoint's layers and head somewhere else than on the CPU.
 pub(crate) trait Engine {
@@ -10,6 +10,12 @@ pub(crate) trait Engine {
         sequences: &'s Sequences,
         cache: Option<&'s mut KvCache>,
     ) -> Result<Box<dyn Pass + 's>, ModelError>;
+
+    /// What a calibration pass over `tokens` tokens takes at most, about.
+    fn working_bytes(&self, tokens: usize) -> WorkingBytes;
+
+    /// FLOP/s of a dense product, measured for a fraction of a second.
+    fn measured_rate(&self) -> Result<f64, ModelError>;
 
     /// Logits `[rows, vocab]` of normed hidden states `[rows, H]`.
     fn logits(&self, hidden: &[f32], out: &mut [f32]) -> Result<(), ModelError>;

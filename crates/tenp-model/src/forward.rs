@@ -27,6 +27,15 @@ pub struct Model<'c> {
     engine: Option<&'c dyn Engine>,
 }
 
+/// Memory that a pass takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WorkingBytes {
+    /// On the host, beside the mapped file.
+    pub host: usize,
+    /// On the GPU, where there is one.
+    pub device: Option<usize>,
+}
+
 /// A pass in progress: hidden states of all tokens after some layers.
 pub struct Run<'s> {
     pass: Box<dyn Pass + 's>,
@@ -165,9 +174,30 @@ impl<'c> Model<'c> {
         4 * self.config().hidden_size
     }
 
-    /// Anonymous memory that a calibration pass over `tokens` tokens takes at most, about: hidden states, and one
-    /// block's activations and statistics.
-    pub fn working_bytes(&self, tokens: usize) -> usize {
+    /// What a calibration pass over `tokens` tokens takes at most, about.
+    pub fn working_bytes(&self, tokens: usize) -> WorkingBytes {
+        match self.engine {
+            Some(engine) => engine.working_bytes(tokens),
+            None => WorkingBytes {
+                host: self.cpu_working_bytes(tokens),
+                device: None,
+            },
+        }
+    }
+
+    /// FLOP/s of a dense product of the calibration's kind, measured for a fraction of a second.
+    ///
+    /// # Errors
+    /// The GPU's own words.
+    pub fn measured_rate(&self) -> Result<f64, ModelError> {
+        match self.engine {
+            Some(engine) => engine.measured_rate(),
+            None => self.on_cpu().measured_rate(),
+        }
+    }
+
+    /// Hidden states, and one block's activations and statistics.
+    fn cpu_working_bytes(&self, tokens: usize) -> usize {
         let config = self.config();
         let moe = &config.moe;
         let cpu = self.on_cpu();

@@ -32,7 +32,7 @@ mod weights;
 
 pub use cache::KvCache;
 pub use error::ModelError;
-pub use forward::{Model, Run};
+pub use forward::{Model, Run, WorkingBytes};
 pub use head::Head;
 pub use observer::{BlockSums, Observer, WeightNorms};
 pub use sequences::Sequences;

@@ -78,20 +78,49 @@ pub(crate) enum Command {
 }
 
 /// Precision of the products.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ComputeArg {
     /// Weights widened to f32, everything in f32.
-    #[default]
     F32,
     /// Products of bf16 values, sums in f32.
     Bf16,
 }
 
+/// Where the model runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum DeviceArg {
+    /// The first GPU if there is one, else the CPU.
+    #[default]
+    Auto,
+    Cpu,
+    Cuda(usize),
+}
+
+impl std::str::FromStr for DeviceArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            _ => text
+                .strip_prefix("cuda:")
+                .and_then(|ordinal| ordinal.parse().ok())
+                .map(Self::Cuda)
+                .ok_or_else(|| format!("`{text}` is none of auto, cpu, cuda, cuda:N")),
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, Args)]
-pub(crate) struct ComputeArgs {
-    /// Precision of the products.
-    #[arg(long, value_enum, default_value_t)]
-    pub(crate) compute: ComputeArg,
+pub(crate) struct RunArgs {
+    /// Where the model runs: cpu, cuda (the first GPU), cuda:N, or auto (a GPU if there is one, else the CPU).
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub(crate) device: DeviceArg,
+    /// Precision of the products: by default f32 on the CPU; bf16 on a GPU, which has no other.
+    #[arg(long, value_enum)]
+    pub(crate) compute: Option<ComputeArg>,
 }
 
 #[derive(Debug, Args)]
@@ -124,7 +153,7 @@ pub(crate) struct Calibrate {
     #[command(flatten)]
     pub(crate) data: DataArgs,
     #[command(flatten)]
-    pub(crate) compute: ComputeArgs,
+    pub(crate) run: RunArgs,
     /// Statistics file to write.
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: PathBuf,
@@ -307,7 +336,7 @@ pub(crate) struct Prune {
     #[command(flatten)]
     pub(crate) data: DataArgs,
     #[command(flatten)]
-    pub(crate) compute: ComputeArgs,
+    pub(crate) run: RunArgs,
     #[command(flatten)]
     pub(crate) plan: PlanArgs,
     #[command(flatten)]
@@ -340,7 +369,7 @@ pub(crate) struct Eval {
     #[arg(long, default_value_t = 2048, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
     pub(crate) seq_len: u32,
     #[command(flatten)]
-    pub(crate) compute: ComputeArgs,
+    pub(crate) run: RunArgs,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
@@ -357,7 +386,7 @@ pub(crate) struct Logits {
     #[arg(long, value_name = "FILE")]
     pub(crate) output: PathBuf,
     #[command(flatten)]
-    pub(crate) compute: ComputeArgs,
+    pub(crate) run: RunArgs,
 }
 
 #[derive(Debug, Args)]
@@ -377,7 +406,7 @@ pub(crate) struct Generate {
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     #[command(flatten)]
-    pub(crate) compute: ComputeArgs,
+    pub(crate) run: RunArgs,
 }
 
 #[derive(Debug, Args)]

@@ -3,12 +3,32 @@
 use std::process::ExitCode;
 
 use tenp_checkpoint::CheckpointError;
+use tenp_kernels::KernelError;
 use tenp_prune::PruneError;
 
 /// 1: the work failed.
 const FAILED: u8 = 1;
 /// 2: the command line cannot be carried out as it stands.
 const USAGE: u8 = 2;
+
+/// 3: the machine lacks something: a GPU, a driver, a build with CUDA.
+const ENVIRONMENT: u8 = 3;
+
+/// The machine or the build lacks something that was asked for.
+#[derive(Debug)]
+#[cfg_attr(
+    feature = "cuda",
+    allow(dead_code, reason = "the kernels' own errors say it")
+)]
+pub(crate) struct EnvironmentError(pub(crate) String);
+
+impl std::fmt::Display for EnvironmentError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for EnvironmentError {}
 
 /// A command line that cannot be carried out; the message names the flag and the remedy.
 #[derive(Debug)]
@@ -35,6 +55,13 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
 }
 
 fn code_of(cause: &(dyn std::error::Error + 'static)) -> u8 {
+    let environment = cause.is::<EnvironmentError>()
+        || cause
+            .downcast_ref::<KernelError>()
+            .is_some_and(KernelError::is_environment);
+    if environment {
+        return ENVIRONMENT;
+    }
     let usage = cause.is::<UsageError>()
         || cause.downcast_ref::<PruneError>().is_some_and(is_usage)
         || cause.downcast_ref::<CheckpointError>().is_some_and(|e| {

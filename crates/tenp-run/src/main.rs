@@ -10,6 +10,7 @@ mod console;
 mod failure;
 mod models;
 mod picture;
+mod place;
 mod progress;
 mod requests;
 

@@ -5,11 +5,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use tenp_checkpoint::{Checkpoint, Plan};
-use tenp_kernels::Compute;
 use tenp_model::ModelError;
 use tenp_model::text::{Data, Task, Tokenizer, read_samples, read_task};
 
-use crate::cli::{ComputeArgs, DataArgs};
+use crate::cli::DataArgs;
 use crate::failure::usage;
 
 /// Opens a whole checkpoint.
@@ -79,15 +78,6 @@ fn check_names(flag: &str, files: &[PathBuf]) -> Result<()> {
         }
     }
     Ok(())
-}
-
-impl From<ComputeArgs> for Compute {
-    fn from(args: ComputeArgs) -> Self {
-        match args.compute {
-            crate::cli::ComputeArg::F32 => Self::F32,
-            crate::cli::ComputeArg::Bf16 => Self::Bf16,
-        }
-    }
 }
 
 /// Text of a checkpoint's tokenizer, opened when a file first needs it.

@@ -62,6 +62,7 @@ pub(super) struct Store<B: Backend> {
     /// Layers that stay, where all of them fit.
     resident: Vec<Option<Rc<Loaded<B>>>>,
     keeps: bool,
+    total_bytes: u64,
     /// Bytes of the largest layer.
     layer_bytes: usize,
     staging: VecDeque<B::Staging>,
@@ -84,12 +85,23 @@ impl<B: Backend> Store<B> {
         Ok(Self {
             resident: (0..num_layers).map(|_| None).collect(),
             keeps: total <= resident_bytes,
+            total_bytes: total,
             layer_bytes: largest,
             staging: VecDeque::new(),
             num_staging: 0,
             arenas: Vec::new(),
             pending: None,
         })
+    }
+
+    /// Bytes of the largest layer.
+    pub(super) fn layer_bytes(&self) -> usize {
+        self.layer_bytes
+    }
+
+    /// Bytes of all layers, where all of them stay.
+    pub(super) fn resident_bytes(&self) -> Option<usize> {
+        self.keeps.then_some(self.total_bytes as usize)
     }
 
     /// Begins to stage `layer`, unless there is no such layer or it is there already.

@@ -2,44 +2,36 @@
 
 use anyhow::Result;
 use tenp_checkpoint::{Checkpoint, Statistics};
-use tenp_kernels::Compute;
-use tenp_model::{Model, calibrate};
+use tenp_model::calibrate;
 
-use crate::cli::{Calibrate, ComputeArgs, DataArgs};
+use crate::cli::Calibrate;
+use crate::place::Place;
 use crate::progress::{Progress, Unit};
 use crate::{console, models};
 
 pub(super) fn run(args: &Calibrate) -> Result<()> {
     let checkpoint = models::open(&args.model)?;
     models::check_file("--output", &args.output, Some(&args.model))?;
-    let statistics = collect(&checkpoint, &args.data, args.compute)?;
+    let place = Place::new(args.run)?;
+    let domains = models::Texts::new(&checkpoint).domains(&args.data)?;
+    let statistics = run_domains(&checkpoint, &domains, &place)?;
     statistics.write(&args.output)?;
     console::note(&format!("wrote {}", args.output.display()));
     Ok(())
-}
-
-/// Runs the calibration text through the model.
-pub(super) fn collect(
-    checkpoint: &Checkpoint,
-    data: &DataArgs,
-    compute: ComputeArgs,
-) -> Result<Statistics> {
-    let domains = models::Texts::new(checkpoint).domains(data)?;
-    run_domains(checkpoint, &domains, compute.into())
 }
 
 /// Runs samples that are already token ids.
 pub(super) fn run_domains(
     checkpoint: &Checkpoint,
     domains: &[(String, Vec<Vec<u32>>)],
-    compute: Compute,
+    place: &Place,
 ) -> Result<Statistics> {
     let layers = checkpoint.config().num_layers;
     let total = models::num_tokens(domains) * layers;
     let progress = Progress::new("calibrate", Unit::Tokens, total as u64, layers);
-    let model = Model::new(checkpoint, compute);
-    let statistics = calibrate::calibrate(&model, domains, &|_, tokens| {
-        progress.advance(tokens as u64);
+    let statistics = place.with_model(checkpoint, |model| {
+        let advance = |_, tokens| progress.advance(tokens as u64);
+        Ok(calibrate::calibrate(&model, domains, &advance)?)
     })?;
     progress.finish();
     report_unreached(&statistics);

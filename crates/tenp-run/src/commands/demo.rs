@@ -13,6 +13,7 @@ use tenp_prune::{Method, PlanRequest};
 use super::eval::{Measures, run_tasks};
 use crate::cli::{DataArgs, Demo};
 use crate::failure::usage;
+use crate::place::Place;
 use crate::{console, models, picture, requests};
 
 /// What is compared, all at the same budget.
@@ -23,6 +24,9 @@ const METHODS: [(Method, &str); 5] = [
     (Method::RandomNeurons, "random neurons"),
     (Method::RandomExperts, "random experts"),
 ];
+
+/// The same figures on every machine.
+const PLACE: Place = Place::Cpu(Compute::F32);
 
 /// One line of the comparison.
 struct Row {
@@ -60,7 +64,7 @@ pub(super) fn run(args: &Demo) -> Result<()> {
         console::count(size.parameters_routed),
         console::percent(args.keep)
     ));
-    let statistics = super::calibrate::run_domains(&checkpoint, &domains, Compute::F32)?;
+    let statistics = super::calibrate::run_domains(&checkpoint, &domains, &PLACE)?;
     let mut rows = vec![Row {
         name: "full model".to_owned(),
         accounting: None,
@@ -140,7 +144,7 @@ fn calibration_files(folder: &Path) -> Result<Vec<Data>> {
 
 fn measure(checkpoint: &Checkpoint, tasks: &[Task], label: &str) -> Result<Measures> {
     Ok(Measures {
-        tasks: run_tasks(checkpoint, tasks, Compute::F32, label)?,
+        tasks: run_tasks(checkpoint, tasks, &PLACE, label)?,
         ..Measures::default()
     })
 }

@@ -3,13 +3,13 @@
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 use tenp_checkpoint::Checkpoint;
-use tenp_kernels::Compute;
+use tenp_model::Observer;
 use tenp_model::evaluate::{Comparison, TaskScore, TextScore, compare, score_tasks, score_text};
 use tenp_model::text::Task;
-use tenp_model::{Model, Observer};
 
 use crate::cli::Eval;
 use crate::failure::usage;
+use crate::place::Place;
 use crate::progress::{Progress, Unit};
 use crate::{console, models};
 
@@ -55,15 +55,15 @@ pub(super) fn run(args: &Eval) -> Result<()> {
     let texts = models::Texts::new(&checkpoint);
     let tasks = texts.tasks(&args.tasks)?;
     let samples = texts.texts("--text", &args.text, args.seq_len as usize)?;
-    let compute = args.compute.into();
+    let place = Place::new(args.run)?;
     let mut measures = Measures {
-        tasks: run_tasks(&checkpoint, &tasks, compute, "tasks")?,
+        tasks: run_tasks(&checkpoint, &tasks, &place, "tasks")?,
         ..Measures::default()
     };
     for (name, samples) in &samples {
         measures
             .text
-            .push((name.clone(), run_text(&checkpoint, name, samples, compute)?));
+            .push((name.clone(), run_text(&checkpoint, name, samples, &place)?));
     }
     if let Some(dir) = &args.reference {
         let reference = models::open(dir)?;
@@ -72,7 +72,7 @@ pub(super) fn run(args: &Eval) -> Result<()> {
             &reference,
             &tasks,
             &samples,
-            compute,
+            &place,
         )?);
     }
     if args.json {
@@ -87,13 +87,12 @@ pub(super) fn run(args: &Eval) -> Result<()> {
 pub(super) fn run_tasks(
     checkpoint: &Checkpoint,
     tasks: &[Task],
-    compute: Compute,
+    place: &Place,
     label: &str,
 ) -> Result<Vec<(String, TaskScore)>> {
     if tasks.is_empty() {
         return Ok(Vec::new());
     }
-    let model = Model::new(checkpoint, compute);
     let layers = checkpoint.config().num_layers;
     let tokens: usize = tasks
         .iter()
@@ -101,13 +100,14 @@ pub(super) fn run_tasks(
         .map(|i| i.prompt.len() + i.choices.iter().map(|c| c.len() - 1).sum::<usize>())
         .sum();
     let progress = Progress::new(label, Unit::Tokens, (tokens * layers) as u64, layers);
-    let mut scores = Vec::new();
-    for task in tasks {
-        scores.push((
-            task.name.clone(),
-            score_tasks(&model, task, &Watch(&progress))?,
-        ));
-    }
+    let scores = place.with_model(checkpoint, |model| {
+        let watch = Watch(&progress);
+        let scores = tasks.iter().map(|task| {
+            let score = score_tasks(&model, task, &watch)?;
+            Ok((task.name.clone(), score))
+        });
+        scores.collect()
+    })?;
     progress.finish();
     Ok(scores)
 }
@@ -116,12 +116,14 @@ fn run_text(
     checkpoint: &Checkpoint,
     name: &str,
     samples: &[Vec<u32>],
-    compute: Compute,
+    place: &Place,
 ) -> Result<TextScore> {
     let layers = checkpoint.config().num_layers;
     let tokens: usize = samples.iter().map(Vec::len).sum();
     let progress = Progress::new(name, Unit::Tokens, (tokens * layers) as u64, layers);
-    let score = score_text(&Model::new(checkpoint, compute), samples, &Watch(&progress))?;
+    let score = place.with_model(checkpoint, |model| {
+        Ok(score_text(&model, samples, &Watch(&progress))?)
+    })?;
     progress.finish();
     Ok(score)
 }
@@ -132,7 +134,7 @@ fn run_reference(
     reference: &Checkpoint,
     tasks: &[Task],
     texts: &[(String, Vec<Vec<u32>>)],
-    compute: Compute,
+    place: &Place,
 ) -> Result<Comparison> {
     let answered = tasks
         .iter()
@@ -147,13 +149,13 @@ fn run_reference(
     let tokens: usize = samples.iter().map(Vec::len).sum();
     let progress = Progress::new("reference", Unit::Tokens, (tokens * layers) as u64, layers);
     let kept = models::kept_experts(checkpoint, reference)?;
-    let comparison = compare(
-        &Model::new(checkpoint, compute),
-        &Model::new(reference, compute),
-        &samples,
-        kept.as_deref(),
-        &mut |_, tokens| progress.advance(tokens as u64),
-    )?;
+    let comparison = place.with_model(checkpoint, |model| {
+        place.with_model(reference, |reference| {
+            let mut advance = |_, tokens| progress.advance(tokens as u64);
+            let kept = kept.as_deref();
+            Ok(compare(&model, &reference, &samples, kept, &mut advance)?)
+        })
+    })?;
     progress.finish();
     Ok(comparison)
 }

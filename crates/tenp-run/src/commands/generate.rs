@@ -9,6 +9,7 @@ use tenp_model::text::Tokenizer;
 
 use crate::cli::Generate;
 use crate::failure::usage;
+use crate::place::Place;
 use crate::{console, models};
 
 pub(super) fn run(args: &Generate) -> Result<()> {
@@ -33,22 +34,29 @@ pub(super) fn run(args: &Generate) -> Result<()> {
             prompt.len()
         )));
     }
+    let place = Place::new(args.run)?;
+    place.with_model(&checkpoint, |model| {
+        stream(model, &tokenizer, &prompt, args)
+    })
+}
+
+/// Writes the continuation as it comes.
+fn stream(model: Model<'_>, tokenizer: &Tokenizer, prompt: &[u32], args: &Generate) -> Result<()> {
+    let config = model.config();
     let mut rng = ChaCha8Rng::seed_from_u64(args.seed);
-    let mut generator = Generator::new(Model::new(&checkpoint, args.compute.into()));
+    let mut generator = Generator::new(model);
     console::data(&args.prompt);
     let mut generated: Vec<u32> = Vec::new();
     let mut shown = 0;
-    let mut logits = generator.feed(&prompt)?;
+    let mut logits = generator.feed(prompt)?;
     let started = std::time::Instant::now();
-    while generated.len() < args.max_tokens
-        && generator.position() < checkpoint.config().max_positions
-    {
+    while generated.len() < args.max_tokens && generator.position() < config.max_positions {
         let next = if args.temperature == 0.0 {
             arg_max(&logits)
         } else {
             sample(&logits, args.temperature, &mut rng)
         };
-        if checkpoint.config().eos_token_ids.contains(&next) {
+        if config.eos_token_ids.contains(&next) {
             break;
         }
         generated.push(next);

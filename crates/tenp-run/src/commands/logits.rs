@@ -6,6 +6,7 @@ use tenp_model::{Model, Sequences};
 
 use crate::cli::Logits;
 use crate::failure::usage;
+use crate::place::Place;
 use crate::progress::{Progress, Unit};
 use crate::{console, models};
 
@@ -30,7 +31,13 @@ pub(super) fn run(args: &Logits) -> Result<()> {
         )));
     }
     let samples = models::Texts::new(&checkpoint).samples(&args.input, usize::MAX, usize::MAX)?;
-    let model = Model::new(&checkpoint, args.compute.into());
+    let place = Place::new(args.run)?;
+    place.with_model(&checkpoint, |model| stream(&model, &samples, args))
+}
+
+/// Runs the samples pass by pass, and writes each pass's logits behind those of the last.
+fn stream(model: &Model<'_>, samples: &[Vec<u32>], args: &Logits) -> Result<()> {
+    let checkpoint = model.checkpoint();
     let (n, len, vocab) = (
         samples.len(),
         samples[0].len(),
@@ -50,7 +57,7 @@ pub(super) fn run(args: &Logits) -> Result<()> {
         sink.write(&(header.len() as u64).to_le_bytes())?;
         sink.write(header.as_bytes())?;
         for samples in samples.chunks(per_pass) {
-            let logits = pass(&model, samples, &progress, &mut |row| sink.write(row));
+            let logits = pass(model, samples, &progress, &mut |row| sink.write(row));
             if let Err(error) = logits {
                 // The file is not replaced; the reason reaches the user below.
                 failure = Some(error);

@@ -20,6 +20,9 @@ const FAILED: i32 = 1;
 /// Exit code of a command line that cannot be carried out.
 const USAGE: i32 = 2;
 
+/// Exit code of a machine or a build that lacks something.
+const ENVIRONMENT: i32 = 3;
+
 /// A copy of a checkpoint to damage, in a folder of its own.
 struct Place {
     scratch: Scratch,

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use super::{FAILED, Place, USAGE};
-use crate::support::fixtures::{demo, demo_file};
+use super::{ENVIRONMENT, FAILED, Place, USAGE};
+use crate::support::fixtures::{demo, demo_file, golden};
 use crate::support::{Scratch, tenp};
 
 /// Statistics of the demo, made once.
@@ -199,6 +199,15 @@ fn values_that_are_none() {
     for (options, needles) in [
         ("--compute f64", &["--compute", "f64", "f32", "bf16"][..]),
         ("--samples 0", &["--samples", "0"]),
+        (
+            "--device gpu",
+            &["--device", "gpu", "auto", "cpu", "cuda:N"],
+        ),
+        ("--device cuda:x", &["--device", "cuda:x"]),
+        (
+            "--device cuda --compute f32",
+            &["--compute f32", "bf16", "--device cpu"],
+        ),
         ("--seq-len 0", &["--seq-len", "0"]),
         ("--threads 0", &["--threads", "0"]),
         ("--threads many", &["--threads", "many"]),
@@ -238,4 +247,22 @@ fn values_that_are_none() {
         place.refuses(&line, &[&demo()], USAGE, &["--keep"]);
     }
     place.refuses("demo --folder {}", &[&place.model], FAILED, &["tasks"]);
+}
+
+/// A GPU that is not there: exit code 3 and what to do instead. Left to itself the program takes the CPU.
+#[test]
+fn no_gpu() {
+    let place = Place::golden("olmoe");
+    let ids = golden("olmoe").join("golden.safetensors");
+    let out = place.join("stats.safetensors");
+    let paths: &[&Path] = &[&place.model, &ids, &out];
+    let line = "calibrate {} --data {} -o {}";
+    let missing = "calibrate {} --data {} -o {} --device cuda:99";
+    let needles = if cfg!(feature = "cuda") {
+        &["GPU"][..]
+    } else {
+        &["--device", "--features cuda"]
+    };
+    place.refuses(missing, paths, ENVIRONMENT, needles);
+    tenp(line, paths).ok();
 }
