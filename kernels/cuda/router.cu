@@ -11,12 +11,12 @@ namespace {
 constexpr unsigned TAKEN = 0;
 constexpr unsigned NAN_KEY = 1;
 
-// Keys order as the values do: NaN, then -infinity, ..., +infinity; the two zeros are equal. None is TAKEN.
+// Keys order as the values do: NaN, then -infinity, ..., +infinity; none is TAKEN. No sum of a score and anything is -0.
 __device__ __forceinline__ unsigned key_of(float value) {
     if (value != value) {
         return NAN_KEY;
     }
-    const unsigned bits = __float_as_uint(value == 0.0f ? 0.0f : value);
+    const unsigned bits = __float_as_uint(value);
     return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
 }
 

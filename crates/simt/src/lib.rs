@@ -59,7 +59,7 @@
 //! # What is not checked
 //! Speed, registers, bank conflicts; what nvcc makes of the source; writes of two blocks that the kernel orders by
 //! itself (spinning, last block done), which are reported as races. Sums of `mma` run over k in order, in f32: tensor cores
-//! differ in the last bits. `fast_exp` and `rsqrtf` are exact to f32 rounding here, approximations on the device.
+//! differ in the last bits. `fast_exp`, `fast_exp2` and `rsqrtf` are exact to f32 rounding here, approximations on the device.
 //!
 //! # Where things are
 //! `src-cpp/include` is what kernel sources see instead of CUDA's headers and inline PTX; beside it `engine*.cpp` (launch,

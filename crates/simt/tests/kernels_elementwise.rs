@@ -74,11 +74,12 @@ fn embeddings_are_rows_of_the_table() {
     }
 }
 
-/// One conversion: `shift` moves every base off its alignment, `pad` makes the pitches longer than a row.
+/// One conversion: `shift` moves every base off its alignment, the pads make the pitches longer than a row.
 struct Conversion {
     cols: usize,
     shift: usize,
-    pad: usize,
+    in_pad: usize,
+    out_pad: usize,
     extras: bool,
     schedule: Schedule,
 }
@@ -88,7 +89,7 @@ const ROWS: usize = 5;
 impl Conversion {
     fn check(&self, dtype: usize) {
         let mut rng = rng(self.cols * 100 + dtype * 10 + self.shift);
-        let (in_pitch, out_pitch) = (self.cols + self.pad, self.cols + 2 * self.pad);
+        let (in_pitch, out_pitch) = (self.cols + self.in_pad, self.cols + self.out_pad);
         let len = ROWS * in_pitch + self.shift;
         let wide = values(&mut rng, len);
         let f32s = Buffer::input("in", &wide);
@@ -161,11 +162,13 @@ impl Conversion {
 fn rows_are_converted_whatever_their_alignment() {
     for (i, cols) in WIDTHS.into_iter().enumerate() {
         for dtype in 0..3 {
-            for (j, (shift, pad)) in [(0, 0), (0, 8), (1, 0), (0, 3)].into_iter().enumerate() {
+            let pads = [(0, 0, 0), (0, 8, 16), (1, 0, 0), (0, 3, 8), (0, 8, 3)];
+            for (j, (shift, in_pad, out_pad)) in pads.into_iter().enumerate() {
                 let case = Conversion {
                     cols,
                     shift,
-                    pad,
+                    in_pad,
+                    out_pad,
                     extras: (i + j) % 2 == 0,
                     schedule: Schedule::UNLIKE[(i + j + dtype) % 4],
                 };

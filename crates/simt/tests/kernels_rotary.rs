@@ -111,31 +111,102 @@ impl Case {
         // SAFETY: the places are apart and below 7.
         run(schedule, &unsafe { rotary(args) }.unwrap());
 
-        let got = if in_place {
-            input.to_vec()
+        if in_place {
+            self.compare(&want, &input.to_vec(), None, |at| at);
+            let got = input.to_vec();
+            assert!((0..x.len()).all(|i| i % pitch < cols || got[i] == x[i]));
         } else {
-            out_f32.to_vec()
-        };
-        let got_bf16 = out_bf16.to_vec();
-        let mut left_alone = vec![true; rows * pitch];
-        for (t, &place) in places.iter().enumerate() {
-            let row = if self.moved { place as usize } else { t };
-            for c in 0..cols {
+            let place = |t: usize| if self.moved { places[t] as usize } else { t };
+            let left_alone =
+                self.compare(&want, &out_f32.to_vec(), Some(&out_bf16.to_vec()), place);
+            assert_eq!(out_f32.unwritten(), left_alone);
+            assert_eq!(out_bf16.unwritten(), left_alone);
+        }
+    }
+
+    /// Compares every element of every token and returns the indices of all others.
+    fn compare(
+        &self,
+        want: &[f32],
+        got: &[f32],
+        got_bf16: Option<&[bf16]>,
+        place: impl Fn(usize) -> usize,
+    ) -> Vec<usize> {
+        let cols = self.heads * self.head_dim;
+        let mut left_alone = vec![true; got.len()];
+        for (t, row) in want.chunks_exact(cols).enumerate() {
+            for (c, &want) in row.iter().enumerate() {
                 // The executor fuses nothing, so the bits are the CPU's.
-                let (at, want) = (row * pitch + c, want[t * cols + c]);
+                let at = place(t) * (cols + self.pad) + c;
                 assert_eq!(got[at], want, "token {t} element {c}");
-                if !in_place {
-                    assert_eq!(got_bf16[at], bf16::from_f32(want));
+                if let Some(got) = got_bf16 {
+                    assert_eq!(got[at], bf16::from_f32(want));
                 }
                 left_alone[at] = false;
             }
         }
-        let padding: Vec<usize> = (0..rows * pitch).filter(|&i| left_alone[i]).collect();
-        if in_place {
-            assert!(padding.iter().all(|&i| got[i] == x[i]));
-        } else {
-            assert_eq!(out_f32.unwritten(), padding);
-            assert_eq!(out_bf16.unwritten(), padding);
+        (0..got.len()).filter(|&i| left_alone[i]).collect()
+    }
+}
+
+/// `values` behind `by` others.
+fn behind(name: &str, values: &[f32], by: usize) -> Buffer<f32> {
+    Buffer::input(name, &[&[f32::NAN; 2][..by], values].concat())
+}
+
+#[test]
+fn one_base_or_pitch_off_its_alignment() {
+    let table = RotaryTable::new(16, 1e4, &RotaryScaling::None, false, POSITIONS).unwrap();
+    let x = values(&mut ChaCha8Rng::seed_from_u64(9), TOKENS * 16);
+    let positions = [1u32, 2, 3, 4, 5];
+    let mut want = x.clone();
+    table.rotate(&mut want, 16, &positions).unwrap();
+    for which in 0..7 {
+        let off = |i: usize| usize::from(i == which);
+        let (x_pitch, out_pitch) = (16 + off(5), 16 + off(6));
+        let spread: Vec<f32> = x
+            .chunks_exact(16)
+            .flat_map(|row| [row, &[0.0][..off(5)]].concat())
+            .collect();
+        let inputs = [
+            behind("x", &spread, off(0)),
+            behind("cosines", table.cosines(), off(1)),
+            behind("sines", table.sines(), off(2)),
+        ];
+        let part = |i: usize| read(&inputs[i]).slice(off(i)..inputs[i].len()).unwrap();
+        let position_buffer = Buffer::input("positions", &positions.map(|p| p as i32));
+        let out_f32 = Buffer::<f32>::output("out_f32", TOKENS * out_pitch + off(3));
+        let out_bf16 = Buffer::<bf16>::output("out_bf16", TOKENS * out_pitch + off(4));
+        let args = Rotary {
+            x: InOut::Apart(
+                part(0),
+                Some(write(&out_f32).slice(off(3)..out_f32.len()).unwrap()),
+            ),
+            angles: Angles {
+                cosines: part(1),
+                sines: part(2),
+                positions: POSITIONS,
+                pairs: 8,
+                interleaved: false,
+            },
+            positions: read(&position_buffer),
+            out_rows: None,
+            out_bf16: Some(write(&out_bf16).slice(off(4)..out_bf16.len()).unwrap()),
+            num_tokens: TOKENS,
+            num_heads: 1,
+            head_dim: 16,
+            x_pitch,
+            num_out_rows: TOKENS,
+            out_pitch,
+            clip: None,
+        };
+        // SAFETY: there is no map of rows.
+        run(Schedule::Forward, &unsafe { rotary(args) }.unwrap());
+        let (got, got_bf16) = (out_f32.to_vec(), out_bf16.to_vec());
+        for (i, &want) in want.iter().enumerate() {
+            let at = i / 16 * out_pitch + i % 16;
+            assert_eq!(got[at + off(3)], want, "{which} {i}");
+            assert_eq!(got_bf16[at + off(4)], bf16::from_f32(want), "{which} {i}");
         }
     }
 }
