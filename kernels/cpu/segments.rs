@@ -11,7 +11,7 @@ mod similarity;
 use rayon::prelude::*;
 
 pub use kmeans::{Assignment, WeightedSegments, assign, update_centres};
-pub use similarity::{Match, Similarity, best_matches};
+pub use similarity::{Match, MeasuredExpert, Similarity, best_matches};
 
 use super::moe::ExpertWeights;
 use super::neuron::column_squares;

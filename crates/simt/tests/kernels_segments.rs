@@ -9,7 +9,9 @@ use support::layer::Layer;
 use support::segments::{By, Matches, Table, compare};
 use support::{AWKWARD_WIDTHS, Sim, assert_close, bytes_of, rng, view, view_mut};
 use tenp_kernels::Compute;
-use tenp_kernels::cpu::segments::{Similarity, WeightedSegments, assign, best_matches};
+use tenp_kernels::cpu::segments::{
+    MeasuredExpert, Similarity, WeightedSegments, assign, best_matches,
+};
 use tenp_kernels::device::segment_match::{SegmentBest, segment_best};
 
 fn table(seed: u64, hidden: usize, widths: &[usize]) -> Table {
@@ -62,7 +64,7 @@ fn kinds() -> [Similarity; 4] {
 
 fn check_similarity(rows: &Table, neurons: &[(usize, usize)], columns: &Table, sim: Sim) {
     let (ids, segments) = rows.pick(neurons);
-    let views = columns.layer.views();
+    let views = MeasuredExpert::all(&columns.layer.views()).unwrap();
     for similarity in kinds() {
         let by = By::Similarity(similarity);
         let got = compare(rows, &ids, columns, &columns.groups(), &by, sim);
@@ -164,7 +166,7 @@ fn the_best_expert_is_that_of_the_cpu_and_ties_go_to_the_lower() {
         let by = By::Similarity(similarity);
         let matches = compare(&columns, &ids, &columns, &groups, &by, Sim::unlike(2));
         let (value, group, id) = best_over_groups(&matches, 4, Sim::unlike(1));
-        let views = columns.layer.views();
+        let views = MeasuredExpert::all(&columns.layer.views()).unwrap();
         let want = best_matches(Compute::F32, &segments, &views, similarity).unwrap();
         for (r, want) in want.iter().enumerate() {
             let want = want.unwrap();

@@ -2,9 +2,11 @@
 
 use rayon::prelude::*;
 
-use super::products::{Columns, PARTS, Products, Rows, for_each_tile};
+use super::products::{Columns, PARTS, Products, Rows, for_each_tile, larger_than};
 use super::{Segments, inverse_norm};
+use crate::cpu::dispatch::multiversion;
 use crate::cpu::panels::row_runs;
+use crate::cpu::tile::{TILE_COLS, TILE_ROWS, Tile};
 use crate::error::check_len;
 use crate::{Compute, KernelError};
 
@@ -72,7 +74,11 @@ pub fn assign(
         let squares = of.squares().iter();
         squares.map(|s| inverse_norm(s.all())).collect()
     };
-    let (row_inverse, column_inverse) = (inverses(segments), inverses(centres));
+    let row_inverse = inverses(segments);
+    // NaN behind the last: what is no centre compares with nothing.
+    let mut column_inverse = inverses(centres);
+    column_inverse.resize(centres.len().next_multiple_of(TILE_COLS), f32::NAN);
+    let column_inverse = column_inverse.as_chunks::<TILE_COLS>().0;
     let runs: Vec<_> = row_runs(0..segments.len(), 1).collect();
     let found: Vec<Vec<Option<Assignment>>> = runs
         .par_iter()
@@ -80,7 +86,8 @@ pub fn assign(
             let mut best = vec![None; run.len()];
             for_each_tile(&rows, run, &columns, |products| {
                 let best = &mut best[products.first_row - run.start..];
-                take_nearest(products, points, (&row_inverse, &column_inverse), best);
+                let columns = &column_inverse[products.first_column / TILE_COLS];
+                take_nearest(products, points, &row_inverse, columns, best);
             });
             best
         })
@@ -91,20 +98,42 @@ pub fn assign(
 fn take_nearest(
     products: &Products<'_>,
     points: WeightedSegments<'_>,
-    (row_inverse, column_inverse): (&[f32], &[f32]),
+    row_inverse: &[f32],
+    column_inverse: &[f32; TILE_COLS],
     best: &mut [Option<Assignment>],
 ) {
-    let [gate, up, down] = products.tiles;
+    let mut rows = [(0f32, 0f32); TILE_ROWS];
+    for (r, row) in rows[..products.rows].iter_mut().enumerate() {
+        let index = products.first_row + r;
+        *row = (row_inverse[index], points.sign(index, 1));
+    }
+    let mut cosines = Tile::new();
+    tile_cosines(
+        products.tiles,
+        &rows[..products.rows],
+        column_inverse,
+        &mut cosines,
+    );
     for (r, best) in best[..products.rows].iter_mut().enumerate() {
-        let row = products.first_row + r;
-        let sign = points.sign(row, 1);
-        for c in 0..products.columns {
-            let product = gate.0[r][c] + sign * (up.0[r][c] + down.0[r][c]);
+        if let Some((c, cosine)) = larger_than(best.map(|b| b.cosine), &cosines.0[r]) {
             let centre = products.first_column + c;
-            let cosine = product * row_inverse[row] * column_inverse[centre];
-            // False for NaN.
-            if cosine > best.map_or(f32::NEG_INFINITY, |b| b.cosine) {
-                *best = Some(Assignment { centre, cosine });
+            *best = Some(Assignment { centre, cosine });
+        }
+    }
+}
+
+multiversion! {
+    /// `rows` are inverse norms and signs.
+    fn tile_cosines(
+        tiles: &[Tile; PARTS],
+        rows: &[(f32, f32)],
+        columns: &[f32; TILE_COLS],
+        cosines: &mut Tile,
+    ) {
+        for (r, &(inverse, sign)) in rows.iter().enumerate() {
+            let [gate, up, down] = [&tiles[0].0[r], &tiles[1].0[r], &tiles[2].0[r]];
+            for c in 0..TILE_COLS {
+                cosines.0[r][c] = (gate[c] + sign * (up[c] + down[c])) * inverse * columns[c];
             }
         }
     }

@@ -84,8 +84,8 @@ impl<'a> Columns<'a> {
 pub(super) struct Products<'a> {
     pub(super) first_row: usize,
     pub(super) rows: usize,
+    /// A multiple of [`TILE_COLS`]. Columns behind the last are products with zeros.
     pub(super) first_column: usize,
-    pub(super) columns: usize,
     /// Zeros for a part that was left out.
     pub(super) tiles: &'a [Tile; PARTS],
 }
@@ -129,16 +129,31 @@ pub(super) fn for_each_tile(
                         let a = rows.panel(panel);
                         multiply(packing, a, panel.rows, block, &mut tiles[part]);
                     }
-                    let first_column = first + b * TILE_COLS;
                     take(&Products {
                         first_row: panel.first_row,
                         rows: panel.rows,
-                        first_column,
-                        columns: (columns.len() - first_column).min(TILE_COLS),
+                        first_column: first + b * TILE_COLS,
                         tiles: &tiles,
                     });
                 }
             }
         });
     }
+}
+
+/// The largest of a tile's row, if it is larger than `best`; ties go to the lower column, NaN is never larger.
+pub(super) fn larger_than(best: Option<f32>, values: &[f32; TILE_COLS]) -> Option<(usize, f32)> {
+    let mut best = best.unwrap_or(f32::NEG_INFINITY);
+    // Most rows have found their best long ago.
+    if !values.iter().any(|&v| v > best) {
+        return None;
+    }
+    let mut found = None;
+    for (c, &value) in values.iter().enumerate() {
+        if value > best {
+            best = value;
+            found = Some((c, value));
+        }
+    }
+    found
 }

@@ -4,10 +4,12 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::products::{Columns, PARTS, Products, Rows, for_each_tile};
+use super::products::{Columns, PARTS, Products, Rows, for_each_tile, larger_than};
 use super::{SegmentSquares, Segments, inverse_norm, segment_squares};
+use crate::cpu::dispatch::multiversion;
 use crate::cpu::moe::ExpertWeights;
 use crate::cpu::panels::row_runs;
+use crate::cpu::tile::{TILE_COLS, Tile};
 use crate::{Compute, KernelError};
 
 /// `λ_g cos(gate, gate') + λ_u cos(up, up') + λ_d cos(w, w')`.
@@ -44,12 +46,49 @@ impl Similarity {
         ]
     }
 
-    /// The value of three cosines, and whether it is that of the flipped segment.
-    fn of(&self, [gate, up, down]: [f32; PARTS]) -> (f32, bool) {
-        let flipped = self.sign_canonical && up < 0.0 && down < 0.0;
-        let sign = if flipped { -1.0 } else { 1.0 };
-        let rest = self.lambda_up * (sign * up) + self.lambda_down * (sign * down);
-        (self.lambda_gate * gate + rest, flipped)
+    /// Whether three cosines count for the flipped segment.
+    #[allow(clippy::inline_always)]
+    #[inline(always)]
+    fn flips(&self, [_, up, down]: [f32; PARTS]) -> bool {
+        self.sign_canonical && up < 0.0 && down < 0.0
+    }
+
+    /// The value of three cosines.
+    #[allow(clippy::inline_always)]
+    #[inline(always)]
+    fn of(&self, cosines: [f32; PARTS]) -> f32 {
+        let [gate, up, down] = cosines;
+        let rest = self.lambda_up * up + self.lambda_down * down;
+        let rest = if self.flips(cosines) { -rest } else { rest };
+        self.lambda_gate * gate + rest
+    }
+}
+
+/// An expert whose neurons segments are compared with: its weights, and their norms, which are taken once.
+#[derive(Clone, Debug)]
+pub struct MeasuredExpert<'a> {
+    weights: ExpertWeights<'a>,
+    inverses: Vec<ColumnBlock>,
+}
+
+impl<'a> MeasuredExpert<'a> {
+    /// Measures an expert.
+    ///
+    /// # Errors
+    /// Matrices that do not fit together.
+    pub fn new(weights: ExpertWeights<'a>) -> Result<Self, KernelError> {
+        Ok(Self {
+            inverses: column_blocks(&segment_squares(&weights)?),
+            weights,
+        })
+    }
+
+    /// Measures experts.
+    ///
+    /// # Errors
+    /// Matrices that do not fit together.
+    pub fn all(experts: &[ExpertWeights<'a>]) -> Result<Vec<Self>, KernelError> {
+        experts.par_iter().map(|&e| Self::new(e)).collect()
     }
 }
 
@@ -73,41 +112,35 @@ pub struct Match {
 /// segments of one dropped expert at a time.
 ///
 /// # Errors
-/// Matrices that do not fit together or to the rows.
+/// Experts of another hidden size than the rows.
 pub fn best_matches(
     compute: Compute,
     rows: &Segments,
-    experts: &[ExpertWeights<'_>],
+    experts: &[MeasuredExpert<'_>],
     similarity: Similarity,
 ) -> Result<Vec<Option<Match>>, KernelError> {
     for expert in experts {
-        expert.check(rows.hidden())?;
+        expert.weights.check(rows.hidden())?;
     }
     let packed = Rows::new(compute, rows, similarity.wanted())?;
     let row_inverse = inverses(rows.squares());
     let tasks: Vec<(usize, Range<usize>)> = (0..experts.len())
         .flat_map(|e| row_runs(0..rows.len(), experts.len()).map(move |run| (e, run)))
         .collect();
-    let found = tasks
+    let found: Vec<Vec<Option<Match>>> = tasks
         .par_iter()
         .map(|(e, run)| {
-            let column_inverse = inverses(&segment_squares(&experts[*e])?);
+            let expert = &experts[*e];
+            let neurons = Columns::of_expert(&expert.weights);
             let mut best = vec![None; run.len()];
-            let columns = Columns::of_expert(&experts[*e]);
-            for_each_tile(&packed, run, &columns, |products| {
+            for_each_tile(&packed, run, &neurons, |products| {
                 let best = &mut best[products.first_row - run.start..];
-                take_best(
-                    similarity,
-                    *e,
-                    products,
-                    &row_inverse,
-                    &column_inverse,
-                    best,
-                );
+                let columns = &expert.inverses[products.first_column / TILE_COLS];
+                take_best(similarity, *e, products, &row_inverse, columns, best);
             });
-            Ok(best)
+            best
         })
-        .collect::<Result<Vec<Vec<Option<Match>>>, KernelError>>()?;
+        .collect();
     let mut best: Vec<Option<Match>> = vec![None; rows.len()];
     for ((_, run), found) in tasks.into_iter().zip(found) {
         for (best, found) in best[run].iter_mut().zip(found) {
@@ -124,30 +157,67 @@ fn inverses(squares: &[SegmentSquares]) -> Vec<[f32; PARTS]> {
     squares.iter().map(of).collect()
 }
 
+/// The same in blocks of a tile's columns, NaN behind the last: what is no column compares with nothing.
+fn column_blocks(squares: &[SegmentSquares]) -> Vec<ColumnBlock> {
+    inverses(squares)
+        .chunks(TILE_COLS)
+        .map(|chunk| {
+            let mut block = [[f32::NAN; TILE_COLS]; PARTS];
+            for (c, inverse) in chunk.iter().enumerate() {
+                for (part, &inverse) in inverse.iter().enumerate() {
+                    block[part][c] = inverse;
+                }
+            }
+            block
+        })
+        .collect()
+}
+
+/// Inverse norms of a tile's columns.
+type ColumnBlock = [[f32; TILE_COLS]; PARTS];
+
 fn take_best(
     similarity: Similarity,
     expert: usize,
     products: &Products<'_>,
     row_inverse: &[[f32; PARTS]],
-    column_inverse: &[[f32; PARTS]],
+    columns: &ColumnBlock,
     best: &mut [Option<Match>],
 ) {
+    let rows = &row_inverse[products.first_row..][..products.rows];
+    let mut values = Tile::new();
+    tile_values(&similarity, products.tiles, rows, columns, &mut values);
     for (r, best) in best[..products.rows].iter_mut().enumerate() {
-        let row = row_inverse[products.first_row + r];
-        for (c, column) in column_inverse[products.first_column..][..products.columns]
-            .iter()
-            .enumerate()
-        {
-            let cosine = |part: usize| products.tiles[part].0[r][c] * row[part] * column[part];
-            let (value, flipped) = similarity.of([cosine(0), cosine(1), cosine(2)]);
-            // False for NaN.
-            if value > best.map_or(f32::NEG_INFINITY, |b| b.value) {
-                *best = Some(Match {
-                    expert,
-                    neuron: products.first_column + c,
-                    value,
-                    flipped,
-                });
+        let Some((c, value)) = larger_than(best.map(|b| b.value), &values.0[r]) else {
+            continue;
+        };
+        let cosines =
+            std::array::from_fn(|p| products.tiles[p].0[r][c] * rows[r][p] * columns[p][c]);
+        *best = Some(Match {
+            expert,
+            neuron: products.first_column + c,
+            value,
+            flipped: similarity.flips(cosines),
+        });
+    }
+}
+
+multiversion! {
+    fn tile_values(
+        similarity: &Similarity,
+        tiles: &[Tile; PARTS],
+        rows: &[[f32; PARTS]],
+        columns: &ColumnBlock,
+        values: &mut Tile,
+    ) {
+        for (r, row) in rows.iter().enumerate() {
+            let [gate, up, down] = [&tiles[0].0[r], &tiles[1].0[r], &tiles[2].0[r]];
+            for c in 0..TILE_COLS {
+                values.0[r][c] = similarity.of([
+                    gate[c] * row[0] * columns[0][c],
+                    up[c] * row[1] * columns[1][c],
+                    down[c] * row[2] * columns[2][c],
+                ]);
             }
         }
     }

@@ -36,6 +36,10 @@ impl Expert {
         }
     }
 
+    fn measured(&self) -> MeasuredExpert<'_> {
+        MeasuredExpert::new(self.view()).unwrap()
+    }
+
     fn segments(&self) -> Segments {
         Segments::of_expert(&self.view()).unwrap()
     }
@@ -129,7 +133,7 @@ fn best_matches_are_those_of_the_plain_loop() {
             .enumerate()
             .map(|(i, &w)| Expert::random(20 + i as u64, w, hidden))
             .collect();
-        let views: Vec<_> = kept.iter().map(Expert::view).collect();
+        let views: Vec<_> = kept.iter().map(Expert::measured).collect();
         let columns: Vec<_> = kept.iter().map(Expert::segments).collect();
         for similarity in kinds() {
             for compute in COMPUTES {
@@ -158,7 +162,7 @@ fn best_matches_are_those_of_the_plain_loop() {
 fn a_duplicate_has_similarity_one_and_ties_go_to_the_lower() {
     let kept = Expert::random(3, 50, 40);
     let rows = kept.segments();
-    let views = [kept.view(), kept.view()];
+    let views = [kept.measured(), kept.measured()];
     for similarity in kinds() {
         for compute in COMPUTES {
             let got = best_matches(compute, &rows, &views, similarity).unwrap();
@@ -183,14 +187,14 @@ fn flipping_both_signs_changes_nothing_where_signs_are_canonical() {
     }
     let [plain, canonical, ..] = kinds();
     for compute in COMPUTES {
-        let got = best_matches(compute, &flipped, &[kept.view()], canonical).unwrap();
-        let want = best_matches(compute, &rows, &[kept.view()], canonical).unwrap();
+        let got = best_matches(compute, &flipped, &[kept.measured()], canonical).unwrap();
+        let want = best_matches(compute, &rows, &[kept.measured()], canonical).unwrap();
         for (got, want) in got.iter().zip(&want) {
             let (got, want) = (got.unwrap(), want.unwrap());
             assert_eq!((got.neuron, got.value), (want.neuron, want.value));
             assert!(got.flipped && !want.flipped);
         }
-        let got = best_matches(compute, &flipped, &[kept.view()], plain).unwrap();
+        let got = best_matches(compute, &flipped, &[kept.measured()], plain).unwrap();
         assert!(got.iter().all(|m| m.unwrap().value < 0.9));
     }
     // As points of the k-means they are the same too.
@@ -219,10 +223,10 @@ fn bad_and_dead_neurons_match_nothing_and_harm_no_other() {
     let mut broken = Expert::random(8, 20, 16);
     broken.matrices[1][3 * 16] = bf16::INFINITY;
     for compute in COMPUTES {
-        let got = best_matches(compute, &rows, &[kept.view()], similarity).unwrap();
+        let got = best_matches(compute, &rows, &[kept.measured()], similarity).unwrap();
         assert_eq!(got[0], None);
         // The gate has no say at λ_g = 0.
-        let want = best_matches(compute, &rows, &[broken.view()], similarity).unwrap();
+        let want = best_matches(compute, &rows, &[broken.measured()], similarity).unwrap();
         assert!(got[1].unwrap().value > 0.0);
         assert_eq!(got[2].unwrap().value, 0.0);
         assert!(want.iter().flatten().all(|m| m.neuron != 3));
