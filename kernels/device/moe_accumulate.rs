@@ -87,8 +87,45 @@ fn launch(neurons: usize, num_sums: u32, experts: usize) -> Launch {
 
 #[cfg(test)]
 mod tests {
+    use super::super::PaddedLayout;
     use super::super::geometry::Tile;
     use super::*;
+    use crate::RaggedLayout;
+
+    #[test]
+    fn arguments_are_checked() {
+        let layout = PaddedLayout::new(&RaggedLayout::new(vec![16, 3]).unwrap()).unwrap();
+        // SAFETY: nothing is read or written through the views.
+        let ints = unsafe { DeviceSlice::<i32>::from_raw(0x1000, 3) };
+        let call = |product, partials, sums| {
+            accumulate_partials(AccumulatePartials {
+                product,
+                experts: ExpertTables {
+                    layout: &layout,
+                    neuron_offsets: ints,
+                    widths: ints,
+                },
+                // SAFETY: as above.
+                partials: unsafe { DeviceSlice::from_raw(0x2000, partials) },
+                // SAFETY: as above.
+                offsets: unsafe { DeviceSlice::from_raw(0x3000, 3) },
+                stride: 64,
+                group_offsets: ints,
+                // SAFETY: as above.
+                sums: unsafe { DeviceSliceMut::from_raw(0x4000, sums) },
+            })
+            .is_ok()
+        };
+        let (stats, contribution) = (
+            Product::gate_up_stats(Tile::N64),
+            Product::contribution(Tile::N64),
+        );
+        assert!(call(stats, 5 * 64, 5 * 32));
+        assert!(!call(stats, 5 * 64 - 1, 5 * 32));
+        assert!(!call(stats, 5 * 64, 5 * 32 - 1));
+        assert!(call(contribution, 2 * 64, 2 * 32));
+        assert!(!call(Product::down(Tile::N64), 5 * 64, 5 * 32));
+    }
 
     #[test]
     fn sums_are_those_of_the_product() {

@@ -66,7 +66,40 @@ fn launch(rows: usize, experts: usize) -> Launch {
 
 #[cfg(test)]
 mod tests {
+    use super::super::PaddedLayout;
     use super::*;
+    use crate::RaggedLayout;
+
+    #[test]
+    fn lengths_are_checked() {
+        let layout = PaddedLayout::new(&RaggedLayout::new(vec![16, 3]).unwrap()).unwrap();
+        // SAFETY: nothing is read or written through the views.
+        let ints = unsafe { DeviceSlice::<i32>::from_raw(0x1000, 3) };
+        let call = |squares, inverse, non_finite| {
+            moe_row_norms(MoeRowNorms {
+                experts: ExpertTables {
+                    layout: &layout,
+                    neuron_offsets: ints,
+                    widths: ints,
+                },
+                // SAFETY: as above.
+                square_partials: unsafe { DeviceSlice::from_raw(0x2000, squares) },
+                group_offsets: ints,
+                // SAFETY: as above.
+                row_inverse: unsafe { DeviceSliceMut::from_raw(0x3000, inverse) },
+                row_norms: None,
+                // SAFETY: as above.
+                non_finite: unsafe { DeviceSliceMut::from_raw(0x4000, non_finite) },
+                num_rows: 10,
+                num_partials: 4,
+            })
+            .is_ok()
+        };
+        assert!(call(40, 10, 2));
+        assert!(!call(39, 10, 2));
+        assert!(!call(40, 9, 2));
+        assert!(!call(40, 10, 1));
+    }
 
     #[test]
     fn a_thread_per_row() {

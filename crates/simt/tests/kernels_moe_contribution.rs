@@ -67,9 +67,12 @@ impl Forward {
 
 fn check_norms(batch: &Batch, forward: &Forward) {
     let hidden = batch.layer.hidden;
+    let lost: Vec<usize> = (batch.rows().len()..batch.num_rows()).collect();
+    assert_eq!(forward.norms.values.unwritten(), lost);
+    assert_eq!(forward.norms.inverse.unwritten(), lost);
     let (norms, inverse) = (
-        forward.norms.values.written().unwrap(),
-        forward.norms.inverse.written().unwrap(),
+        forward.norms.values.to_vec(),
+        forward.norms.inverse.to_vec(),
     );
     let y = forward.outputs.y_f32.to_vec();
     for row in batch.rows() {
@@ -150,6 +153,13 @@ fn experts_as_wide_as_real_ones() {
     let batch = Batch::wide(12, 16, 9);
     check(&batch, Tile::N64, Sim::unlike(3));
     check(&batch, Tile::N128, Sim::unlike(0));
+}
+
+#[test]
+fn rows_of_slots_routed_nowhere_are_left_alone() {
+    let batch = Batch::with_lost_slots(14, 40, 40);
+    check(&batch, Tile::N64, Sim::unlike(1));
+    check(&batch, Tile::N128, Sim::unlike(2));
 }
 
 #[test]

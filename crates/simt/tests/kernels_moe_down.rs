@@ -4,7 +4,7 @@ mod support;
 
 use half::bf16;
 use simt::{Buffer, Schedule};
-use support::moe::{Batch, Row};
+use support::moe::Batch;
 use support::products::{Outputs, down, gate_up};
 use support::{F32_ROUNDING, Sim, assert_close, bytes_of, dot};
 use tenp_kernels::device::{Product, Tile};
@@ -43,19 +43,24 @@ fn check(batch: &Batch, h: &[bf16], product: Product, outputs: &Outputs) {
     check_clipped(batch, outputs);
 }
 
-/// Rows of experts without neurons are left alone, and nothing else is.
+/// Rows of experts without neurons, and of no expert, are left alone, and nothing else is.
 fn check_clipped(batch: &Batch, outputs: &Outputs) {
     let (rows, hidden) = (batch.num_rows(), batch.layer.hidden);
-    let empty: Vec<Row> = batch.rows().into_iter().filter(|r| r.width == 0).collect();
+    let mut untouched: Vec<usize> = batch
+        .rows()
+        .iter()
+        .filter(|r| r.width == 0)
+        .map(|r| r.index)
+        .collect();
+    // Those of slots routed nowhere come last.
+    untouched.extend(batch.rows().len()..rows);
     let left = |per_row: usize, tables: usize| -> Vec<usize> {
-        (0..tables)
-            .flat_map(|table| {
-                empty.iter().flat_map(move |row| {
-                    let first = table * rows * per_row + row.index * per_row;
-                    first..first + per_row
-                })
-            })
-            .collect()
+        let of = |table: usize, row: usize| {
+            let first = (table * rows + row) * per_row;
+            first..first + per_row
+        };
+        let rows_of = |table| untouched.iter().flat_map(move |&row| of(table, row));
+        (0..tables).flat_map(rows_of).collect()
     };
     assert_eq!(outputs.y_f32.unwritten(), left(hidden, 1));
     assert_eq!(outputs.y_bf16.unwritten(), left(hidden, 1));
@@ -77,6 +82,17 @@ fn every_path_at_awkward_widths() {
 #[test]
 fn experts_as_wide_as_real_ones() {
     let batch = Batch::wide(12, 16, 21);
+    let h = hidden_states(&batch);
+    for (i, tile) in Tile::ALL.into_iter().enumerate() {
+        let product = Product::down(tile);
+        let outputs = down(&batch, &h, product, Sim::unlike(i));
+        check(&batch, &h.to_vec(), product, &outputs);
+    }
+}
+
+#[test]
+fn rows_of_slots_routed_nowhere_are_left_alone() {
+    let batch = Batch::with_lost_slots(15, 72, 31);
     let h = hidden_states(&batch);
     for (i, tile) in Tile::ALL.into_iter().enumerate() {
         let product = Product::down(tile);

@@ -233,6 +233,19 @@ fn bad_tokens_and_weights_stay_where_they_are() {
 }
 
 #[test]
+fn rows_of_slots_routed_nowhere_are_left_alone() {
+    let batch = Batch::with_lost_slots(80, 40, 31);
+    for (i, tile) in Tile::ALL.into_iter().enumerate() {
+        let product = Product::gate_up(tile);
+        check_h(
+            &batch,
+            &gate_up(&batch, product, Sim::unlike(i)).0,
+            product.entry,
+        );
+    }
+}
+
+#[test]
 fn no_tokens_at_all() {
     let batch = Batch::awkward(70, 16, 0);
     for tile in Tile::ALL {

@@ -61,10 +61,13 @@ impl Routing {
         self.ids.len() / self.top_k
     }
 
-    /// The CPU's grouping.
+    /// The CPU's grouping. Slots that are routed nowhere, if any, are those of one expert more.
     pub fn groups(&self) -> ExpertGroups {
-        let ids: Vec<u32> = self.ids.iter().map(|&e| e as u32).collect();
-        ExpertGroups::new(self.num_experts, self.top_k, &ids, &self.weights)
+        let experts = self.num_experts as u32;
+        let id = |&e: &i32| u32::try_from(e).map_or(experts, |e| e.min(experts));
+        let ids: Vec<u32> = self.ids.iter().map(id).collect();
+        let lost = usize::from(ids.contains(&experts));
+        ExpertGroups::new(self.num_experts + lost, self.top_k, &ids, &self.weights)
             .expect("the ids are of these experts")
     }
 }
@@ -226,6 +229,20 @@ impl Batch {
             routing.ids[3 * (tokens / 2)] = 12;
         }
         let x = bf16_values(&mut rng, tokens * hidden, 1.0);
+        Self::new(layer, routing, x)
+    }
+
+    /// The same, with every fifth slot routed nowhere.
+    pub fn with_lost_slots(seed: u64, hidden: usize, tokens: usize) -> Self {
+        let Self {
+            layer,
+            mut routing,
+            x,
+            ..
+        } = Self::awkward(seed, hidden, tokens);
+        for (i, id) in routing.ids.iter_mut().step_by(5).enumerate() {
+            *id = if i % 2 == 0 { -1 } else { 13 };
+        }
         Self::new(layer, routing, x)
     }
 
