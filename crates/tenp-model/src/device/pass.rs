@@ -12,7 +12,7 @@ use super::moe::MoeBlock;
 use super::store::Loaded;
 use super::sums::DeviceSums;
 use super::tables::Tables;
-use super::{DeviceModel, uploaded};
+use super::{DeviceModel, uploaded, zeros};
 use crate::attention::attention_shape;
 use crate::engine::Pass;
 use crate::error::AtLayer;
@@ -100,7 +100,7 @@ impl<'s, 'c, B: Backend + 'static> DevicePass<'s, 'c, B> {
         for index in 0..self.blocks.len() {
             self.launch_block(loaded, index, observer, sums.as_mut())?;
         }
-        let mut non_finite = uploaded(backend, "count of damaged numbers", &[0]).at(layer)?;
+        let mut non_finite = zeros(backend, "count of damaged numbers", 1).at(layer)?;
         let count = count_non_finite(
             self.hidden.view(),
             non_finite.view_mut(),
