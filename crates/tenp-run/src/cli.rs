@@ -72,6 +72,11 @@ pub(crate) enum Command {
         after_help = "Example:\n  tenp-run generate ./model --prompt \"The town of Kibuko\" --max-tokens 20"
     )]
     Generate(Generate),
+    /// Compare methods at several budgets: accuracy, perplexity, distance from the full model; tables, plots, a page.
+    #[command(
+        after_help = "Example:\n  tenp-run compare ./DeepSeek-V2-Lite --data math=math.jsonl code=code.jsonl --tasks tasks/ \\\n    --methods tenp,enp,tenp:neuron-score=energy,reap,random-neurons --keep 0.75,0.6,0.45 --seeds 3 -o comparison\n\nThe same command goes on where an earlier one was stopped."
+    )]
+    Compare(Compare),
     /// The whole story on the bundled checkpoint, in under a minute.
     #[command(after_help = "Example:\n  tenp-run demo")]
     Demo(Demo),
@@ -407,6 +412,47 @@ pub(crate) struct Generate {
     pub(crate) seed: u64,
     #[command(flatten)]
     pub(crate) run: RunArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Compare {
+    /// Folder of the checkpoint.
+    pub(crate) model: PathBuf,
+    #[command(flatten)]
+    pub(crate) data: DataArgs,
+    /// Multiple-choice tasks: .jsonl files, or folders of them. May repeat.
+    #[arg(long, num_args = 1.., value_name = "FILE|DIR")]
+    pub(crate) tasks: Vec<PathBuf>,
+    /// Texts for perplexity. May repeat.
+    #[arg(long, num_args = 1.., value_name = "FILE")]
+    pub(crate) text: Vec<PathBuf>,
+    /// Methods of `plan --method`, options of `plan` behind colons: tenp:neuron-score=energy:alpha=0.2.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "METHODS",
+        default_value = "tenp,enp,reap,frequency,random-neurons,random-experts"
+    )]
+    pub(crate) methods: Vec<String>,
+    /// Shares of the routed-expert neurons to keep.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "SHARES",
+        default_value = "0.9,0.75,0.6,0.45,0.3"
+    )]
+    pub(crate) keep: Vec<f64>,
+    /// Calibration draws: other samples, and other seeds of random scores.
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) seeds: u32,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+    /// Folder for results; one that was begun with the same inputs is gone on with.
+    #[arg(short, long, value_name = "FOLDER")]
+    pub(crate) output: PathBuf,
+    /// Print all results as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

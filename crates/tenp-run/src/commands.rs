@@ -2,6 +2,7 @@
 
 mod apply;
 mod calibrate;
+mod compare;
 mod demo;
 mod eval;
 mod generate;
@@ -38,6 +39,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Eval(args) => eval::run(&args),
         Command::Logits(args) => logits::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Compare(args) => compare::run(&args),
         Command::Demo(args) => demo::run(&args),
     }
 }

@@ -11,6 +11,7 @@ mod failure;
 mod models;
 mod picture;
 mod place;
+mod plots;
 mod progress;
 mod requests;
 

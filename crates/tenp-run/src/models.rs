@@ -4,6 +4,9 @@ use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use sha2::{Digest, Sha256};
 use tenp_checkpoint::{Checkpoint, Plan};
 use tenp_model::ModelError;
 use tenp_model::text::{Data, Task, Tokenizer, read_samples, read_task};
@@ -78,6 +81,18 @@ fn check_names(flag: &str, files: &[PathBuf]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Samples by domain.
+pub(crate) type Domains = Vec<(String, Vec<Vec<u32>>)>;
+
+/// A short name for data: equal data, equal names.
+pub(crate) fn fingerprint(data: &impl serde::Serialize) -> String {
+    let text = serde_json::to_vec(data).expect("plain data");
+    let digest = Sha256::digest(&text);
+    digest
+        .iter()
+        .fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }
 
 /// Text of a checkpoint's tokenizer, opened when a file first needs it.
@@ -162,8 +177,8 @@ impl<'c> Texts<'c> {
     }
 
     /// Samples by domain, in the order the domains were first named; `--samples` counts per domain.
-    pub(crate) fn domains(&self, args: &DataArgs) -> Result<Vec<(String, Vec<Vec<u32>>)>> {
-        let mut domains: Vec<(String, Vec<Vec<u32>>)> = Vec::new();
+    pub(crate) fn domains(&self, args: &DataArgs) -> Result<Domains> {
+        let mut domains: Domains = Vec::new();
         for Data { domain, path } in &args.data {
             let index = domains
                 .iter()
@@ -180,6 +195,32 @@ impl<'c> Texts<'c> {
             }
         }
         Ok(domains)
+    }
+
+    /// Calibration draws: `--samples` samples of each domain, other ones in each draw where there are enough, in the
+    /// order of their files. The first draw is what `calibrate` would take.
+    pub(crate) fn draws(&self, args: &DataArgs, draws: u32) -> Result<Vec<Domains>> {
+        let everything = DataArgs {
+            samples: u32::MAX,
+            ..args.clone()
+        };
+        let all = self.domains(&everything)?;
+        let draw = |seed: u32| {
+            let domains = all.iter().map(|(name, samples)| {
+                let wanted = (args.samples as usize).min(samples.len());
+                let mut ids: Vec<usize> = if seed == 0 {
+                    (0..wanted).collect()
+                } else {
+                    let mut rng = ChaCha8Rng::seed_from_u64(u64::from(seed));
+                    rand::seq::index::sample(&mut rng, samples.len(), wanted).into_vec()
+                };
+                ids.sort_unstable();
+                let chosen = ids.into_iter().map(|i| samples[i].clone()).collect();
+                (name.clone(), chosen)
+            });
+            domains.collect()
+        };
+        Ok((0..draws).map(draw).collect())
     }
 
     /// Tasks of files and of folders of `.jsonl` files, in name order.

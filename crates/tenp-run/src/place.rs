@@ -77,6 +77,16 @@ impl Place {
         None
     }
 
+    /// What decides the last bits of results: the kind of machine, and the precision.
+    pub(crate) fn name(&self) -> String {
+        match self {
+            Self::Cpu(Compute::F32) => "cpu, f32".to_owned(),
+            Self::Cpu(Compute::Bf16) => "cpu, bf16".to_owned(),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(device) => format!("{}, bf16", device.properties().name),
+        }
+    }
+
     /// Gives `work` a model of the checkpoint.
     ///
     /// # Errors

@@ -128,7 +128,23 @@ fn run_text(
     Ok(score)
 }
 
-/// Compares on the texts and on the prompts with their right answers.
+/// What models are compared on: the texts, and the prompts with their right answers.
+pub(super) fn reference_samples(
+    tasks: &[Task],
+    texts: &[(String, Vec<Vec<u32>>)],
+) -> Vec<Vec<u32>> {
+    let answered = tasks
+        .iter()
+        .flat_map(|t| &t.items)
+        .map(|i| [&i.prompt[..], &i.choices[i.answer]].concat());
+    texts
+        .iter()
+        .flat_map(|(_, s)| s.iter().cloned())
+        .chain(answered)
+        .collect()
+}
+
+/// Compares a model with its reference.
 fn run_reference(
     checkpoint: &Checkpoint,
     reference: &Checkpoint,
@@ -136,15 +152,7 @@ fn run_reference(
     texts: &[(String, Vec<Vec<u32>>)],
     place: &Place,
 ) -> Result<Comparison> {
-    let answered = tasks
-        .iter()
-        .flat_map(|t| &t.items)
-        .map(|i| [&i.prompt[..], &i.choices[i.answer]].concat());
-    let samples: Vec<Vec<u32>> = texts
-        .iter()
-        .flat_map(|(_, s)| s.iter().cloned())
-        .chain(answered)
-        .collect();
+    let samples = reference_samples(tasks, texts);
     let layers = checkpoint.config().num_layers;
     let tokens: usize = samples.iter().map(Vec::len).sum();
     let progress = Progress::new("reference", Unit::Tokens, (tokens * layers) as u64, layers);

@@ -2,6 +2,7 @@
 //! each time.
 
 mod calibration;
+mod comparison;
 mod evaluation;
 mod families;
 mod outputs;

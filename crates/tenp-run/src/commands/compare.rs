@@ -1,0 +1,154 @@
+//! `compare`: every method at every budget, on the same calibration draws, with tables, plots and a page.
+
+mod cell;
+mod grid;
+mod results;
+mod tables;
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use tenp_checkpoint::Checkpoint;
+
+use crate::cli::Compare;
+use crate::failure::usage;
+use crate::models::Domains;
+use crate::place::Place;
+use crate::{console, models};
+
+use cell::{Bench, Cell};
+use grid::Grid;
+
+pub(super) fn run(args: &Compare) -> Result<()> {
+    if args.tasks.is_empty() && args.text.is_empty() {
+        return Err(usage("nothing to measure: give --tasks, --text or both"));
+    }
+    let checkpoint = models::open(&args.model)?;
+    if let Some(original) = checkpoint.pruned_from() {
+        let dir = args.model.display();
+        return Err(usage(format!(
+            "{dir} is already pruned (from {original}); compare on the original checkpoint"
+        )));
+    }
+    check_output(&args.output, &args.model)?;
+    let texts = models::Texts::new(&checkpoint);
+    let grid = Grid::new(args, &checkpoint)?;
+    let draws = texts.draws(&args.data, args.seeds)?;
+    let bench = Bench {
+        checkpoint: &checkpoint,
+        place: Place::new(args.run)?,
+        tasks: texts.tasks(&args.tasks)?,
+        texts: texts.texts("--text", &args.text, args.data.seq_len as usize)?,
+        folder: &args.output,
+    };
+    prepare(args, &checkpoint, &bench, &draws)?;
+    let full = bench.full()?;
+    let cells = run_cells(&bench, &grid, &draws)?;
+    let results = results::Results::new(&checkpoint, &bench, full, cells);
+    results.write(&args.output)?;
+    if args.json {
+        console::json(&results.json());
+    } else {
+        console::data(&results.text());
+    }
+    console::note(&format!(
+        "wrote {}",
+        args.output.join("index.html").display()
+    ));
+    Ok(())
+}
+
+fn check_output(output: &Path, model: &Path) -> Result<()> {
+    if output.is_file() {
+        let output = output.display();
+        return Err(usage(format!(
+            "--output {output}: is a file; give a folder"
+        )));
+    }
+    let inside = output
+        .ancestors()
+        .find_map(|a| a.canonicalize().ok())
+        .zip(model.canonicalize().ok())
+        .is_some_and(|(output, model)| output.starts_with(model));
+    if inside {
+        let output = output.display();
+        return Err(usage(format!(
+            "--output {output}: lies inside the input folder, which is never touched; choose another"
+        )));
+    }
+    Ok(())
+}
+
+/// Makes the folder, or goes on with one that was begun with the same inputs.
+fn prepare(
+    args: &Compare,
+    checkpoint: &Checkpoint,
+    bench: &Bench<'_>,
+    draws: &[Domains],
+) -> Result<()> {
+    let inputs = bench.inputs(checkpoint, draws);
+    let path = args.output.join("inputs.json");
+    if let Ok(before) = std::fs::read(&path) {
+        let before: serde_json::Value = serde_json::from_slice(&before)
+            .with_context(|| format!("{} is damaged; use another --output", path.display()))?;
+        let keys = inputs.as_object().expect("an object").keys();
+        let differing: Vec<&str> = keys
+            .filter(|key| before[key.as_str()] != inputs[key.as_str()])
+            .map(String::as_str)
+            .collect();
+        if !differing.is_empty() {
+            return Err(usage(format!(
+                "--output {}: was begun with other inputs ({}); choose another folder, or delete this one",
+                args.output.display(),
+                differing.join(", ")
+            )));
+        }
+        return Ok(());
+    }
+    let taken = std::fs::read_dir(&args.output).is_ok_and(|mut entries| entries.next().is_some());
+    if taken {
+        return Err(usage(format!(
+            "--output {}: is not empty and holds no comparison; choose another folder",
+            args.output.display()
+        )));
+    }
+    for folder in [args.output.clone(), args.output.join("cells")] {
+        std::fs::create_dir_all(&folder)
+            .with_context(|| format!("cannot create {}", folder.display()))?;
+    }
+    cell::write_json(&path, &inputs)
+}
+
+/// Runs what is not there yet; what is there is read.
+fn run_cells(bench: &Bench<'_>, grid: &Grid, draws: &[Domains]) -> Result<Vec<Cell>> {
+    let total = grid.methods.len() * grid.keeps.len() * draws.len();
+    let (mut cells, mut done, mut ran) = (Vec::with_capacity(total), 0, 0);
+    let started = Instant::now();
+    for (seed, domains) in draws.iter().enumerate() {
+        let missing = grid.cells(seed).any(|key| !bench.cell_path(&key).exists());
+        let statistics = if missing {
+            Some(bench.statistics(seed, domains)?)
+        } else {
+            None
+        };
+        for key in grid.cells(seed) {
+            done += 1;
+            if let Some(cell) = bench.read_cell(&key)? {
+                cells.push(cell);
+                continue;
+            }
+            let statistics = statistics.as_ref().expect("a cell is missing");
+            let cell = bench.run_cell(&key, statistics)?;
+            ran += 1;
+            let left = (total - done) as f64 * started.elapsed().as_secs_f64() / f64::from(ran);
+            console::note(&format!(
+                "{done}/{total} {}: {}; about {left:.0} s left",
+                key.label(),
+                cell.summary()
+            ));
+            cells.push(cell);
+        }
+    }
+    Ok(cells)
+}

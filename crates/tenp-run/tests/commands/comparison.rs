@@ -1,0 +1,113 @@
+//! `compare`: cells, files, going on where an earlier run stopped, refusals.
+
+use std::path::Path;
+
+use crate::support::fixtures::{demo, demo_file, read_json};
+use crate::support::json::{keys, list, number};
+use crate::support::{Scratch, tenp};
+
+const LINE: &str = "compare {} --data arith={} --samples 8 --tasks {} --methods tenp,random-neurons:exact \
+                    --keep 0.75,0.5 --seeds 2 --device cpu --json -o {}";
+
+/// The first questions of a task.
+fn few_questions(scratch: &Scratch) -> std::path::PathBuf {
+    let path = scratch.join("few.jsonl");
+    let all = std::fs::read_to_string(demo_file("tasks", "arith")).unwrap();
+    let lines: Vec<&str> = all.lines().take(10).collect();
+    std::fs::write(&path, lines.join("\n")).unwrap();
+    path
+}
+
+#[test]
+fn every_cell_is_measured_once() {
+    let scratch = Scratch::new();
+    let (tasks, out) = (few_questions(&scratch), scratch.join("out"));
+    let data = demo_file("calibration", "arith");
+    let demo = demo();
+    let paths: &[&Path] = &[&demo, &data, &tasks, &out];
+    let run = tenp(LINE, paths).ok();
+    let results = run.json();
+    assert_eq!(keys(&results), ["model", "full", "cells"]);
+    let cells = list(&results["cells"]);
+    assert_eq!(cells.len(), 8);
+    for cell in cells {
+        let (keep, e) = (
+            number(&cell["key"]["keep"]),
+            number(&cell["accounting"]["E"]),
+        );
+        assert!((e - keep).abs() < 0.005, "{cell}");
+        assert!(number(&cell["kl"]) > 0.0 && number(&cell["top1"]) <= 1.0);
+        assert_eq!(list(&cell["layers"]).len(), 7);
+        assert_eq!(list(&cell["widths"]).len(), 7);
+    }
+    // Draws differ in their samples, and random scores in their seeds.
+    assert_ne!(cells[0]["kl"], cells[4]["kl"]);
+
+    for name in ["results.json", "results.csv", "results.md", "index.html"] {
+        assert!(out.join(name).metadata().unwrap().len() > 500, "{name}");
+    }
+    let csv = std::fs::read_to_string(out.join("results.csv")).unwrap();
+    let columns: Vec<usize> = csv.lines().map(|l| l.split(',').count()).collect();
+    assert_eq!(columns.len(), 9);
+    assert!(columns.iter().all(|c| *c == columns[0]), "{csv}");
+    let page = std::fs::read_to_string(out.join("index.html")).unwrap();
+    assert!(page.matches("<svg").count() >= 4 && !page.contains("src="));
+    for plot in ["accuracy", "kl", "layer-error", "widths-tenp-0.5-0"] {
+        for kind in ["svg", "png"] {
+            assert!(
+                out.join("plots").join(format!("{plot}.{kind}")).exists(),
+                "{plot}.{kind}"
+            );
+        }
+    }
+    let hidden = std::fs::read_dir(&out).unwrap();
+    let hidden = hidden.filter(|e| {
+        e.as_ref()
+            .unwrap()
+            .file_name()
+            .to_string_lossy()
+            .starts_with('.')
+    });
+    assert_eq!(hidden.count(), 0, "no pruned checkpoint is left behind");
+
+    // A cell that is gone is measured again, to the same figures; the others are read.
+    let gone = out.join("cells/tenp-0.5-1.json");
+    let before = read_json(&gone);
+    std::fs::remove_file(&gone).unwrap();
+    let again = tenp(LINE, paths).ok();
+    again.check(again.stderr.contains("6/8"), "one cell is run");
+    again.check(!again.stderr.contains("5/8"), "and no other");
+    let after = read_json(&gone);
+    for key in ["figures", "kl", "layers", "accounting", "widths"] {
+        assert_eq!(before[key], after[key], "{key}");
+    }
+
+    // Other inputs are not mixed with these.
+    let other = LINE.replace("--samples 8", "--samples 9");
+    tenp(&other, paths).refused(2, &["--output", "calibration"]);
+}
+
+#[test]
+fn what_cannot_be_compared_is_refused_before_any_work() {
+    let scratch = Scratch::new();
+    let (tasks, out) = (few_questions(&scratch), scratch.join("out"));
+    let (demo, data) = (demo(), demo_file("calibration", "arith"));
+    let paths: &[&Path] = &[&demo, &data, &tasks, &out];
+    for (change, needles) in [
+        ("--methods tenp,tenpp", &["--methods tenpp", "tenpp"][..]),
+        (
+            "--methods tenp:colour=red",
+            &["--methods tenp:colour=red", "--colour"],
+        ),
+        ("--methods tenp,enp,tenp", &["--methods", "twice"]),
+        ("--methods enp --keep 0.5,1.5", &["--keep", "1.5"]),
+    ] {
+        let line = format!("compare {{}} --data {{}} --tasks {{}} -o {{}} {change}");
+        tenp(&line, paths).refused(2, needles);
+        assert!(!out.exists());
+    }
+    tenp("compare {} --data {} -o {}", &[&demo, &data, &out]).refused(2, &["--tasks", "--text"]);
+    std::fs::create_dir(&out).unwrap();
+    std::fs::write(out.join("mine.txt"), "mine").unwrap();
+    tenp("compare {} --data {} --tasks {} -o {}", paths).refused(2, &["--output", "not empty"]);
+}
