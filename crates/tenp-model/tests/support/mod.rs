@@ -18,8 +18,16 @@ pub(crate) const FAMILIES: [&str; 8] = [
     "qwen3_moe",
 ];
 
+/// The repository: `TENP_REPO` where a test binary was carried to another machine.
+pub(crate) fn repository() -> PathBuf {
+    std::env::var_os("TENP_REPO").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../.."),
+        PathBuf::from,
+    )
+}
+
 pub(crate) fn golden_dir() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden")
+    repository().join("tests/golden")
 }
 
 pub(crate) fn golden(dir: &Path) -> (Vec<Vec<u32>>, Vec<f32>) {
