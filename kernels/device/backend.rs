@@ -21,6 +21,8 @@ pub trait Memory<T> {
 pub trait Backend: Runner<Error = KernelError> {
     /// Owned memory; 256-byte aligned, freed behind the work that uses it.
     type Buffer<T: Pod>: Memory<T>;
+    /// Memory that no work uses any more, once what was asked for so far is done.
+    type Idle;
     /// Host memory that uploads start from.
     type Staging: Send;
     /// An upload under way.
@@ -91,14 +93,20 @@ pub trait Backend: Runner<Error = KernelError> {
     /// The backend's own words.
     fn staging_bytes(staging: &mut Self::Staging) -> Result<&mut [u8], KernelError>;
 
-    /// Starts copying the first `len` bytes, beside the work asked for so far and behind what that does with `into`.
+    /// Gives memory up to the next upload into it, which waits for the work asked for so far and for no later work.
+    ///
+    /// # Errors
+    /// The backend's own words.
+    fn idle(&self, buffer: Self::Buffer<u8>) -> Result<Self::Idle, KernelError>;
+
+    /// Starts copying the first `len` bytes, beside the work that is under way.
     ///
     /// # Errors
     /// Fewer than `len` bytes on either side.
     fn start_transfer(
         &self,
         from: Self::Staging,
-        into: Self::Buffer<u8>,
+        into: Self::Idle,
         len: usize,
     ) -> Result<Self::Transfer, KernelError>;
 

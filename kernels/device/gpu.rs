@@ -6,7 +6,7 @@ use super::backend::{Backend, Memory};
 use super::buffer::DeviceBuffer;
 use super::context::Device;
 use super::dense::{DenseElement, DenseShape};
-use super::upload::{PinnedBuffer, Upload};
+use super::upload::{IdleBuffer, PinnedBuffer, Upload};
 use super::view::{DeviceSlice, DeviceSliceMut};
 use crate::KernelError;
 
@@ -22,6 +22,7 @@ impl<T: Pod> Memory<T> for DeviceBuffer<T> {
 
 impl Backend for Device {
     type Buffer<T: Pod> = DeviceBuffer<T>;
+    type Idle = IdleBuffer<u8>;
     type Staging = PinnedBuffer<u8>;
     type Transfer = Upload<u8>;
 
@@ -79,10 +80,14 @@ impl Backend for Device {
         staging.as_mut_slice()
     }
 
+    fn idle(&self, buffer: DeviceBuffer<u8>) -> Result<IdleBuffer<u8>, KernelError> {
+        buffer.idle()
+    }
+
     fn start_transfer(
         &self,
         from: PinnedBuffer<u8>,
-        into: DeviceBuffer<u8>,
+        into: IdleBuffer<u8>,
         len: usize,
     ) -> Result<Upload<u8>, KernelError> {
         self.start_upload(from, into, len)

@@ -71,5 +71,5 @@ pub use self::{
     buffer::DeviceBuffer,
     context::{Device, Properties, gpu_count},
     timing::Timer,
-    upload::{PinnedBuffer, Upload},
+    upload::{IdleBuffer, PinnedBuffer, Upload},
 };

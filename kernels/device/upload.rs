@@ -107,6 +107,30 @@ impl<T> Drop for PinnedBuffer<T> {
     }
 }
 
+/// GPU memory that no work uses any more, once what came before is done.
+#[derive(Debug)]
+pub struct IdleBuffer<T> {
+    buffer: DeviceBuffer<T>,
+    /// Recorded on the compute stream behind the last work that used it.
+    idle: CudaEvent,
+}
+
+impl<T: Pod> DeviceBuffer<T> {
+    /// Gives the buffer up to the next upload, which then need not wait for work that is asked for later.
+    ///
+    /// # Errors
+    /// The driver's own words.
+    pub fn idle(self) -> Result<IdleBuffer<T>, KernelError> {
+        let device = self.device().clone();
+        device.bind()?;
+        let idle = device
+            .stream()
+            .record_event(None)
+            .map_err(|e| driver_error("recording an event", e))?;
+        Ok(IdleBuffer { buffer: self, idle })
+    }
+}
+
 /// A copy under way. Dropping it is finishing it.
 #[derive(Debug)]
 pub struct Upload<T> {
@@ -117,22 +141,26 @@ pub struct Upload<T> {
 }
 
 impl Device {
-    /// Starts copying the first `len` elements of `from` into `into` on a stream of its own, behind everything that was
-    /// asked of `into` so far.
+    /// Starts copying the first `len` elements of `from` into `into` on a stream of its own, behind the work that used
+    /// `into`, and beside all other work.
     ///
     /// # Errors
     /// [`KernelError::Length`] if either is shorter than `len`, or the driver's own words.
     pub fn start_upload<T: Pod>(
         &self,
         mut from: PinnedBuffer<T>,
-        mut into: DeviceBuffer<T>,
+        into: IdleBuffer<T>,
         len: usize,
     ) -> Result<Upload<T>, KernelError> {
+        let IdleBuffer {
+            buffer: mut into,
+            idle,
+        } = into;
         check_len("upload", len, len.min(from.len()).min(into.len()))?;
         self.bind()?;
         let failed = |e| driver_error("uploading", e);
         let uploads = self.uploads();
-        uploads.join(self.stream()).map_err(failed)?;
+        uploads.wait(&idle).map_err(failed)?;
         if len > 0 {
             let address = into.view_mut().address();
             // SAFETY: both sides are live and long enough, and owned by the `Upload` until the copy is waited for.

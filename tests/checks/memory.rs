@@ -112,7 +112,8 @@ pub fn uploads_beside_work<B: Backend>(on: On<'_, B>, size: Size) {
         for word in memory.chunks_exact_mut(4) {
             word.copy_from_slice(&value.to_le_bytes());
         }
-        let transfer = backend.start_transfer(staging, target, bytes);
+        let idle = backend.idle(target).unwrap_or_else(|e| panic!("{e}"));
+        let transfer = backend.start_transfer(staging, idle, bytes);
         let transfer = transfer.unwrap_or_else(|e| panic!("{e}"));
         // Work beside it.
         let ones = on.filled(1f32, len);
@@ -125,7 +126,8 @@ pub fn uploads_beside_work<B: Backend>(on: On<'_, B>, size: Size) {
     }
     let want: f32 = (0..rounds).map(|round| 2.5 + round as f32).sum();
     assert!(on.get(sum.view()).iter().all(|&v| v == want));
-    let transfer = backend.start_transfer(staging, target, bytes + 1);
+    let idle = backend.idle(target).unwrap_or_else(|e| panic!("{e}"));
+    let transfer = backend.start_transfer(staging, idle, bytes + 1);
     assert!(transfer.is_err(), "more than the host's memory holds");
 }
 

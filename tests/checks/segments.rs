@@ -3,7 +3,7 @@
 use half::bf16;
 use tenp_kernels::Compute;
 use tenp_kernels::cpu::segments::{
-    Segments, Similarity, WeightedSegments, assign, best_matches, update_centres,
+    MeasuredExpert, Segments, Similarity, WeightedSegments, assign, best_matches, update_centres,
 };
 use tenp_kernels::device::kmeans_centres::{KmeansCentres, kmeans_centres, scratch_len};
 use tenp_kernels::device::pack::{PackDown, PackGateUp, pack_down, pack_gate_up};
@@ -212,7 +212,8 @@ pub fn norms_and_similarity<B: Backend>(on: On<'_, B>, size: Size) {
         num_rows: ids.len(),
     }));
     let views = columns.layer.views();
-    let want = best_matches(Compute::F32, &segments, &views, similarity).expect("shapes fit");
+    let experts = MeasuredExpert::all(&views).expect("shapes fit");
+    let want = best_matches(Compute::F32, &segments, &experts, similarity).expect("shapes fit");
     let (value, group) = (on.get(best.0.view()), on.get(best.1.view()));
     let mut same = 0;
     for (r, (want, id)) in want.iter().zip(on.get(best_id.view())).enumerate() {

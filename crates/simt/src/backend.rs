@@ -136,6 +136,7 @@ pub struct Transfer {
 
 impl Backend for Simulated {
     type Buffer<T: Pod> = Buffer<T>;
+    type Idle = Buffer<u8>;
     type Staging = Vec<u8>;
     type Transfer = Transfer;
 
@@ -218,6 +219,10 @@ impl Backend for Simulated {
 
     fn staging_bytes(staging: &mut Vec<u8>) -> Result<&mut [u8], KernelError> {
         Ok(staging)
+    }
+
+    fn idle(&self, buffer: Buffer<u8>) -> Result<Buffer<u8>, KernelError> {
+        Ok(buffer)
     }
 
     fn start_transfer(

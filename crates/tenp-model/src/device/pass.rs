@@ -242,7 +242,8 @@ impl<B: Backend + 'static> Pass for DevicePass<'_, '_, B> {
             model.store.borrow_mut().send(backend, staged)?;
         }
         self.collect(&loaded, launched?, observer)?;
-        model.store.borrow_mut().release(loaded);
+        let mut store = model.store.borrow_mut();
+        store.release(backend, loaded).at(layer)?;
         self.layer += 1;
         Ok(true)
     }

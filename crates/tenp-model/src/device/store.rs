@@ -25,6 +25,8 @@ pub(super) struct Loaded<B: Backend> {
 pub(super) struct Staged<'c, B: Backend> {
     layer: usize,
     weights: LayerWeights,
+    /// Where the layer will go: taken before this layer's kernels are asked for, so that the upload need not wait for them.
+    arena: B::Idle,
     pub(super) filling: Filling<'c, B>,
 }
 
@@ -67,7 +69,7 @@ pub(super) struct Store<B: Backend> {
     layer_bytes: usize,
     staging: VecDeque<B::Staging>,
     num_staging: usize,
-    arenas: Vec<B::Buffer<u8>>,
+    arenas: Vec<B::Idle>,
     pending: Option<Pending<B>>,
 }
 
@@ -124,9 +126,21 @@ impl<B: Backend> Store<B> {
             oldest
                 .expect("one layer is staged at a time, and its memory comes back with its upload")
         };
+        let arena = if let Some(arena) = self.arenas.pop() {
+            arena
+        } else {
+            let room = if self.keeps {
+                contents.bytes()
+            } else {
+                self.layer_bytes
+            };
+            let arena = backend.alloc("a layer's weights", room).at(layer)?;
+            backend.idle(arena).at(layer)?
+        };
         Ok(Some(Staged {
             layer,
             weights,
+            arena,
             filling: Filling {
                 checkpoint,
                 layer,
@@ -141,15 +155,10 @@ impl<B: Backend> Store<B> {
         let Staged {
             layer,
             weights,
+            arena,
             filling,
         } = staged;
         let bytes = filling.contents.bytes();
-        let arena = if let Some(arena) = self.arenas.pop() {
-            arena
-        } else {
-            let room = if self.keeps { bytes } else { self.layer_bytes };
-            backend.alloc("a layer's weights", room).at(layer)?
-        };
         let transfer = backend
             .start_transfer(filling.staging, arena, bytes)
             .at(layer)?;
@@ -192,10 +201,15 @@ impl<B: Backend> Store<B> {
     }
 
     /// A layer that a pass has gone through: its memory is used again, unless it stays.
-    pub(super) fn release(&mut self, loaded: Rc<Loaded<B>>) {
+    pub(super) fn release(
+        &mut self,
+        backend: &B,
+        loaded: Rc<Loaded<B>>,
+    ) -> Result<(), KernelError> {
         if let Ok(loaded) = Rc::try_unwrap(loaded) {
-            self.arenas.push(loaded.arena);
+            self.arenas.push(backend.idle(loaded.arena)?);
         }
+        Ok(())
     }
 
     /// An upload that no pass goes on with.
@@ -203,7 +217,7 @@ impl<B: Backend> Store<B> {
         if let Some(pending) = self.pending.take() {
             let (staging, arena) = backend.finish_transfer(pending.transfer)?;
             self.staging.push_back(staging);
-            self.arenas.push(arena);
+            self.arenas.push(backend.idle(arena)?);
         }
         Ok(())
     }

@@ -23,6 +23,7 @@ impl<B: Backend> Runner for Tight<B> {
 
 impl<B: Backend> Backend for Tight<B> {
     type Buffer<T: Pod> = B::Buffer<T>;
+    type Idle = B::Idle;
     type Staging = B::Staging;
     type Transfer = B::Transfer;
 
@@ -76,10 +77,14 @@ impl<B: Backend> Backend for Tight<B> {
         B::staging_bytes(staging)
     }
 
+    fn idle(&self, buffer: Self::Buffer<u8>) -> Result<Self::Idle, KernelError> {
+        self.0.idle(buffer)
+    }
+
     fn start_transfer(
         &self,
         from: Self::Staging,
-        into: Self::Buffer<u8>,
+        into: Self::Idle,
         len: usize,
     ) -> Result<Self::Transfer, KernelError> {
         self.0.start_transfer(from, into, len)
