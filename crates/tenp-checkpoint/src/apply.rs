@@ -156,17 +156,35 @@ pub fn apply(
 }
 
 /// Refuses an output folder that [`apply`] would refuse, before any other work. An earlier output passes: only the run's
-/// fingerprint tells whether it is finished.
+/// fingerprint tells whether it is finished. `needed` bytes must fit on its disk.
 ///
 /// # Errors
-/// [`CheckpointError::Output`], or an unreadable folder.
+/// [`CheckpointError::Output`], [`CheckpointError::DiskFull`], or an unreadable folder.
 pub fn check_output(
     checkpoint: &Checkpoint,
     out: &Path,
     force: bool,
+    needed: u64,
 ) -> Result<(), CheckpointError> {
     let earlier = out.join("report.json").exists() && out.join("tenp_plan.json").exists();
-    Target::find(out, checkpoint.dir(), force || earlier, "").map(drop)
+    match Target::find(out, checkpoint.dir(), force || earlier, "")? {
+        Some(target) => target.check_room(needed),
+        None => Ok(()),
+    }
+}
+
+/// Bytes of all tensors that a plan leaves in this form.
+///
+/// # Errors
+/// [`CheckpointError::Form`].
+pub fn output_bytes(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    form: OutputForm,
+) -> Result<u64, CheckpointError> {
+    let output = form::decide(checkpoint, plan, form)?;
+    let tensors = layout::tensors(checkpoint, plan, &output);
+    Ok(tensors.iter().map(|out| out.tensor.num_bytes()).sum())
 }
 
 /// Refuses a form that cannot hold the plan.

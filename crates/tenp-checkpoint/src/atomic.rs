@@ -84,6 +84,7 @@ pub fn replace_file(
     num_bytes: u64,
     write: impl FnOnce(&mut Sink<'_>) -> Result<(), CheckpointError>,
 ) -> Result<(), CheckpointError> {
+    check_replaceable(path)?;
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -113,6 +114,30 @@ pub fn replace_file(
     Ok(())
 }
 
+/// Refuses a place that something other than a regular file stands at: a rename would put a file in the place of a link,
+/// a pipe or a device.
+///
+/// # Errors
+/// [`CheckpointError::Output`].
+pub fn check_replaceable(path: &Path) -> Result<(), CheckpointError> {
+    let Ok(there) = path.symlink_metadata() else {
+        return Ok(());
+    };
+    let problem = if there.is_file() {
+        return Ok(());
+    } else if there.is_dir() {
+        "is a folder; give a file name"
+    } else if there.is_symlink() {
+        "is a symbolic link, which would be replaced; give the file it stands for"
+    } else {
+        "is no regular file (a pipe or a device); give a file name"
+    };
+    Err(CheckpointError::Output {
+        path: path.to_path_buf(),
+        problem: problem.to_owned(),
+    })
+}
+
 /// Makes a rename durable where the system can; the data itself is already on the disk.
 pub(crate) fn sync_folder(dir: &Path) {
     if let Ok(dir) = File::open(dir) {
@@ -123,6 +148,21 @@ pub(crate) fn sync_folder(dir: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn what_is_no_regular_file_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link) = (dir.path().join("file"), dir.path().join("link"));
+        std::fs::write(&file, "old").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        for path in [link.as_path(), dir.path()] {
+            let error = replace_file(path, 3, |sink| sink.write(b"new")).unwrap_err();
+            assert!(matches!(error, CheckpointError::Output { .. }), "{error}");
+        }
+        assert!(link.is_symlink());
+        assert_eq!(std::fs::read(&file).unwrap(), b"old");
+    }
 
     #[test]
     fn a_full_disk_is_named_with_the_bytes_needed() {

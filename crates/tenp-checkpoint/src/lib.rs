@@ -33,8 +33,10 @@ mod synthesise;
 mod writer;
 
 pub use access::{ExpertTensors, Matrix, RouterTensors, SharedTensors};
-pub use apply::{ApplyOptions, ApplyOutcome, OutputForm, apply, check_form, check_output};
-pub use atomic::{Sink, replace_file};
+pub use apply::{
+    ApplyOptions, ApplyOutcome, OutputForm, apply, check_form, check_output, output_bytes,
+};
+pub use atomic::{Sink, check_replaceable, replace_file};
 pub use checkpoint::{Checkpoint, TensorView};
 pub use config::{Family, ModelConfig};
 pub use dtype::Dtype;

@@ -3,5 +3,5 @@
 mod compare;
 mod score;
 
-pub use compare::{Comparison, LayerComparison, compare};
+pub use compare::{Comparison, LayerComparison, check_comparable, compare};
 pub use score::{TaskScore, TextScore, score_tasks, score_text};

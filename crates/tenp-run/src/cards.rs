@@ -5,12 +5,17 @@ use tenp_checkpoint::{Checkpoint, OutputForm, Plan};
 
 use crate::{console, picture};
 
-/// The command line as the person typed it.
+/// The command line as the person typed it, without `--threads`, of which no result depends.
 pub(crate) fn command_line() -> String {
     // Paths need not be UTF-8.
-    let typed = std::env::args_os()
+    let words = std::env::args_os()
         .skip(1)
         .map(|word| word.to_string_lossy().into_owned());
+    let mut threads = false;
+    let typed = words.filter(|word| {
+        let value = std::mem::replace(&mut threads, word == "--threads");
+        !value && !threads && !word.starts_with("--threads=")
+    });
     let quoted = std::iter::once("tenp-run".to_owned())
         .chain(typed)
         .map(|word| {
@@ -31,6 +36,14 @@ fn base_name(checkpoint: &Checkpoint) -> String {
         .unwrap_or_else(|_| checkpoint.dir().to_path_buf());
     dir.file_name()
         .map_or_else(String::new, |n| n.to_string_lossy().into_owned())
+}
+
+/// A setting for people: numbers to six digits.
+fn shown(value: &Value) -> String {
+    match value.as_f64() {
+        Some(number) if value.is_f64() => ((number * 1e6).round() / 1e6).to_string(),
+        _ => value.to_string(),
+    }
 }
 
 /// Rows of the accounting, for people.
@@ -133,7 +146,7 @@ pub(crate) fn model_card(checkpoint: &Checkpoint, plan: &Plan, form: OutputForm)
     let options = plan
         .options
         .iter()
-        .map(|(k, v)| format!("`{k}` {v}"))
+        .map(|(k, v)| format!("`{k}` {}", shown(v)))
         .collect::<Vec<_>>()
         .join(", ");
     let uncalibrated = match plan.uncalibrated.len() {
@@ -151,13 +164,15 @@ pub(crate) fn model_card(checkpoint: &Checkpoint, plan: &Plan, form: OutputForm)
         }
     };
     format!(
-        "---\nbase_model: {base}\ntags:\n- mixture-of-experts\n- pruned\n- tenp\n---\n\
+        "---\nbase_model: {quoted}\ntags:\n- mixture-of-experts\n- pruned\n- tenp\n---\n\
          # {base}, pruned with {method}\n\n\
          Made from `{base}` (fingerprint `{fingerprint}`) by\n\n    {command}\n\n\
          | | |\n|---|---|\n{rows}\n\n\
          {loads}\n\n\
          ## Widths\n\n```text\n{picture}```\n\nMethod `{method}`: {options}.\n{uncalibrated}\
          Kept neuron ids are in `tenp_plan.json`, all figures in `report.json`.\n",
+        // A JSON text is a YAML text.
+        quoted = json!(base),
         method = plan.method,
         fingerprint = checkpoint.fingerprint(),
         command = command_line(),

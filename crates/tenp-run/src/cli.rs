@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tenp_model::text::Data;
@@ -11,7 +11,7 @@ use tenp_prune::{ExpertScore, Method, NeuronScore};
 /// Reads a Hugging Face folder, measures on a few calibration samples which experts and neurons matter, and writes a
 /// smaller checkpoint. Data goes to stdout, progress and notes to stderr.
 ///
-/// Exit codes: 0 done, 1 failed, 2 usage, 3 environment, 4 verification found a difference.
+/// Exit codes: 0 done, 1 failed, 2 usage, 3 environment (no GPU, no driver).
 #[derive(Debug, Parser)]
 #[command(
     version,
@@ -140,15 +140,23 @@ pub(crate) struct Inspect {
 #[derive(Clone, Debug, Args)]
 pub(crate) struct DataArgs {
     /// Calibration text: .jsonl (`text`, or `prompt` and `answer`, or `messages`), .txt (a sample a line), or
-    /// .safetensors (`input_ids` [n, len]). A file without DOMAIN= is of domain `default`. May repeat.
+    /// .safetensors (`input_ids` [n, len]). A file without DOMAIN= is of domain `default`. May repeat; MODEL goes before
+    /// it.
     #[arg(long, required = true, num_args = 1.., value_name = "[DOMAIN=]FILE")]
     pub(crate) data: Vec<Data>,
     /// Samples per domain, the first ones.
     #[arg(long, default_value_t = 128, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) samples: u32,
-    /// Tokens per sample; longer ones are cut.
-    #[arg(long, default_value_t = 2048, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) seq_len: u32,
+    /// Tokens per sample; longer ones are cut [default: 2048, or the model's positions if those are fewer].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) seq_len: Option<u32>,
+}
+
+impl DataArgs {
+    /// The files that are read.
+    pub(crate) fn files(&self) -> Vec<&Path> {
+        self.data.iter().map(|data| data.path.as_path()).collect()
+    }
 }
 
 #[derive(Debug, Args)]
@@ -196,10 +204,10 @@ pub(crate) struct PlanArgs {
     #[arg(long, default_value = "tenp")]
     pub(crate) method: Method,
     /// Share of the routed-expert neurons to keep, above 0 and at most 1. Needed by every allocation but file:PATH.
-    #[arg(long, value_name = "SHARE")]
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
     pub(crate) keep: Option<f64>,
     /// Share of the experts that stay whole [default: 5/9 of the square of --keep].
-    #[arg(long, value_name = "SHARE")]
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
     pub(crate) alpha: Option<f64>,
     /// How much wider deeper layers are: 0 the same everywhere, 1 a full triangle, negative inverted [default: 1/3].
     #[arg(long, value_name = "SLOPE", allow_negative_numbers = true)]
@@ -207,7 +215,8 @@ pub(crate) struct PlanArgs {
     /// Widths are multiples of this [default: the largest of 32, 16, 8, … that divides the width, at most a twelfth].
     #[arg(long, value_name = "Q")]
     pub(crate) width_multiple: Option<usize>,
-    /// Budget over layers and experts: trapezoid, uniform, global, or file:PATH (JSON, widths per layer and expert).
+    /// Budget over layers and experts: trapezoid, uniform, global, or file:PATH: JSON [[width, …], …], a list per MoE
+    /// layer, or a config.json or plan output that has them.
     #[arg(long, value_name = "ALLOCATION")]
     pub(crate) allocation: Option<String>,
     /// Expert importance: direction, frequency, gating, ean, reap, man, msan, easy-ep, random.
@@ -229,7 +238,7 @@ pub(crate) struct PlanArgs {
     #[arg(long, value_name = "DOMAIN=WEIGHT", value_parser = domain_weight)]
     pub(crate) domain_weight: Vec<(String, f64)>,
     /// Seed of random scores.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     pub(crate) seed: u64,
 }
 
@@ -370,9 +379,9 @@ pub(crate) struct Eval {
     /// Texts for the perplexity: the kinds of files that calibrate takes.
     #[arg(long, num_args = 1.., value_name = "FILE")]
     pub(crate) text: Vec<PathBuf>,
-    /// Tokens per text sample; longer ones are cut.
-    #[arg(long, default_value_t = 2048, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
-    pub(crate) seq_len: u32,
+    /// Tokens per text sample; longer ones are cut [default: 2048, or the model's positions if those are fewer].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    pub(crate) seq_len: Option<u32>,
     #[command(flatten)]
     pub(crate) run: RunArgs,
     /// Print JSON.
@@ -388,7 +397,7 @@ pub(crate) struct Logits {
     #[arg(long, value_name = "FILE")]
     pub(crate) input: PathBuf,
     /// .safetensors to write: `logits` [n, len, vocab], f32.
-    #[arg(long, value_name = "FILE")]
+    #[arg(short, long, value_name = "FILE")]
     pub(crate) output: PathBuf,
     #[command(flatten)]
     pub(crate) run: RunArgs,
@@ -405,10 +414,15 @@ pub(crate) struct Generate {
     #[arg(long, default_value_t = 100, value_name = "N")]
     pub(crate) max_tokens: usize,
     /// 0 takes the likeliest token; higher values sample.
-    #[arg(long, default_value_t = 0.0, value_name = "T")]
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        value_name = "T",
+        allow_negative_numbers = true
+    )]
     pub(crate) temperature: f64,
     /// Seed of the sampling.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     pub(crate) seed: u64,
     #[command(flatten)]
     pub(crate) run: RunArgs,

@@ -3,12 +3,26 @@
 #![allow(clippy::print_stderr)]
 
 use std::io::Write;
+use std::sync::OnceLock;
 
 /// Prints data.
 pub(crate) fn data(text: &str) {
     let mut out = std::io::stdout().lock();
-    // A closed pipe is the reader's choice.
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        // A closed pipe is the reader's choice.
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            let _ = UNWRITTEN.set(error.to_string());
+        }
+        _ => {}
+    }
+}
+
+/// Why some data could not be printed.
+static UNWRITTEN: OnceLock<String> = OnceLock::new();
+
+/// Why some data could not be printed, if so.
+pub(crate) fn unwritten() -> Option<&'static str> {
+    UNWRITTEN.get().map(String::as_str)
 }
 
 /// Prints data and a line end.

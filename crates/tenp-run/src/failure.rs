@@ -49,9 +49,21 @@ pub(crate) fn usage(message: impl Into<String>) -> anyhow::Error {
 
 /// Prints the error with its causes and says what the process ends with.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
-    crate::console::note(&format!("tenp-run: {error:#}"));
+    crate::console::note(&format!("tenp-run: {}", message(error)));
     let code = error.chain().map(code_of).max().unwrap_or(FAILED);
     ExitCode::from(code)
+}
+
+/// The error and its causes, each said once: many errors name their cause themselves.
+fn message(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |said, cause| {
+        let cause = cause.to_string();
+        match said.as_str() {
+            "" => cause,
+            text if text.ends_with(&cause) => said,
+            text => format!("{text}: {cause}"),
+        }
+    })
 }
 
 fn code_of(cause: &(dyn std::error::Error + 'static)) -> u8 {

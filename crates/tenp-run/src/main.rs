@@ -21,7 +21,11 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
-    match commands::run(cli) {
+    let unwritten = || match console::unwritten() {
+        Some(why) => Err(anyhow::anyhow!("cannot write to standard output: {why}")),
+        None => Ok(()),
+    };
+    match commands::run(cli).and_then(|()| unwritten()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => failure::report(&error),
     }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use sha2::{Digest, Sha256};
-use tenp_checkpoint::{Checkpoint, Plan};
+use tenp_checkpoint::{Checkpoint, CheckpointError, Plan, check_replaceable};
 use tenp_model::ModelError;
 use tenp_model::text::{Data, Task, Tokenizer, read_samples, read_task};
 
@@ -43,11 +43,17 @@ fn check_folder(dir: &Path) -> Result<()> {
     )
 }
 
-/// Refuses a place where a single file cannot or must not be written, before any work. Nothing is written into `input`.
-pub(crate) fn check_file(flag: &str, path: &Path, input: Option<&Path>) -> Result<()> {
+/// Refuses a place where a single file cannot or must not be written, before any work: nothing is written into the folder
+/// `model` or over one of the files `read`.
+pub(crate) fn check_file(
+    flag: &str,
+    path: &Path,
+    model: Option<&Path>,
+    read: &[&Path],
+) -> Result<()> {
     let refuse = |problem: &str| Err(usage(format!("{flag} {}: {problem}", path.display())));
-    if path.is_dir() {
-        return refuse("is a folder; give a file name");
+    if let Err(CheckpointError::Output { problem, .. }) = check_replaceable(path) {
+        return refuse(&problem);
     }
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -56,9 +62,14 @@ pub(crate) fn check_file(flag: &str, path: &Path, input: Option<&Path>) -> Resul
     let Ok(parent) = parent.canonicalize() else {
         return refuse("lies in a folder that does not exist; create that folder first");
     };
-    let input = input.and_then(|input| input.canonicalize().ok());
-    if input.is_some_and(|input| parent.starts_with(input)) {
+    let model = model.and_then(|model| model.canonicalize().ok());
+    if model.is_some_and(|model| parent.starts_with(model)) {
         return refuse("lies inside the input folder, which is never touched; choose another");
+    }
+    let place = path.canonicalize().ok();
+    let mut read = read.iter().filter_map(|file| file.canonicalize().ok());
+    if place.is_some() && read.any(|file| Some(file) == place) {
+        return refuse("is a file that is read, which is never touched; choose another");
     }
     Ok(())
 }
@@ -131,17 +142,34 @@ impl<'c> Texts<'c> {
         Ok(samples)
     }
 
+    /// Tokens of a sample: as many as were asked for, else 2048 or what the model has positions for.
+    fn seq_len(&self, asked: Option<u32>) -> usize {
+        asked.map_or_else(
+            || self.checkpoint.config().max_positions.min(2048),
+            |len| len as usize,
+        )
+    }
+
     /// The named texts of the files, whole.
     pub(crate) fn texts(
         &self,
         flag: &str,
         paths: &[PathBuf],
-        seq_len: usize,
-    ) -> Result<Vec<(String, Vec<Vec<u32>>)>> {
+        seq_len: Option<u32>,
+    ) -> Result<Domains> {
         check_names(flag, paths)?;
         paths
             .iter()
-            .map(|path| Ok((stem(path), self.samples(path, usize::MAX, seq_len)?)))
+            .map(|path| {
+                let samples = self.samples(path, usize::MAX, self.seq_len(seq_len))?;
+                if samples.iter().all(|sample| sample.len() < 2) {
+                    let path = path.display();
+                    return Err(usage(format!(
+                        "{flag} {path}: no sample has a second token to predict; give longer text"
+                    )));
+                }
+                Ok((stem(path), samples))
+            })
             .collect()
     }
 
@@ -191,7 +219,7 @@ impl<'c> Texts<'c> {
             if room > 0 {
                 domains[index]
                     .1
-                    .extend(self.samples(path, room, args.seq_len as usize)?);
+                    .extend(self.samples(path, room, self.seq_len(args.seq_len))?);
             }
         }
         Ok(domains)

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::CheckpointError;
 use crate::atomic::{sync_folder, write_error};
+use crate::{Checkpoint, CheckpointError};
 
 /// Where the output goes, checked.
 pub(super) struct Target {
@@ -59,38 +59,45 @@ impl Target {
         if content.empty {
             return Ok(Some(target));
         }
-        if !force && target.finished(fingerprint) {
-            return Ok(None);
+        if !force && target.is_output_of(fingerprint) {
+            if Checkpoint::open(&target.path).is_ok() {
+                return Ok(None);
+            }
+            return refuse("is this run's output but damaged; write it again with --force");
         }
         if !force {
             return refuse("exists and is not empty; choose another, or replace it with --force");
         }
         // A mistyped path must not cost someone a folder that has nothing to do with us.
-        if content.folders && !content.checkpoint {
+        if !content.ours {
             return refuse(
-                "holds folders and no config.json, so it is no checkpoint; remove it yourself if it may go",
+                "was not written by this program (there is no tenp_plan.json); remove it yourself if it may go",
             );
         }
         target.replaces = true;
         Ok(Some(target))
     }
 
-    fn finished(&self, fingerprint: &str) -> bool {
+    fn is_output_of(&self, fingerprint: &str) -> bool {
         let report = std::fs::read(self.path.join("report.json")).ok();
         let report: Option<Value> = report.and_then(|text| serde_json::from_slice(&text).ok());
         report.is_some_and(|report| report["run_fingerprint"] == fingerprint)
     }
 
+    /// Whether the disk has room for `needed` bytes.
+    pub(super) fn check_room(&self, needed: u64) -> Result<(), CheckpointError> {
+        match free_bytes(&self.parent) {
+            Some(free) if free < needed => Err(CheckpointError::DiskFull {
+                path: self.path.clone(),
+                needed,
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// Makes the temporary folder, if the disk has room for `needed` bytes.
     pub(super) fn create(self, needed: u64) -> Result<Folder, CheckpointError> {
-        if let Some(free) = free_bytes(&self.parent)
-            && free < needed
-        {
-            return Err(CheckpointError::DiskFull {
-                path: self.path,
-                needed,
-            });
-        }
+        self.check_room(needed)?;
         let prefix = temporary_prefix(&self.path);
         let temporary = make_folder(&self.parent, &prefix)
             .map_err(CheckpointError::io("create a folder in", &self.parent))?;
@@ -121,21 +128,19 @@ fn make_folder(parent: &Path, prefix: &str) -> std::io::Result<TempDir> {
 
 struct Content {
     empty: bool,
-    folders: bool,
-    checkpoint: bool,
+    /// It is an earlier output of this program.
+    ours: bool,
 }
 
 impl Content {
     fn of(dir: &Path) -> Result<Self, CheckpointError> {
         let mut content = Self {
             empty: true,
-            folders: false,
-            checkpoint: dir.join("config.json").is_file(),
+            ours: dir.join("tenp_plan.json").is_file(),
         };
         for entry in std::fs::read_dir(dir).map_err(CheckpointError::io("list", dir))? {
-            let entry = entry.map_err(CheckpointError::io("list", dir))?;
+            entry.map_err(CheckpointError::io("list", dir))?;
             content.empty = false;
-            content.folders |= entry.path().is_dir();
         }
         Ok(content)
     }

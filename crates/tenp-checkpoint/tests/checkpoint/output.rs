@@ -120,6 +120,13 @@ fn a_finished_run_is_not_done_again() {
         "{error}"
     );
     assert_eq!(snapshot(&fixture.out()), before);
+    // A finished run of which something is gone is not finished.
+    let shard = fixture.out().join("model-00001-of-00001.safetensors");
+    let bytes = std::fs::read(&shard).unwrap();
+    std::fs::write(&shard, &bytes[..bytes.len() - 1]).unwrap();
+    let error = fixture.apply(&plan, OutputForm::Ragged).unwrap_err();
+    assert!(error.to_string().contains("damaged"), "{error}");
+    std::fs::write(&shard, &bytes).unwrap();
     let options = ApplyOptions {
         form: OutputForm::Padded,
         force: true,
@@ -226,6 +233,7 @@ fn a_failure_on_the_way_leaves_nothing() {
         if force {
             std::fs::create_dir(fixture.out()).unwrap();
             std::fs::write(fixture.out().join("old"), "old").unwrap();
+            std::fs::write(fixture.out().join("tenp_plan.json"), "{}").unwrap();
         }
         let (names, options) = (
             fixture.names(),

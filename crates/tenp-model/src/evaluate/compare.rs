@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Mutex;
 
 use rayon::prelude::*;
+use tenp_checkpoint::ModelConfig;
 use tenp_kernels::cpu::elementwise::log_sum_exp;
 
 use crate::generate::arg_max;
@@ -99,18 +100,7 @@ pub fn compare(
     kept_experts: Option<&[Vec<usize>]>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Comparison, ModelError> {
-    let (a, b) = (model.config(), reference.config());
-    for (what, ours, theirs) in [
-        ("layers", a.num_layers, b.num_layers),
-        ("hidden size", a.hidden_size, b.hidden_size),
-        ("vocabulary", a.vocab_size, b.vocab_size),
-    ] {
-        if ours != theirs {
-            return Err(ModelError::Reference {
-                why: format!("{what} {theirs}, the model's is {ours}"),
-            });
-        }
-    }
+    check_comparable(model.config(), reference.config())?;
     let max_tokens = super::score::PASS_BYTES / 4 / model.hidden_bytes_per_token();
     let mut total = Sums::default();
     let mut first = 0;
@@ -132,6 +122,26 @@ pub fn compare(
         first = last;
     }
     Ok(total.into_comparison())
+}
+
+/// Whether two models can be compared.
+///
+/// # Errors
+/// Another number of layers, hidden size or vocabulary.
+pub fn check_comparable(model: &ModelConfig, reference: &ModelConfig) -> Result<(), ModelError> {
+    let (a, b) = (model, reference);
+    for (what, ours, theirs) in [
+        ("layers", a.num_layers, b.num_layers),
+        ("hidden size", a.hidden_size, b.hidden_size),
+        ("vocabulary", a.vocab_size, b.vocab_size),
+    ] {
+        if ours != theirs {
+            return Err(ModelError::Reference {
+                why: format!("{what} {theirs}, the model's is {ours}"),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Sums over the passes.

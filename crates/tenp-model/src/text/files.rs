@@ -30,7 +30,9 @@ impl std::str::FromStr for Data {
             None => ("default", text),
         };
         if domain.is_empty() || domain.contains(['/', '\\']) || path.is_empty() {
-            return Err(format!("`{text}` is not [DOMAIN=]FILE"));
+            return Err(format!(
+                "`{text}` is not [DOMAIN=]FILE; for a path with an `=` in it give a domain too: default={text}"
+            ));
         }
         Ok(Self {
             domain: domain.to_owned(),
@@ -80,7 +82,11 @@ pub fn read_samples<'t>(
     }
     samples.retain(|s| !s.is_empty());
     if samples.is_empty() {
-        return Err(data(path, None, "there is no sample in this file"));
+        return Err(data(
+            path,
+            None,
+            "there is no sample in this file; give one with text, a sample a line",
+        ));
     }
     Ok(samples)
 }
@@ -224,6 +230,13 @@ fn sample(
     tokenizer: &Tokenizer,
 ) -> Result<Vec<u32>, ModelError> {
     if let Some(text) = value["text"].as_str() {
+        if text.is_empty() {
+            return Err(data(
+                path,
+                Some(line),
+                "`text` is empty; leave the line out",
+            ));
+        }
         return tokenizer.sequence(text);
     }
     if let (Some(prompt), Some(answer)) = (value["prompt"].as_str(), value["answer"].as_str()) {
@@ -232,7 +245,15 @@ fn sample(
         ids.extend(tokenizer.ids(answer)?);
         return Ok(ids);
     }
-    if value["messages"].is_array() {
+    if let Some(messages) = value["messages"].as_array() {
+        let whole = |m: &Value| m["role"].is_string() && m["content"].is_string();
+        if messages.is_empty() || !messages.iter().all(whole) {
+            return Err(data(
+                path,
+                Some(line),
+                "every one of `messages` needs a `role` and a `content`, and there must be one",
+            ));
+        }
         return tokenizer.chat(&value["messages"]);
     }
     Err(data(

@@ -11,7 +11,8 @@ use crate::{console, models};
 
 pub(super) fn run(args: &Calibrate) -> Result<()> {
     let checkpoint = models::open(&args.model)?;
-    models::check_file("--output", &args.output, Some(&args.model))?;
+    let read = args.data.files();
+    models::check_file("--output", &args.output, Some(&args.model), &read)?;
     let place = Place::new(args.run)?;
     let domains = models::Texts::new(&checkpoint).domains(&args.data)?;
     let statistics = run_domains(&checkpoint, &domains, &place)?;

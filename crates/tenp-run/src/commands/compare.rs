@@ -39,7 +39,7 @@ pub(super) fn run(args: &Compare) -> Result<()> {
         checkpoint: &checkpoint,
         place: Place::new(args.run)?,
         tasks: texts.tasks(&args.tasks)?,
-        texts: texts.texts("--text", &args.text, args.data.seq_len as usize)?,
+        texts: texts.texts("--text", &args.text, args.data.seq_len)?,
         folder: &args.output,
     };
     prepare(args, &checkpoint, &bench, &draws)?;

@@ -53,7 +53,7 @@ pub(super) fn run(args: &Demo) -> Result<()> {
     let data = DataArgs {
         data: calibration_files(&folder)?,
         samples: 128,
-        seq_len: 2048,
+        seq_len: None,
     };
     let domains = texts.domains(&data)?;
     let size = checkpoint.size();

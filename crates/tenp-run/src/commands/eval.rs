@@ -4,7 +4,9 @@ use anyhow::Result;
 use serde_json::{Map, Value, json};
 use tenp_checkpoint::Checkpoint;
 use tenp_model::Observer;
-use tenp_model::evaluate::{Comparison, TaskScore, TextScore, compare, score_tasks, score_text};
+use tenp_model::evaluate::{
+    Comparison, TaskScore, TextScore, check_comparable, compare, score_tasks, score_text,
+};
 use tenp_model::text::Task;
 
 use crate::cli::Eval;
@@ -54,7 +56,11 @@ pub(super) fn run(args: &Eval) -> Result<()> {
     let checkpoint = models::open(&args.model)?;
     let texts = models::Texts::new(&checkpoint);
     let tasks = texts.tasks(&args.tasks)?;
-    let samples = texts.texts("--text", &args.text, args.seq_len as usize)?;
+    let samples = texts.texts("--text", &args.text, args.seq_len)?;
+    let reference = args.reference.as_deref().map(models::open).transpose()?;
+    if let Some(reference) = &reference {
+        check_comparable(checkpoint.config(), reference.config())?;
+    }
     let place = Place::new(args.run)?;
     let mut measures = Measures {
         tasks: run_tasks(&checkpoint, &tasks, &place, "tasks")?,
@@ -65,11 +71,10 @@ pub(super) fn run(args: &Eval) -> Result<()> {
             .text
             .push((name.clone(), run_text(&checkpoint, name, samples, &place)?));
     }
-    if let Some(dir) = &args.reference {
-        let reference = models::open(dir)?;
+    if let Some(reference) = &reference {
         measures.reference = Some(run_reference(
             &checkpoint,
-            &reference,
+            reference,
             &tasks,
             &samples,
             &place,

@@ -71,6 +71,9 @@ fn stream(model: Model<'_>, tokenizer: &Tokenizer, prompt: &[u32], args: &Genera
         }
         logits = generator.feed(&[next])?;
     }
+    // What was held back because its last character was not whole.
+    let text = tokenizer.text(&generated)?;
+    console::data(text.get(shown..).unwrap_or_default());
     console::data("\n");
     let seconds = started.elapsed().as_secs_f64().max(1e-9);
     let rate = generated.len() as f64 / seconds;

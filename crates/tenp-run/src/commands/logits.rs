@@ -21,15 +21,8 @@ pub(super) fn run(args: &Logits) -> Result<()> {
             args.input.display()
         )));
     }
-    models::check_file("--output", &args.output, Some(&args.model))?;
-    if (args.output.canonicalize().ok())
-        .is_some_and(|out| Some(out) == args.input.canonicalize().ok())
-    {
-        return Err(usage(format!(
-            "--output {}: is the file of --input; choose another",
-            args.output.display()
-        )));
-    }
+    let read = [args.input.as_path()];
+    models::check_file("--output", &args.output, Some(&args.model), &read)?;
     let samples = models::Texts::new(&checkpoint).samples(&args.input, usize::MAX, usize::MAX)?;
     let place = Place::new(args.run)?;
     place.with_model(&checkpoint, |model| stream(&model, &samples, args))

@@ -11,7 +11,7 @@ use crate::{cards, console, models, picture, requests};
 pub(super) fn run(args: &PlanCommand) -> Result<()> {
     let request = requests::request(&args.plan)?;
     let checkpoint = models::open(&args.model)?;
-    models::check_file("--output", &args.output, Some(&args.model))?;
+    models::check_file("--output", &args.output, Some(&args.model), &[&args.stats])?;
     let statistics = Statistics::read(&args.stats)?;
     let plan = requests::plan(&checkpoint, &statistics, &request).map_err(|error| {
         match error.downcast_ref::<PruneError>() {

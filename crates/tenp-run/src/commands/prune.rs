@@ -1,11 +1,15 @@
 //! `prune`: calibrate, plan and apply.
 
+use std::path::Path;
+
 use anyhow::Result;
-use serde_json::json;
-use tenp_checkpoint::{check_form, check_output};
+use serde_json::{Value, json};
+use tenp_checkpoint::{
+    ApplyOutcome, Checkpoint, OutputForm, Plan, check_form, check_output, output_bytes,
+};
 use tenp_model::Model;
 
-use crate::cli::{FormArg, Prune};
+use crate::cli::Prune;
 use crate::failure::usage;
 use crate::place::Place;
 use crate::{console, models, requests};
@@ -19,24 +23,38 @@ pub(super) fn run(args: &Prune) -> Result<()> {
             "{dir} is already pruned (from {original}); prune the original checkpoint"
         )));
     }
-    check_output(&checkpoint, &args.output.output, args.output.force)?;
     if let Some(path) = &args.save_stats {
-        models::check_file("--save-stats", path, Some(&args.model))?;
+        let read = args.data.files();
+        models::check_file("--save-stats", path, Some(&args.model), &read)?;
     }
     let names = args.data.data.iter().map(|data| data.domain.as_str());
     let rehearsed = requests::rehearse(&checkpoint, names, &request)?;
-    check_form(&checkpoint, &rehearsed, args.output.form.into())?;
+    let form: OutputForm = args.output.form.into();
+    check_form(&checkpoint, &rehearsed, form)?;
+    let bytes_after = output_bytes(&checkpoint, &rehearsed, form)?;
+    let (out, force) = (&args.output.output, args.output.force);
+    check_output(
+        &checkpoint,
+        out,
+        force,
+        if args.dry_run { 0 } else { bytes_after },
+    )?;
     let domains = models::Texts::new(&checkpoint).domains(&args.data)?;
     let place = Place::new(args.run)?;
     if args.dry_run {
-        let bytes_after = match args.output.form {
-            FormArg::Padded if !rehearsed.drops_experts() => rehearsed.accounting.bytes_before,
-            _ => rehearsed.accounting.bytes_after,
-        };
         let tokens = models::num_tokens(&domains);
         return place.with_model(&checkpoint, |model| {
             dry_run(&model, args, bytes_after, tokens)
         });
+    }
+    let inputs = models::fingerprint(&(
+        (checkpoint.fingerprint(), &domains, place.name()),
+        (format!("{request:?}"), form.name(), args.output.shard_size),
+        env!("CARGO_PKG_VERSION"),
+    ));
+    if !force && let Some(plan) = finished(out, &inputs)? {
+        report(&checkpoint, args, &plan, ApplyOutcome::AlreadyFinished);
+        return Ok(());
     }
     let statistics = super::calibrate::run_domains(&checkpoint, &domains, &place)?;
     if let Some(path) = &args.save_stats {
@@ -49,14 +67,42 @@ pub(super) fn run(args: &Prune) -> Result<()> {
             json!({"domain": name, "samples": samples.len(), "tokens": samples.iter().map(Vec::len).sum::<usize>()})
         }).collect::<Vec<_>>(),
         "compute": statistics.compute,
+        "inputs": inputs,
     });
     let outcome = super::apply::write(&checkpoint, &plan, &args.output, Some(calibration))?;
-    if args.json {
-        console::json(&super::apply::outcome_json(&plan, outcome));
-    } else {
-        console::data(&super::plan::text(&checkpoint, &plan));
-    }
+    report(&checkpoint, args, &plan, outcome);
     Ok(())
+}
+
+fn report(checkpoint: &Checkpoint, args: &Prune, plan: &Plan, outcome: ApplyOutcome) {
+    if args.json {
+        console::json(&super::apply::outcome_json(plan, outcome));
+    } else {
+        console::data(&super::plan::text(checkpoint, plan));
+    }
+}
+
+/// The plan of an output that this very run has already made; that of another run is refused, before the calibration.
+fn finished(out: &Path, inputs: &str) -> Result<Option<Plan>> {
+    let Ok(text) = std::fs::read(out.join("report.json")) else {
+        return Ok(None);
+    };
+    let report: Value = serde_json::from_slice(&text).unwrap_or_default();
+    let shown = out.display();
+    if report["calibration"]["inputs"] != inputs {
+        return Err(usage(format!(
+            "--output {shown}: is not empty, it holds the output of another run; choose another, or replace it with --force"
+        )));
+    }
+    if Checkpoint::open(out).is_err() {
+        return Err(usage(format!(
+            "--output {shown}: is this run's output but damaged; write it again with --force"
+        )));
+    }
+    console::note(&format!(
+        "{shown} is already the finished output of this run; nothing to do"
+    ));
+    Ok(Some(Plan::read(&out.join("tenp_plan.json"))?))
 }
 
 /// What the run would take. The time is the arithmetic at the rate this machine shows in a short product.
@@ -104,7 +150,7 @@ fn dry_run(model: &Model<'_>, args: &Prune, bytes_after: u64, tokens: usize) -> 
     rows.push((
         "calibration arithmetic",
         format!(
-            "{seconds:.0} s at the {:.0} GFLOP/s measured just now",
+            "{seconds:.1} s at the {:.0} GFLOP/s measured just now",
             rate / 1e9
         ),
     ));

@@ -17,7 +17,8 @@ pub(super) fn run(command: Stats) -> Result<()> {
 }
 
 fn merge(files: &[PathBuf], output: &Path) -> Result<()> {
-    models::check_file("--output", output, None)?;
+    let read: Vec<&Path> = files.iter().map(PathBuf::as_path).collect();
+    models::check_file("--output", output, None, &read)?;
     let mut merged: Option<Statistics> = None;
     for file in files {
         let next = Statistics::read(file)?;

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::options::statistics;
 use super::{FAILED, Place, USAGE};
 use crate::support::fixtures::{demo, demo_file, golden, names};
-use crate::support::{Scratch, tenp};
+use crate::support::{Scratch, command, tenp, words};
 
 #[test]
 fn folders_that_are_taken_or_forbidden() {
@@ -53,11 +53,10 @@ fn folders_that_are_taken_or_forbidden() {
             &["contains the input folder", "choose another"],
         );
     }
-    std::fs::create_dir(taken.join("chapters")).unwrap();
     refused(
         &taken,
         "--force",
-        &["taken", "no checkpoint", "remove it yourself"],
+        &["taken", "not written by this program", "remove it yourself"],
     );
 }
 
@@ -127,14 +126,49 @@ fn single_files_that_cannot_be_written_are_refused_before_the_work() {
             );
         }
     }
-    let copy = place.join("ids.safetensors");
-    std::fs::copy(&ids, &copy).unwrap();
-    place.refuses(
-        "logits {} --input {} --output {}",
-        &[model, &copy, &copy],
-        USAGE,
-        &["--output", "--input", "choose another"],
-    );
+    let scratch = Scratch::new();
+    // What is read is not written over, and what is no file is not replaced by one.
+    let copy = |from: &Path, name: &str| {
+        let to = place.join(name);
+        std::fs::copy(from, &to).unwrap();
+        to
+    };
+    let (ids, data) = (copy(&ids, "ids.safetensors"), copy(&data, "text.jsonl"));
+    let stats = copy(statistics(), "stats.safetensors");
+    let (link, socket) = (place.join("link"), scratch.join("socket"));
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    std::os::unix::fs::symlink(&stats, &link).unwrap();
+    let read = &["is a file that is read", "choose another"][..];
+    for (line, paths, needles) in [
+        (
+            "logits {} --input {} --output {}",
+            &[model, &ids, &ids][..],
+            read,
+        ),
+        ("calibrate {} --data {} -o {}", &[model, &data, &data], read),
+        (
+            "plan {} --stats {} --keep 0.6 -o {}",
+            &[model, &stats, &stats],
+            read,
+        ),
+        (
+            "stats merge {} {} -o {}",
+            &[&stats, statistics(), &stats],
+            read,
+        ),
+        (
+            "plan {} --stats {} --keep 0.6 -o {}",
+            &[model, statistics(), &link],
+            &["symbolic link"],
+        ),
+        (
+            "plan {} --stats {} --keep 0.6 -o {}",
+            &[model, statistics(), &socket],
+            &["no regular file"],
+        ),
+    ] {
+        place.refuses(line, paths, USAGE, needles);
+    }
 }
 
 /// A small file system in memory, while the test runs.
@@ -206,4 +240,16 @@ fn a_full_disk() {
     )
     .refused(FAILED, &["no space left", "plan.json"]);
     assert_eq!(names(disk.0.path()), ["filler"]);
+}
+
+#[test]
+fn data_that_cannot_be_printed() {
+    let Ok(full) = std::fs::File::options().write(true).open("/dev/full") else {
+        return;
+    };
+    let words = words("inspect {} --json", &[&demo()]);
+    let output = command(&words).stdout(full).output().unwrap();
+    assert_eq!(output.status.code(), Some(FAILED));
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("standard output"), "{text}");
 }

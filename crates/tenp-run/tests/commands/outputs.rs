@@ -67,7 +67,7 @@ fn a_ragged_folder_explains_itself() {
     assert_eq!(json!(reported), json!(widths(&read_json(&plan))));
     let card = std::fs::read_to_string(out.join("README.md")).unwrap();
     for part in [
-        "base_model: demo",
+        "base_model: \"demo\"",
         "tenp-run apply",
         "routed-expert parameters kept",
     ] {
