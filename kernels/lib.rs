@@ -5,12 +5,14 @@
 //! | [`matrix`] | [`MatrixView`]: a weight matrix as it lies in a checkpoint (f32, f16 or bf16, any alignment) |
 //! | [`layout`] | [`RaggedLayout`] of neurons, [`ExpertGroups`]: the routed rows of every expert |
 //! | [`cpu`] | every operation of a streaming forward pass and of the scoring, on the CPU |
+//! | [`cost`] | FLOPs, bytes and floor times of the operations |
 //! | [`params`] | what the CUDA kernels are called with, as the C header declares it |
 //! | [`device`] | weights as the CUDA kernels want them, launch geometry; with the feature `cuda` the GPU itself |
 //!
 //! All CPU operations keep one promise: a row of a result depends on that row's inputs only, and every sum runs in a
 //! fixed order. So results do not depend on the batch, on the number of threads, or (in f32) on the instruction set.
 
+pub mod cost;
 pub mod cpu;
 pub mod device;
 pub mod error;

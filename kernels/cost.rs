@@ -1,0 +1,320 @@
+//! What an operation costs at least: FLOPs and bytes, for tests, benches and reports. One multiply-add is two FLOPs;
+//! bytes are those that must cross the memory bus once, however good the caches are.
+
+/// Bytes of a bf16.
+const BF16: f64 = 2.0;
+
+/// Bytes of an f32.
+const F32: f64 = 4.0;
+
+/// One expert of a layer, and the rows it got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertWork {
+    /// Neurons, without padding.
+    pub width: usize,
+    /// Routed rows.
+    pub rows: usize,
+}
+
+impl ExpertWork {
+    /// Whether there is anything to compute.
+    const fn is_hit(&self) -> bool {
+        self.width > 0 && self.rows > 0
+    }
+}
+
+/// The routed work of one MoE layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MoeWork {
+    /// Hidden size H.
+    pub hidden: usize,
+    /// Tokens T.
+    pub tokens: usize,
+    /// Every expert.
+    pub experts: Vec<ExpertWork>,
+}
+
+/// What a machine can do, in FLOP/s and byte/s: measured, not from a data sheet.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ceilings {
+    /// Dense bf16 products.
+    pub flops: f64,
+    /// Bytes read and written by a device copy.
+    pub bytes: f64,
+}
+
+/// Which term of a floor is the larger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bound {
+    /// Moving the bytes.
+    Bytes,
+    /// The arithmetic.
+    Flops,
+}
+
+impl Bound {
+    /// As reports name it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Bytes => "bytes",
+            Self::Flops => "flops",
+        }
+    }
+}
+
+/// A time that no implementation can beat.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Floor {
+    /// Seconds.
+    pub seconds: f64,
+    /// What it comes from.
+    pub bound: Bound,
+}
+
+/// max(flops / rate, bytes / bandwidth).
+#[must_use]
+pub fn floor(flops: f64, bytes: f64, ceilings: Ceilings) -> Floor {
+    let (arithmetic, memory) = (flops / ceilings.flops, bytes / ceilings.bytes);
+    if arithmetic > memory {
+        Floor {
+            seconds: arithmetic,
+            bound: Bound::Flops,
+        }
+    } else {
+        Floor {
+            seconds: memory,
+            bound: Bound::Bytes,
+        }
+    }
+}
+
+/// FLOPs of `out[rows, outputs] = x[rows, inner] · W`.
+#[must_use]
+pub fn dense_flops(rows: usize, inner: usize, outputs: usize) -> f64 {
+    2.0 * rows as f64 * inner as f64 * outputs as f64
+}
+
+/// Bytes of the same in bf16: both operands read, the result written.
+#[must_use]
+pub fn dense_bytes(rows: usize, inner: usize, outputs: usize) -> f64 {
+    let (rows, inner, outputs) = (rows as f64, inner as f64, outputs as f64);
+    BF16 * (rows * inner + inner * outputs + rows * outputs)
+}
+
+/// FLOPs of causal attention: `pairs` (query, key) pairs that see each other, per head.
+#[must_use]
+pub fn attention_flops(pairs: usize, heads: usize, qk_dim: usize, v_dim: usize) -> f64 {
+    2.0 * pairs as f64 * heads as f64 * (qk_dim + v_dim) as f64
+}
+
+/// Pairs of a sequence whose last `queries` positions ask `keys` keys, each those up to its own, at most `window`.
+#[must_use]
+pub fn causal_pairs(queries: usize, keys: usize, window: Option<usize>) -> usize {
+    (0..queries)
+        .map(|i| (keys + i + 1).saturating_sub(queries))
+        .map(|seen| window.map_or(seen, |w| seen.min(w)))
+        .sum()
+}
+
+/// Bytes of attention in bf16: queries, keys and values read, results written.
+#[must_use]
+pub fn attention_bytes(
+    queries: usize,
+    keys: usize,
+    heads: (usize, usize),
+    (qk_dim, v_dim): (usize, usize),
+) -> f64 {
+    let of_queries = queries * heads.0 * (qk_dim + v_dim);
+    let of_keys = keys * heads.1 * (qk_dim + v_dim);
+    BF16 * (of_queries + of_keys) as f64
+}
+
+impl MoeWork {
+    /// Σ rows · width: (row, neuron) pairs.
+    fn pairs(&self) -> f64 {
+        let pairs = |e: &ExpertWork| e.rows as f64 * e.width as f64;
+        self.experts.iter().map(pairs).sum()
+    }
+
+    /// Rows of experts that have neurons.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        let hit = self.experts.iter().filter(|e| e.is_hit());
+        hit.map(|e| e.rows).sum()
+    }
+
+    /// Neurons of experts that got rows.
+    #[must_use]
+    pub fn neurons(&self) -> usize {
+        let hit = self.experts.iter().filter(|e| e.is_hit());
+        hit.map(|e| e.width).sum()
+    }
+
+    /// FLOPs of the gate and up products.
+    #[must_use]
+    pub fn gate_up_flops(&self) -> f64 {
+        4.0 * self.pairs() * self.hidden as f64
+    }
+
+    /// FLOPs of the down product, and as many of the contribution's product.
+    #[must_use]
+    pub fn down_flops(&self) -> f64 {
+        2.0 * self.pairs() * self.hidden as f64
+    }
+
+    /// 6 H Σ rows · width: the three products.
+    #[must_use]
+    pub fn forward_flops(&self) -> f64 {
+        self.gate_up_flops() + self.down_flops()
+    }
+
+    /// 8 H Σ rows · width: forward and contribution.
+    #[must_use]
+    pub fn scored_flops(&self) -> f64 {
+        self.forward_flops() + self.down_flops()
+    }
+
+    /// Bytes of the weights of experts that got rows.
+    #[must_use]
+    pub fn weight_bytes(&self) -> f64 {
+        3.0 * BF16 * self.neurons() as f64 * self.hidden as f64
+    }
+
+    /// Weights once, the tokens read and the combined output written, in bf16. What lies between (h, y) could stay on
+    /// the chip, so it does not count.
+    #[must_use]
+    pub fn forward_bytes(&self) -> f64 {
+        self.weight_bytes() + 2.0 * BF16 * self.tokens as f64 * self.hidden as f64
+    }
+
+    /// Bytes of gate and up as a launch of its own: weights, the rows' tokens once, h written.
+    #[must_use]
+    pub fn gate_up_bytes(&self) -> f64 {
+        let weights = self.weight_bytes() * 2.0 / 3.0;
+        weights + BF16 * (self.tokens as f64 * self.hidden as f64 + self.pairs())
+    }
+
+    /// Bytes of down as a launch of its own: weights, h read, y written in bf16.
+    #[must_use]
+    pub fn down_bytes(&self) -> f64 {
+        let weights = self.weight_bytes() / 3.0;
+        weights + BF16 * (self.pairs() + self.rows() as f64 * self.hidden as f64)
+    }
+
+    /// Bytes of the contributions as a launch of its own: weights, h and y read; the sums are small.
+    #[must_use]
+    pub fn contribution_bytes(&self) -> f64 {
+        self.down_bytes()
+    }
+
+    /// Bytes of the direction scoring: y in f32 read once, x and the residual stream read, the combined output written.
+    #[must_use]
+    pub fn direction_bytes(&self) -> f64 {
+        F32 * self.hidden as f64 * (self.rows() as f64 + 3.0 * self.tokens as f64)
+    }
+
+    /// The floor of the forward pass of the layer's experts.
+    #[must_use]
+    pub fn forward_floor(&self, ceilings: Ceilings) -> Floor {
+        floor(self.forward_flops(), self.forward_bytes(), ceilings)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn qwen3(rows: usize, hit: usize, tokens: usize) -> MoeWork {
+        let of = |e| ExpertWork {
+            width: 768,
+            rows: if e < hit { rows } else { 0 },
+        };
+        MoeWork {
+            hidden: 2048,
+            tokens,
+            experts: (0..128).map(of).collect(),
+        }
+    }
+
+    const H200: Ceilings = Ceilings {
+        flops: 788e12,
+        bytes: 4.3e12,
+    };
+
+    #[test]
+    fn a_decoded_token_of_qwen3_is_bound_by_its_experts_weights() {
+        let work = qwen3(1, 8, 1);
+        assert_eq!(work.weight_bytes(), 8.0 * 3.0 * 2.0 * 768.0 * 2048.0);
+        let floor = work.forward_floor(H200);
+        assert_eq!(floor.bound, Bound::Bytes);
+        // 8 experts of 9.44 MB at 4.3 TB/s.
+        assert!((floor.seconds * 1e6 - 17.6).abs() < 0.1, "{floor:?}");
+    }
+
+    #[test]
+    fn a_long_prefill_is_bound_by_arithmetic() {
+        // 65,536 tokens, eight experts each.
+        let work = qwen3(4096, 128, 65_536);
+        let floor = work.forward_floor(H200);
+        assert_eq!(floor.bound, Bound::Flops);
+        assert!((floor.seconds * 1e6 - 6279.0).abs() < 1.0, "{floor:?}");
+        assert_eq!(work.scored_flops() * 3.0, work.forward_flops() * 4.0);
+    }
+
+    #[test]
+    fn experts_without_rows_or_neurons_cost_nothing() {
+        let mut work = qwen3(10, 3, 15);
+        let before = (work.forward_flops(), work.forward_bytes(), work.rows());
+        work.experts.push(ExpertWork { width: 0, rows: 7 });
+        work.experts.push(ExpertWork { width: 50, rows: 0 });
+        assert_eq!(
+            (work.forward_flops(), work.forward_bytes(), work.rows()),
+            before
+        );
+        assert_eq!((work.rows(), work.neurons()), (30, 3 * 768));
+    }
+
+    #[test]
+    fn pruning_scales_flops_and_weights_alike() {
+        let (whole, mut half) = (qwen3(64, 128, 1024), qwen3(64, 128, 1024));
+        for expert in &mut half.experts {
+            expert.width /= 2;
+        }
+        assert_eq!(half.forward_flops() * 2.0, whole.forward_flops());
+        assert_eq!(half.weight_bytes() * 2.0, whole.weight_bytes());
+        for (of, flops) in [
+            (
+                MoeWork::gate_up_bytes as fn(&MoeWork) -> f64,
+                MoeWork::gate_up_flops(&whole),
+            ),
+            (MoeWork::down_bytes, whole.down_flops()),
+            (MoeWork::contribution_bytes, whole.down_flops()),
+        ] {
+            assert!(of(&half) < of(&whole) && flops > 0.0);
+        }
+    }
+
+    #[test]
+    fn dense_and_attention_count_their_terms() {
+        assert_eq!(dense_flops(8192, 8192, 8192), 2.0 * 8192f64.powi(3));
+        assert_eq!(dense_bytes(2, 3, 5), 2.0 * (6.0 + 15.0 + 10.0));
+        assert_eq!(causal_pairs(4, 4, None), 10);
+        assert_eq!(causal_pairs(4, 4, Some(2)), 7);
+        assert_eq!(causal_pairs(1, 100, None), 100);
+        // More queries than keys: the first see none.
+        assert_eq!(causal_pairs(3, 1, None), 1);
+        assert_eq!(attention_flops(10, 2, 16, 8), 2.0 * 10.0 * 2.0 * 24.0);
+        assert_eq!(
+            attention_bytes(3, 5, (4, 2), (16, 8)),
+            2.0 * (3.0 * 96.0 + 5.0 * 48.0)
+        );
+    }
+
+    #[test]
+    fn direction_reads_every_row_once() {
+        let work = qwen3(4096, 128, 65_536);
+        let want = 4.0 * 2048.0 * (524_288.0 + 3.0 * 65_536.0);
+        assert_eq!(work.direction_bytes(), want);
+    }
+}
