@@ -1,0 +1,424 @@
+//! MoE layers on the GPU, timed by its own clock, beside cuBLAS in the same process. Without a GPU it says so and ends.
+//!
+//! Inputs are random; weights, tokens and their order rotate over three sets or more, together several times as large as
+//! the second cache level. Rates count useful FLOPs: real widths, no padding. The baselines do less than we do: they read tokens
+//! already gathered and leave SwiGLU out.
+//!
+//! | variable | |
+//! |---|---|
+//! | `TENP_GPU_BENCH` | `short` (the default), `full`, or the beginning of a shape's name |
+//! | `TENP_GPU_BENCH_JSON` | where the figures go, `gpu_moe.json` without it; `scripts/gpu-report.py` makes tables of it |
+
+#[allow(unreachable_pub, reason = "a test uses it too")]
+#[path = "gpu/cases.rs"]
+mod cases;
+#[allow(dead_code, unreachable_pub, reason = "a test uses it too")]
+#[path = "gpu/layer.rs"]
+mod layer;
+
+use std::cell::RefCell;
+use std::io::Write as _;
+use std::time::Duration;
+
+use criterion::{Criterion, Throughput};
+use half::bf16;
+use serde_json::{Value, json};
+use tenp_kernels::KernelError;
+use tenp_kernels::cost::{Ceilings, MoeWork, dense_flops};
+use tenp_kernels::device::moe_group::{GatherRows, gather_rows};
+use tenp_kernels::device::{
+    DenseShape, Device, DeviceBuffer, GroupedDense, GroupedProduct, Runner as _, Timer,
+    WeightLayout,
+};
+
+use cases::{Case, SHAPES, Shape};
+use layer::{Layer, Noise, Weights};
+
+/// Buffer sets that iterations go through in turn.
+const MIN_SETS: usize = 3;
+
+/// Past this many tokens scoring's f32 tables of the largest shape do not fit beside the rest.
+const MAX_SCORED_TOKENS: usize = 16_384;
+
+/// Work that is asked for, not waited for.
+type Work<'a> = dyn FnMut(usize) -> Result<(), KernelError> + 'a;
+
+struct Bench<'a> {
+    device: &'a Device,
+    timer: Timer,
+    criterion: RefCell<Criterion>,
+}
+
+impl Bench<'_> {
+    /// Seconds of `iterations` runs over the sets in turn.
+    fn time(&self, iterations: u64, sets: usize, work: &mut Work<'_>) -> Result<f64, KernelError> {
+        self.timer.start(self.device)?;
+        for i in 0..iterations {
+            work((i % sets as u64) as usize)?;
+        }
+        self.timer.stop(self.device)?;
+        Ok(self.timer.elapsed()?.as_secs_f64())
+    }
+
+    /// Median of criterion's samples, in seconds an iteration.
+    fn measure(
+        &self,
+        name: (&str, &str),
+        flops: f64,
+        sets: usize,
+        work: &mut Work<'_>,
+    ) -> Result<f64, KernelError> {
+        self.time(sets as u64, sets, work)?;
+        let (mut samples, mut failure) = (Vec::new(), None);
+        let mut criterion = self.criterion.borrow_mut();
+        let mut group = criterion.benchmark_group(name.0);
+        group
+            .sample_size(10)
+            .warm_up_time(Duration::from_millis(200))
+            .measurement_time(Duration::from_millis(500))
+            .throughput(Throughput::Elements(flops as u64));
+        group.bench_function(name.1, |b| {
+            b.iter_custom(|iterations| match self.time(iterations, sets, work) {
+                Ok(seconds) => {
+                    samples.push(seconds / iterations as f64);
+                    Duration::from_secs_f64(seconds)
+                }
+                Err(error) => {
+                    failure = Some(error);
+                    Duration::from_nanos(1)
+                }
+            });
+        });
+        group.finish();
+        match failure {
+            Some(error) => Err(error),
+            None => Ok(median(&mut samples)),
+        }
+    }
+}
+
+fn median(samples: &mut [f64]) -> f64 {
+    samples.sort_by(f64::total_cmp);
+    samples.get(samples.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// cuBLAS 8192³ in bf16 and a copy of 2 GiB, on this GPU and now.
+fn ceilings(bench: &Bench<'_>, noise: &Noise) -> Result<Ceilings, KernelError> {
+    const SIZE: usize = 8192;
+    const COPY: usize = 2 << 30;
+    let device = bench.device;
+    let inputs: Vec<DeviceBuffer<bf16>> = (0..=MIN_SETS)
+        .map(|s| noise.buffer(device, SIZE * SIZE, 1000 * s))
+        .collect::<Result<_, _>>()?;
+    let mut out = device.alloc::<bf16>("product", SIZE * SIZE)?;
+    let shape = DenseShape::new(SIZE, SIZE, SIZE);
+    let flops = dense_flops(SIZE, SIZE, SIZE);
+    let seconds = bench.measure(("ceilings", "cuBLAS 8192^3"), flops, MIN_SETS, &mut |set| {
+        let (x, weight) = (inputs[set].view(), inputs[set + 1].view());
+        device.dense(&shape, x, weight, out.view_mut())
+    })?;
+    let from = device.zeros::<u8>("copy", COPY)?;
+    let mut to = device.alloc::<u8>("copy", COPY)?;
+    let bytes = 2.0 * COPY as f64;
+    let copy = bench.measure(("ceilings", "copy of 2 GiB"), bytes, 1, &mut |_| {
+        to.view_mut().copy_from(device, from.view())
+    })?;
+    Ok(Ceilings {
+        flops: flops / seconds,
+        bytes: bytes / copy,
+    })
+}
+
+/// Both products of every expert through cuBLAS: gate and up as one, over the same weights that our kernels read.
+struct Baseline {
+    gathered: DeviceBuffer<bf16>,
+    gate_up_out: DeviceBuffer<bf16>,
+    y: DeviceBuffer<bf16>,
+    gate_up: Vec<GroupedProduct>,
+    down: Vec<GroupedProduct>,
+}
+
+impl Baseline {
+    fn new(
+        layer: &Layer<'_, Device>,
+        work: &MoeWork,
+        device: &Device,
+    ) -> Result<Self, KernelError> {
+        let (shape, pitch, rows) = (
+            layer.case.shape,
+            layer.layout.hidden_pitch(),
+            layer.num_rows(),
+        );
+        let mut gathered = device.alloc::<bf16>("gathered tokens", rows * shape.hidden)?;
+        let ids = device.upload("tokens of rows", &layer.tokens_of_rows()?)?;
+        let args = GatherRows {
+            input: layer.x[0].view(),
+            row_ids: ids.view(),
+            out: gathered.view_mut(),
+            num_live_rows: None,
+            input_rows: layer.case.tokens,
+            rows,
+            cols: shape.hidden,
+        };
+        // SAFETY: the ids are tokens.
+        device.run(&unsafe { gather_rows(args) }?)?;
+        let (mut gate_up, mut down, mut first) = (Vec::new(), Vec::new(), 0);
+        for (e, expert) in work.experts.iter().enumerate() {
+            let (range, rows) = (layer.layout.range(e), expert.rows);
+            let padded = range.len();
+            let live = if padded == 0 { 0 } else { rows };
+            gate_up.push(GroupedProduct {
+                shape: DenseShape {
+                    out_pitch: 2 * pitch,
+                    ..DenseShape::new(live, shape.hidden, 2 * padded)
+                },
+                x: first * shape.hidden,
+                weight: 2 * range.start * shape.hidden,
+                out: first * 2 * pitch,
+            });
+            down.push(GroupedProduct {
+                shape: DenseShape {
+                    x_pitch: pitch,
+                    weight_pitch: shape.hidden,
+                    layout: WeightLayout::InnerRows,
+                    ..DenseShape::new(live, padded, shape.hidden)
+                },
+                x: first * pitch,
+                weight: range.start * shape.hidden,
+                out: first * shape.hidden,
+            });
+            first += rows;
+        }
+        Ok(Self {
+            gathered,
+            gate_up_out: device.alloc("gate and up", rows * 2 * pitch)?,
+            y: device.alloc("y", rows * shape.hidden)?,
+            gate_up,
+            down,
+        })
+    }
+
+    /// A product after another.
+    fn one_by_one(
+        &mut self,
+        device: &Device,
+        (gate_up, down_t, h): (
+            &DeviceBuffer<bf16>,
+            &DeviceBuffer<bf16>,
+            &DeviceBuffer<bf16>,
+        ),
+    ) -> Result<(), KernelError> {
+        for (products, x, weight, out) in [
+            (
+                &self.gate_up,
+                &self.gathered,
+                gate_up,
+                &mut self.gate_up_out,
+            ),
+            (&self.down, h, down_t, &mut self.y),
+        ] {
+            for p in products.iter().filter(|p| p.shape.rows > 0) {
+                let [x_len, weight_len, out_len] = p.shape.extents()?;
+                let x = x.view().slice(p.x..p.x + x_len)?;
+                let weight = weight.view().slice(p.weight..p.weight + weight_len)?;
+                let out = out.view_mut().slice(p.out..p.out + out_len)?;
+                device.dense(&p.shape, x, weight, out)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The same in two library calls, prepared for every set of weights.
+    fn grouped(
+        &mut self,
+        device: &Device,
+        weights: &Weights<Device>,
+        h: &DeviceBuffer<bf16>,
+    ) -> Result<Vec<[GroupedDense; 2]>, KernelError> {
+        let sets = weights.gate_up.iter().zip(&weights.down_t);
+        sets.map(|(gate_up, down_t)| {
+            let (x, weight) = (self.gathered.view(), gate_up.view());
+            let mut out = self.gate_up_out.view_mut();
+            let first = GroupedDense::new(device, &self.gate_up, x, weight, &mut out)?;
+            let mut out = self.y.view_mut();
+            let second = GroupedDense::new(device, &self.down, h.view(), down_t.view(), &mut out)?;
+            Ok([first, second])
+        })
+        .collect()
+    }
+}
+
+/// One of our own figures as a row of the report.
+fn row(case: &Case, what: &str, seconds: f64, costs: (f64, f64), ceilings: Ceilings) -> Value {
+    let (flops, bytes) = costs;
+    let floor = tenp_kernels::cost::floor(flops, bytes, ceilings);
+    json!({
+        "shape": case.shape.name,
+        "tokens": case.tokens,
+        "widths": case.widths.name(),
+        "routing": case.routing.name(),
+        "what": what,
+        "floor_us": floor.seconds * 1e6,
+        "bound": floor.bound.name(),
+        "p50_us": seconds * 1e6,
+        "useful_tflops": flops / seconds / 1e12,
+        "gb_per_s": bytes / seconds / 1e9,
+        "share_of_flops_ceiling": flops / seconds / ceilings.flops,
+        "share_of_bytes_ceiling": bytes / seconds / ceilings.bytes,
+        "share_of_floor": floor.seconds / seconds,
+    })
+}
+
+fn run_case(
+    bench: &Bench<'_>,
+    weights: &Weights<Device>,
+    noise: &Noise,
+    case: Case,
+    ceilings: Ceilings,
+) -> Result<Vec<Value>, KernelError> {
+    let device = bench.device;
+    let ids = case.routing.ids(&case.shape, case.tokens);
+    let work = case.work(&ids);
+    let scored = case.tokens <= MAX_SCORED_TOKENS;
+    let mut layer = Layer::new(device, weights, noise, case, &ids, scored)?;
+    let group = format!(
+        "{}/{} tokens/{}/{}",
+        case.shape.name,
+        case.tokens,
+        case.widths.name(),
+        case.routing.name()
+    );
+    let sets = weights.gate_up.len();
+    let (flops, bytes) = (work.forward_flops(), work.forward_bytes());
+    let measure = |name: &str, flops: f64, work: &mut Work<'_>| {
+        bench.measure((&group, name), flops, sets, work)
+    };
+    let ours = measure("experts", flops, &mut |set| layer.experts(set))?;
+    let whole = measure("layer", flops, &mut |set| layer.forward(set))?;
+    let scoring = scored
+        .then(|| {
+            measure("scored layer", work.scored_flops(), &mut |set| {
+                layer.scored(set)
+            })
+        })
+        .transpose()?;
+    let mut baseline = Baseline::new(&layer, &work, device)?;
+    let one_by_one = measure("cuBLAS loop", flops, &mut |set| {
+        let operands = (&weights.gate_up[set], &weights.down_t[set], &layer.h);
+        baseline.one_by_one(device, operands)
+    })?;
+    let calls = baseline.grouped(device, weights, &layer.h)?;
+    let grouped = measure("cuBLAS grouped", flops, &mut |set| {
+        // SAFETY: all buffers outlive the measurement, which waits for its end; nothing else writes to the outputs.
+        calls[set]
+            .iter()
+            .try_for_each(|call| unsafe { call.run(device) })
+    })?;
+    let mut experts = row(&case, "experts", ours, (flops, bytes), ceilings);
+    experts["cublas_loop_us"] = json!(one_by_one * 1e6);
+    experts["cublas_grouped_us"] = json!(grouped * 1e6);
+    experts["times_cublas_loop"] = json!(one_by_one / ours);
+    experts["times_cublas_grouped"] = json!(grouped / ours);
+    let mut rows = vec![
+        experts,
+        row(&case, "layer", whole, (flops, bytes), ceilings),
+    ];
+    if let Some(seconds) = scoring {
+        let bytes = bytes + work.contribution_bytes() + work.direction_bytes();
+        rows.push(row(
+            &case,
+            "scored layer",
+            seconds,
+            (work.scored_flops(), bytes),
+            ceilings,
+        ));
+    }
+    Ok(rows)
+}
+
+/// Cases that do not fit into the memory are named in the report instead of measured.
+fn run_shape(
+    bench: &Bench<'_>,
+    shape: &Shape,
+    selection: &str,
+    ceilings: Ceilings,
+    rows: &mut Vec<Value>,
+    left_out: &mut Vec<Value>,
+) -> Result<(), KernelError> {
+    let device = bench.device;
+    let bytes = 6 * shape.experts * shape.width * shape.hidden;
+    let sets = MIN_SETS.max((3 * device.properties().l2_bytes).div_ceil(bytes));
+    // Spread so that activations stay near 1 from layer to layer.
+    let noise = Noise::new((3.0 / shape.hidden as f32).sqrt());
+    let weights = Weights::new(device, &noise, shape, sets)?;
+    for case in cases::cases(shape, selection) {
+        match run_case(bench, &weights, &noise, case, ceilings) {
+            Ok(made) => rows.extend(made),
+            Err(error @ KernelError::OutOfMemory { .. }) => left_out.push(json!({
+                "shape": shape.name,
+                "tokens": case.tokens,
+                "widths": case.widths.name(),
+                "routing": case.routing.name(),
+                "why": error.to_string(),
+            })),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn run(device: &Device) -> Result<Value, KernelError> {
+    let bench = Bench {
+        device,
+        timer: Timer::new(device)?,
+        criterion: RefCell::new(Criterion::default().configure_from_args()),
+    };
+    let ceilings = ceilings(&bench, &Noise::new(1.0))?;
+    let selection = std::env::var("TENP_GPU_BENCH").unwrap_or_else(|_| "short".into());
+    let (mut rows, mut left_out) = (Vec::new(), Vec::new());
+    for shape in &SHAPES {
+        if matches!(selection.as_str(), "short" | "full") || shape.name.starts_with(&selection) {
+            run_shape(
+                &bench,
+                shape,
+                &selection,
+                ceilings,
+                &mut rows,
+                &mut left_out,
+            )?;
+        }
+    }
+    bench.criterion.borrow().final_summary();
+    let properties = device.properties();
+    Ok(json!({
+        "format": "tenp-gpu-bench",
+        "version": 1,
+        "gpu": properties.name,
+        "multiprocessors": properties.multiprocessors,
+        "l2_bytes": properties.l2_bytes,
+        "selection": selection,
+        "ceilings": {
+            "cublas_8192_tflops": ceilings.flops / 1e12,
+            "copy_gb_per_s": ceilings.bytes / 1e9,
+        },
+        "rows": rows,
+        "left_out": left_out,
+    }))
+}
+
+fn main() {
+    let mut stderr = std::io::stderr();
+    let device = match Device::open(0) {
+        Ok(device) => device,
+        Err(error) if error.is_environment() => {
+            let _ = writeln!(stderr, "skipped: gpu_moe: no GPU: {error}");
+            return;
+        }
+        Err(error) => panic!("{error}"),
+    };
+    let report = run(&device).unwrap_or_else(|e| panic!("{e}"));
+    let path = std::env::var_os("TENP_GPU_BENCH_JSON").unwrap_or_else(|| "gpu_moe.json".into());
+    std::fs::write(&path, format!("{report:#}\n"))
+        .unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let _ = writeln!(stderr, "wrote {}", path.display());
+}

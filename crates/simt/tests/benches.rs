@@ -1,0 +1,102 @@
+//! The launches that `benches/gpu_moe.rs` times, on the executor at sizes it can run, and the shapes of its cases.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_docs,
+    reason = "the bench uses what this does not, and neither is a library"
+)]
+
+#[path = "../../../benches/gpu/cases.rs"]
+mod cases;
+#[path = "../../../benches/gpu/layer.rs"]
+mod layer;
+
+use cases::{Case, Routing, SHAPES, Shape, Widths, cases};
+use layer::{Layer, Noise, Weights};
+use simt::{Schedule, Simulated};
+
+const TINY: Shape = Shape {
+    name: "tiny",
+    hidden: 40,
+    width: 72,
+    experts: 6,
+    top_k: 2,
+};
+
+#[test]
+fn every_launch_is_sound() {
+    let noise = Noise::new(0.2);
+    for (i, widths) in Widths::ALL.into_iter().enumerate() {
+        let backend = Simulated::new(Schedule::UNLIKE[i % 4]);
+        let weights = Weights::new(&backend, &noise, &TINY, 3).unwrap();
+        for (tokens, routing) in [
+            (1, Routing::Uniform),
+            (9, Routing::Zipf),
+            (40, Routing::ManyEmpty),
+        ] {
+            let case = Case {
+                shape: TINY,
+                tokens,
+                widths,
+                routing,
+            };
+            let ids = routing.ids(&TINY, tokens);
+            let mut layer = Layer::new(&backend, &weights, &noise, case, &ids, true).unwrap();
+            for set in 0..3 {
+                layer.experts(set).unwrap();
+                layer.scored(set).unwrap();
+            }
+            layer.forward(1).unwrap();
+            let mut tokens_of_rows = layer.tokens_of_rows().unwrap();
+            tokens_of_rows.sort_unstable();
+            let all = (0..tokens as i32).flat_map(|t| [t, t]);
+            assert!(tokens_of_rows.into_iter().eq(all));
+        }
+    }
+}
+
+#[test]
+fn widths_and_routings_are_what_they_are_called() {
+    for shape in SHAPES {
+        for (widths, share) in [
+            (Widths::Full, 1.0),
+            (Widths::Uniform75, 0.75),
+            (Widths::Ragged75, 0.75),
+            (Widths::Ragged50, 0.5),
+        ] {
+            let of = widths.of(&shape);
+            let mean = of.iter().sum::<usize>() as f64 / (shape.width * shape.experts) as f64;
+            assert!(
+                (mean - share).abs() < 0.02,
+                "{} {}: {mean}",
+                shape.name,
+                widths.name()
+            );
+            assert!(of.iter().all(|&w| w <= shape.width));
+        }
+        assert!(Widths::SomeZero.of(&shape).contains(&0));
+        let counts = |routing: Routing| {
+            let ids = routing.ids(&shape, 500);
+            let mut counts = vec![0usize; shape.experts];
+            for token in ids.chunks_exact(shape.top_k) {
+                let mut token = token.to_vec();
+                token.sort_unstable();
+                token.dedup();
+                assert_eq!(token.len(), shape.top_k, "an expert twice");
+                for id in token {
+                    counts[id as usize] += 1;
+                }
+            }
+            counts
+        };
+        let empty = |counts: &[usize]| counts.iter().filter(|&&c| c == 0).count();
+        assert!(empty(&counts(Routing::ManyEmpty)) * 2 > shape.experts);
+        assert_eq!(empty(&counts(Routing::Uniform)), 0);
+        let largest = |routing| counts(routing).into_iter().max();
+        assert!(largest(Routing::Zipf) > largest(Routing::Uniform).map(|c| 2 * c));
+        let work = cases(&shape, "short")[0];
+        let ids = work.routing.ids(&shape, work.tokens);
+        assert_eq!(work.work(&ids).rows(), work.tokens * shape.top_k);
+        assert!(cases(&shape, "full").len() == 7 * 6 * 3);
+    }
+}
