@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Runs scripts/gpu-check.sh on pretended binaries: without a GPU, with everything good, with a failing test.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+pre=$work/pre
+mkdir -p "$pre/repo/demo/calibration" "$pre/repo/demo/text" "$work/bin"
+cp scripts/gpu-report.py "$pre/"
+echo '{}' > "$pre/repo/demo/config.json"
+touch "$pre/repo/demo/calibration/a.jsonl" "$pre/repo/demo/text/a.jsonl"
+echo pretended > "$pre/revision"
+
+# What each is called with goes to a file, so that the options can be looked at.
+cat > "$pre/gpu-tests" <<'END'
+#!/usr/bin/env bash
+echo "$TENP_REPO ${TENP_REQUIRE_GPU:-} ${TENP_CHECK_SIZE:-} ${TENP_REPEATS:-} ${TENP_GPU_POISON:-} $*" >> "$PRETENDED/calls"
+case $(<"$PRETENDED/mode") in
+  none) echo "skipped: the_gpu_is_described: no GPU: there is no driver" >&2 ;;
+  bad) [[ $* == *the_gpu_is_described* ]] || { echo "test norms ... FAILED"; exit 101; } ;;
+esac
+echo "test result: ok. 37 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.00s"
+END
+cat > "$pre/gpu-bench" <<'END'
+#!/usr/bin/env bash
+echo '{"ceilings": {"cublas_8192_tflops": 1.0, "copy_gb_per_s": 1.0}, "rows": []}' > "$TENP_GPU_BENCH_JSON"
+END
+cat > "$pre/tenp-run" <<'END'
+#!/usr/bin/env bash
+echo "tenp-run $*" >> "$PRETENDED/calls"
+while (($#)); do
+  case $1 in
+    calibrate) statistics=1 ;;
+    plan) plan=1 ;;
+    -o) out=$2 ;;
+  esac
+  shift
+done
+if [[ -n ${statistics:-} ]]; then
+  # One table of one number.
+  header='{"a/layers.1/energy":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}'
+  printf "\\x$(printf %02x ${#header})\0\0\0\0\0\0\0%s\0\0\0\0\0\0\360\077" "$header" > "$out"
+elif [[ -n ${plan:-} ]]; then
+  echo '{"layers": [{"layer": 1, "experts": [{"id": 0, "width": 4}]}]}' > "$out"
+fi
+END
+cat > "$work/bin/compute-sanitizer" <<'END'
+#!/usr/bin/env bash
+[[ $1 == --tool ]] || exit 1
+while [[ $1 != */gpu-tests ]]; do shift; done
+"$@" && echo "========= ERROR SUMMARY: 0 errors"
+END
+chmod +x "$pre"/gpu-* "$pre/tenp-run" "$work/bin/compute-sanitizer"
+export PRETENDED=$work PATH=$work/bin:$PATH
+
+fail() { echo "gpu-check-test: $1" >&2; cat "$work/said" >&2; exit 1; }
+check() { # MODE STATUS ARGUMENTS…
+  local mode=$1 want=$2 got=0
+  shift 2
+  echo "$mode" > "$work/mode"
+  : > "$work/calls"
+  scripts/gpu-check.sh "$@" > "$work/said" 2>&1 || got=$?
+  ((got == want)) || fail "$mode: exit code $got, expected $want"
+}
+
+check none 3 "$pre" "$work/none"
+grep -q 'gpu-check: no GPU: there is no driver' "$work/said" || fail "it does not say that there is no GPU"
+[[ ! -e $work/none/report.json ]] || fail "a report without a GPU"
+
+check good 0 "$pre" "$work/good"
+for word in "Everything is good" "| tests | good" "| racecheck | good" "| prune-cuda | good" "revision: pretended" \
+  "agree at" "| energy | 0.00e+00 |"; do
+  grep -qF "$word" "$work/good/report.md" || fail "the report does not say: $word"
+done
+grep -q "repo 1 small 2 0 .*--test-threads=1" "$work/calls" || fail "initcheck's options"
+grep -q "repo 1    --test-threads=4" "$work/calls" || fail "the tests' options"
+grep -q "tenp-run calibrate .* --device cpu --compute bf16 -o" "$work/calls" || fail "the CPU's options"
+python3 -c 'import json, sys; assert json.load(open(sys.argv[1]))["good"]' "$work/good/report.json" || fail "report.json"
+
+check bad 1 "$pre" "$work/bad" tests
+grep -q 'failed: norms' "$work/bad/report.md" || fail "the failing test is not named"
+# A step that is run again takes the place of its result.
+check good 0 "$pre" "$work/bad" tests
+check good 2 "$pre" "$work/good" nonsense
+rm "$pre/gpu-bench"
+check good 2 "$pre" "$work/good"
+check good 2 "$work/nowhere" "$work/good"
+echo "gpu-check-test: passed"

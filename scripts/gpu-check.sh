@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# Checks everything that needs a GPU, with what scripts/gpu-build.sh built: needs a driver, python3 and, for the
+# sanitizers, compute-sanitizer; no cargo.
+#
+#   gpu-check.sh PREBUILT OUT [STEP…]     steps: tests memcheck racecheck synccheck initcheck bench program; all without any
+#
+# Writes OUT/report.json and OUT/report.md; logs are beside them. Steps of several runs add up in one OUT. Exit codes: 0 all
+# good, 1 something failed (the report says what; a missing compute-sanitizer is a failure), 2 usage, 3 no GPU or no python3.
+#
+# TENP_STEP_SECONDS   limit of a step, 1500 without it
+# TENP_GPU_BENCH      what is timed, `short` without it (benches/gpu_moe.rs)
+set -uo pipefail
+
+(($# >= 2)) || { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+prebuilt=$(cd "$1" 2>/dev/null && pwd) || { echo "gpu-check: no folder $1" >&2; exit 2; }
+mkdir -p "$2" && out=$(cd "$2" && pwd) || exit 2
+shift 2
+steps=("$@")
+((${#steps[@]})) || steps=(tests memcheck racecheck synccheck initcheck bench program)
+limit=${TENP_STEP_SECONDS:-1500}
+
+for file in gpu-tests gpu-bench tenp-run gpu-report.py revision repo/demo/config.json; do
+  [[ -e $prebuilt/$file ]] || { echo "gpu-check: $prebuilt/$file is missing; scripts/gpu-build.sh makes it" >&2; exit 2; }
+done
+command -v python3 >/dev/null || { echo "gpu-check: python3 is needed for the report" >&2; exit 3; }
+
+export TENP_REPO=$prebuilt/repo
+[[ -d /usr/local/cuda/bin ]] && PATH=$PATH:/usr/local/cuda/bin
+# cuBLAS, where the loader does not know it.
+for folder in /usr/local/cuda/lib64 /usr/local/cuda/targets/*/lib; do
+  [[ -d $folder ]] && export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$folder
+done
+
+described=$("$prebuilt/gpu-tests" --exact the_gpu_is_described --nocapture 2>&1)
+status=$?
+if reason=$(grep -o 'no GPU: .*' <<<"$described"); then
+  echo "gpu-check: $reason" >&2
+  exit 3
+elif ((status)); then
+  printf '%s\n' "$described" >&2
+  echo "gpu-check: there is a GPU, but it does not open" >&2
+  exit 1
+fi
+export TENP_REQUIRE_GPU=1
+
+# Runs one thing and records how it went: a line of steps.tsv, all it printed in a log.
+record() { # NAME COMMAND…
+  local name=$1 started status
+  shift
+  started=$(date +%s)
+  printf '== %s\n' "$name"
+  timeout "$limit" "$@" > "$out/$name.log" 2>&1
+  status=$?
+  ((status == 124)) && echo "ended after $limit s" >> "$out/$name.log"
+  # A step that is run again replaces its line.
+  [[ -f $out/steps.tsv ]] && grep -v "^$name	" "$out/steps.tsv" > "$out/steps.tmp"
+  printf '%s\t%s\t%s\n' "$name" "$status" "$(($(date +%s) - started))" >> "$out/steps.tmp"
+  mv "$out/steps.tmp" "$out/steps.tsv"
+  ((status == 0)) || { echo "   exit code $status; the end of $name.log:"; tail -n 15 "$out/$name.log"; }
+  return "$status"
+}
+
+# The allocation that must fail is no finding. Small sizes and two repeats: every access is watched, which is slow.
+sanitize() { # TOOL TEST-ARGUMENTS…
+  local tool=$1
+  shift
+  TENP_CHECK_SIZE=small TENP_REPEATS=2 record "$tool" compute-sanitizer --tool "$tool" --error-exitcode 99 \
+    --report-api-errors no "$prebuilt/gpu-tests" --test-threads=1 \
+    --skip out_of_memory_says_what_was_wanted --skip times_are_those_of_the_work "$@"
+}
+
+program() {
+  local run=$prebuilt/tenp-run demo=$TENP_REPO/demo here=$out/program place
+  local data=("$demo"/calibration/*.jsonl)
+  rm -rf "$here"
+  mkdir -p "$here"
+  for place in "cpu --compute bf16" cuda; do
+    local name=${place%% *}
+    # shellcheck disable=SC2086 # words of the option
+    record "calibrate-$name" "$run" calibrate "$demo" --data "${data[@]}" --samples 512 --device $place \
+      -o "$here/$name.safetensors"
+    record "plan-$name" "$run" plan "$demo" --stats "$here/$name.safetensors" --keep 0.6 -o "$here/$name.json"
+    # shellcheck disable=SC2086
+    record "eval-$name" "$run" eval "$demo" --tasks "$demo/tasks" --text "$demo"/text/*.jsonl --device $place --json
+    # shellcheck disable=SC2086
+    record "generate-$name" "$run" generate "$demo" --prompt "2 * 7 =" --max-tokens 20 --device $place
+  done
+  record prune-cuda "$run" prune "$demo" --data "${data[@]}" --keep 0.6 --device cuda -o "$here/pruned"
+  record eval-pruned-cuda "$run" eval "$here/pruned" --tasks "$demo/tasks" --device cuda --json
+  record compare python3 "$prebuilt/gpu-report.py" compare "$here/cpu" "$here/cuda"
+}
+
+for step in "${steps[@]}"; do
+  case $step in
+    tests) record tests "$prebuilt/gpu-tests" --test-threads=4 ;;
+    memcheck | synccheck) sanitize "$step" ;;
+    # The model's passes launch the same kernels; hazards of all of them take too long to track.
+    racecheck) sanitize "$step" --skip calibration --skip continuations --skip branches --skip logits ;;
+    initcheck) TENP_GPU_POISON=0 sanitize "$step" ;;
+    bench)
+      CRITERION_HOME=$out/criterion TENP_GPU_BENCH_JSON=$out/gpu_moe.json record bench "$prebuilt/gpu-bench" --bench
+      ;;
+    program) program ;;
+    *) echo "gpu-check: no step $step" >&2; exit 2 ;;
+  esac
+done
+
+query() { nvidia-smi --id=0 --query-gpu="$1" --format=csv,noheader 2>/dev/null | head -n 1; }
+{
+  printf 'GPU\t%s\n' "$(query name)"
+  printf 'GPU memory\t%s\n' "$(query memory.total)"
+  printf 'driver\t%s\n' "$(query driver_version)"
+  printf 'CUDA of the driver\t%s\n' "$(nvidia-smi 2>/dev/null | grep -o 'CUDA Version: [0-9.]*' | cut -d' ' -f3)"
+  printf 'compute-sanitizer\t%s\n' "$(compute-sanitizer --version 2>/dev/null | grep -io 'version.*' | head -n 1)"
+  printf 'CPU\t%s\n' "$(grep -m1 'model name' /proc/cpuinfo | cut -d: -f2- | sed 's/^ *//')"
+  printf 'cores\t%s\n' "$(nproc)"
+  printf 'memory\t%s GiB\n' "$(($(awk '/MemTotal/ { print $2 }' /proc/meminfo) >> 20))"
+  printf 'date\t%s\n' "$(date -u +%Y-%m-%d)"
+  printf 'revision\t%s\n' "$(<"$prebuilt/revision")"
+} > "$out/environment.tsv"
+python3 "$prebuilt/gpu-report.py" report "$out"
