@@ -20,7 +20,7 @@ use std::cell::RefCell;
 use std::io::Write as _;
 use std::time::Duration;
 
-use criterion::{Criterion, Throughput};
+use criterion::{Criterion, SamplingMode, Throughput};
 use half::bf16;
 use serde_json::{Value, json};
 use tenp_kernels::KernelError;
@@ -74,6 +74,7 @@ impl Bench<'_> {
         let mut group = criterion.benchmark_group(name.0);
         group
             .sample_size(10)
+            .sampling_mode(SamplingMode::Flat)
             .warm_up_time(Duration::from_millis(200))
             .measurement_time(Duration::from_millis(500))
             .throughput(Throughput::Elements(flops as u64));
@@ -371,7 +372,7 @@ fn run(device: &Device) -> Result<Value, KernelError> {
     let bench = Bench {
         device,
         timer: Timer::new(device)?,
-        criterion: RefCell::new(Criterion::default().configure_from_args()),
+        criterion: RefCell::new(Criterion::default().without_plots().configure_from_args()),
     };
     let ceilings = ceilings(&bench, &Noise::new(1.0))?;
     let selection = std::env::var("TENP_GPU_BENCH").unwrap_or_else(|_| "short".into());

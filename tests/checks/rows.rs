@@ -124,14 +124,14 @@ pub fn routers<B: Backend>(on: On<'_, B>, size: Size) {
         }));
         let want = spec.route(&mut logits.clone()).expect("a valid router");
         let (ids, weights) = (on.get(ids.view()), on.get(weights.view()));
-        // Where two scores differ by a rounding, either order is right: a few tokens in many thousands.
+        // Where two scores differ by a rounding, either order is right: a few tokens in many hundreds.
         let same = |t: usize| {
             let at = t * top_k..(t + 1) * top_k;
             let ids = ids[at.clone()].iter().map(|&e| e as u32);
             ids.eq(want.expert_ids[at].iter().copied())
         };
         let differing: Vec<usize> = (0..tokens).filter(|&t| !same(t)).collect();
-        assert!(differing.len() * 2000 <= tokens, "{spec:?}: {differing:?}");
+        assert!(differing.len() * 200 <= tokens, "{spec:?}: {differing:?}");
         for t in (0..tokens).filter(|t| !differing.contains(t)) {
             for at in t * top_k..(t + 1) * top_k {
                 let (got, want) = (f64::from(weights[at]), f64::from(want.weights[at]));

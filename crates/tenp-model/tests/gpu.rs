@@ -199,17 +199,21 @@ fn times_are_those_of_the_work() {
     let Some(device) = gpu("times_are_those_of_the_work") else {
         return;
     };
+    // A stream of its own, and the best of several: other tests use the GPU meanwhile.
+    let device = &Device::open(device.properties().ordinal).expect("a second handle");
     let timer = Timer::new(device).expect("made");
     let mut buffer = device.zeros::<u8>("to clear", 1 << 28).expect("room");
     let mut time = |count: usize| {
-        timer.start(device).expect("recorded");
-        for _ in 0..count {
-            buffer.view_mut().clear(device).expect("asked");
-        }
-        timer.stop(device).expect("recorded");
-        timer.elapsed().expect("done").as_secs_f64()
+        let once = |_| {
+            timer.start(device).expect("recorded");
+            for _ in 0..count {
+                buffer.view_mut().clear(device).expect("asked");
+            }
+            timer.stop(device).expect("recorded");
+            timer.elapsed().expect("done").as_secs_f64()
+        };
+        (0..5).map(once).fold(f64::INFINITY, f64::min)
     };
-    time(2);
     let (short, long) = (time(2), time(40));
     assert!(short > 0.0 && long > 3.0 * short, "{short} s, {long} s");
 }
