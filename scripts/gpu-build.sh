@@ -2,10 +2,14 @@
 # Builds what scripts/gpu-check.sh needs on a machine without cargo: the GPU tests, the GPU benches and tenp-run, stripped,
 # with the models and texts they read, in one folder.
 #
-#   scripts/gpu-build.sh [OUT]     OUT: target/gpu without it; replaced if it is such a folder
+#   scripts/gpu-build.sh [--bare] [OUT]     OUT: target/gpu without it; replaced if it is such a folder
+#
+# --bare leaves the models out, for a machine that has the repository.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+bare=
+[[ ${1:-} == --bare ]] && { bare=1; shift; }
 out=${1:-target/gpu}
 if [[ -e $out && ! -f $out/revision ]]; then
   echo "gpu-build: $out is there and is no folder that this script made" >&2
@@ -36,14 +40,17 @@ program=$(executable tenp-run bin build --release -p tenp-run --features cuda)
 
 partial=$out.partial
 rm -rf "$partial"
-mkdir -p "$partial/repo/tests"
+mkdir -p "$partial"
 for pair in "$tests gpu-tests" "$bench gpu-bench" "$program tenp-run"; do
   read -r from to <<<"$pair"
   strip -o "$partial/$to" "$from"
 done
 cp scripts/gpu-check.sh scripts/gpu-report.py "$partial/"
-cp -r demo "$partial/repo/demo"
-cp -r tests/golden "$partial/repo/tests/golden"
+if [[ -z $bare ]]; then
+  mkdir -p "$partial/repo/tests"
+  cp -r demo "$partial/repo/demo"
+  cp -r tests/golden "$partial/repo/tests/golden"
+fi
 revision=$(git describe --always --abbrev=40 --dirty 2>/dev/null || echo unknown)
 printf '%s\n' "$revision" > "$partial/revision"
 

@@ -7,11 +7,12 @@
 # Writes OUT/report.json and OUT/report.md; logs are beside them. Steps of several runs add up in one OUT. Exit codes: 0 all
 # good, 1 something failed (the report says what; a missing compute-sanitizer is a failure), 2 usage, 3 no GPU or no python3.
 #
+# TENP_REPO           the repository, where gpu-build.sh --bare left its models out
 # TENP_STEP_SECONDS   limit of a step, 1500 without it
 # TENP_GPU_BENCH      what is timed, `short` without it (benches/gpu_moe.rs)
 set -uo pipefail
 
-(($# >= 2)) || { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+(($# >= 2)) || { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 prebuilt=$(cd "$1" 2>/dev/null && pwd) || { echo "gpu-check: no folder $1" >&2; exit 2; }
 mkdir -p "$2" && out=$(cd "$2" && pwd) || exit 2
 shift 2
@@ -19,12 +20,13 @@ steps=("$@")
 ((${#steps[@]})) || steps=(tests memcheck racecheck synccheck initcheck bench program)
 limit=${TENP_STEP_SECONDS:-1500}
 
-for file in gpu-tests gpu-bench tenp-run gpu-report.py revision repo/demo/config.json; do
+for file in gpu-tests gpu-bench tenp-run gpu-report.py revision; do
   [[ -e $prebuilt/$file ]] || { echo "gpu-check: $prebuilt/$file is missing; scripts/gpu-build.sh makes it" >&2; exit 2; }
 done
 command -v python3 >/dev/null || { echo "gpu-check: python3 is needed for the report" >&2; exit 3; }
 
-export TENP_REPO=$prebuilt/repo
+export TENP_REPO=${TENP_REPO:-$prebuilt/repo}
+[[ -e $TENP_REPO/demo/config.json ]] || { echo "gpu-check: no demo model in $TENP_REPO" >&2; exit 2; }
 [[ -d /usr/local/cuda/bin ]] && PATH=$PATH:/usr/local/cuda/bin
 # cuBLAS, where the loader does not know it.
 for folder in /usr/local/cuda/lib64 /usr/local/cuda/targets/*/lib; do
