@@ -1,17 +1,20 @@
 //! MoE layers on the GPU, timed by its own clock, beside cuBLAS in the same process. Without a GPU it says so and ends.
 //!
-//! Inputs are random; weights, tokens and their order rotate over three sets or more, together several times as large as
-//! the second cache level. Rates count useful FLOPs: real widths, no padding. The baselines do less than we do: they read tokens
-//! already gathered and leave SwiGLU out.
+//! Inputs are random; weights and tokens rotate over three sets or more, together several times as large as the second
+//! cache level; h and y are the same memory each time. Rates count useful FLOPs: real widths, no padding. The baselines
+//! do less than we do: they read tokens already gathered and leave SwiGLU out.
 //!
 //! | variable | |
 //! |---|---|
 //! | `TENP_GPU_BENCH` | `short` (the default), `full`, or the beginning of a shape's name |
-//! | `TENP_GPU_BENCH_JSON` | where the figures go, `gpu_moe.json` without it; `scripts/gpu-report.py` makes tables of it |
+//! | `TENP_GPU_BENCH_JSON` | where the figures go, `gpu_moe.json` without it; for `scripts/gpu-report.py bench` |
 
 #[allow(unreachable_pub, reason = "a test uses it too")]
 #[path = "gpu/cases.rs"]
 mod cases;
+#[allow(unreachable_pub, reason = "a test uses it too")]
+#[path = "gpu/inputs.rs"]
+mod inputs;
 #[allow(dead_code, unreachable_pub, reason = "a test uses it too")]
 #[path = "gpu/layer.rs"]
 mod layer;
@@ -32,7 +35,8 @@ use tenp_kernels::device::{
 };
 
 use cases::{Case, SHAPES, Shape};
-use layer::{Layer, Noise, Weights};
+use inputs::{Noise, Weights};
+use layer::Layer;
 
 /// Buffer sets that iterations go through in turn.
 const MIN_SETS: usize = 3;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds what scripts/gpu-check.sh needs on a machine without cargo: the GPU tests, the GPU benches and tenp-run, stripped,
-# with the models and texts they read, in one folder.
+# Builds what scripts/gpu-check.sh needs on a machine without cargo: the GPU tests, the GPU benches and tenp-run,
+# stripped, with the models and texts they read, in one folder.
 #
 #   scripts/gpu-build.sh [--bare] [OUT]     OUT: target/gpu without it; replaced if it is such a folder
 #

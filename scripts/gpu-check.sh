@@ -2,10 +2,11 @@
 # Checks everything that needs a GPU, with what scripts/gpu-build.sh built: needs a driver, python3 and, for the
 # sanitizers, compute-sanitizer; no cargo.
 #
-#   gpu-check.sh PREBUILT OUT [STEP…]     steps: tests memcheck racecheck synccheck initcheck bench program; all without any
+#   gpu-check.sh PREBUILT OUT [STEP…]
 #
-# Writes OUT/report.json and OUT/report.md; logs are beside them. Steps of several runs add up in one OUT. Exit codes: 0 all
-# good, 1 something failed (the report says what; a missing compute-sanitizer is a failure), 2 usage, 3 no GPU or no python3.
+# Steps: tests memcheck racecheck synccheck initcheck bench program; all without any. Writes OUT/report.json and
+# OUT/report.md; logs are beside them. Steps of several runs add up in one OUT. Exit codes: 0 all good, 1 something
+# failed (the report says what; a missing compute-sanitizer is a failure), 2 usage, 3 no GPU or no python3.
 #
 # TENP_REPO           the repository, where gpu-build.sh --bare left its models out
 # TENP_STEP_SECONDS   limit of a step, 1500 without it
@@ -21,7 +22,7 @@ steps=("$@")
 limit=${TENP_STEP_SECONDS:-1500}
 
 for file in gpu-tests gpu-bench tenp-run gpu-report.py revision; do
-  [[ -e $prebuilt/$file ]] || { echo "gpu-check: $prebuilt/$file is missing; scripts/gpu-build.sh makes it" >&2; exit 2; }
+  [[ -e $prebuilt/$file ]] || { echo "gpu-check: no $prebuilt/$file; scripts/gpu-build.sh makes it" >&2; exit 2; }
 done
 command -v python3 >/dev/null || { echo "gpu-check: python3 is needed for the report" >&2; exit 3; }
 

@@ -71,8 +71,8 @@ impl Widths {
         }
     }
 
-    /// The width of every expert. Ragged ones are whole for one expert in six, as TENP leaves them; the others lie up to a
-    /// quarter around what meets the mean, in steps of 8.
+    /// The width of every expert. Ragged ones are whole for one expert in six, as TENP leaves them; the others lie up
+    /// to a quarter around what meets the mean, in steps of 8.
     pub fn of(self, shape: &Shape) -> Vec<usize> {
         let (full, count) = (shape.width, shape.experts);
         let ragged = |share: f64| {

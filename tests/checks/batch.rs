@@ -155,7 +155,7 @@ impl<'b, B: Backend> Batch<'b, B> {
         Self::new(on, layer, routing, x)
     }
 
-    /// DeepSeek-V2-Lite's hidden size and widths, whole and pruned, among them one of no neuron; one expert gets no token.
+    /// DeepSeek-V2-Lite's hidden size and widths, whole and pruned, among them one of no neuron; an expert gets no token.
     pub fn real(on: On<'b, B>, seed: u64, tokens: usize) -> Self {
         let mut rng = rng(seed);
         let widths = [1408, 1056, 704, 1408, 1407, 0, 65, 1408];

@@ -91,8 +91,8 @@ fn check_dense<B: Backend>(on: On<'_, B>, shape: &DenseShape) {
     }
 }
 
-/// An upload starts behind what was asked of its target, runs beside other work, and is there for what is asked after it
-/// was finished. The same host memory is filled again as soon as it may be.
+/// An upload starts behind what was asked of its target, runs beside other work, and is there for what is asked after
+/// its end. The same host memory is filled again as soon as it may be.
 pub fn uploads_beside_work<B: Backend>(on: On<'_, B>, size: Size) {
     let len = match size {
         Size::Small => 3000,

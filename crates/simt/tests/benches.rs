@@ -8,11 +8,14 @@
 
 #[path = "../../../benches/gpu/cases.rs"]
 mod cases;
+#[path = "../../../benches/gpu/inputs.rs"]
+mod inputs;
 #[path = "../../../benches/gpu/layer.rs"]
 mod layer;
 
 use cases::{Case, Routing, SHAPES, Shape, Widths, cases};
-use layer::{Layer, Noise, Weights};
+use inputs::{Noise, Weights};
+use layer::Layer;
 use simt::{Schedule, Simulated};
 
 const TINY: Shape = Shape {
