@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Prunes every golden checkpoint into the three forms that stock loaders take and
+# Prunes every golden checkpoint into the forms that stock loaders take and
 # compares `tenp-run logits` with the transformers library on each output.
 #
 #     check_forms.sh TENP_RUN_BINARY [GOLDEN_DIR]
 #
 # padded: --method tenp --keep 0.6    uniform: --method enp --keep 0.6
 # fewer:  --method reap --keep 0.75 (experts dropped, full widths)
+# dern:   --method dern --keep 0.75 --threshold 0 (experts dropped and merged)
 #
 # Environment: PYTHON (default python3; needs torch, transformers, safetensors),
 # TOLERANCE (default 1e-4), KEEP_OUTPUT=DIR (keep the outputs and logs there).
@@ -46,14 +47,15 @@ step() {
     "$@" >>"$log" 2>&1
 }
 
-# check FAMILY FORM METHOD KEEP EXPECTED(ok|refused)
+# check FAMILY FORM METHOD KEEP EXPECTED(ok|refused) [OPTION...]
 check() {
     local family=$1 form=$2 method=$3 keep=$4 expected=$5
+    shift 5
     local model=$golden/$family ids=$golden/$family/golden.safetensors
     local at=$work/$family-$form
     local log=$at.log how="$method --keep $keep" apply_form=$form error
-    [ "$form" = fewer ] && apply_form=uniform
-    step "$log" "$run" plan "$model" --stats "$work/$family.stats.safetensors" --method "$method" --keep "$keep" -o "$at.plan.json"
+    case $form in fewer | dern) apply_form=uniform ;; esac
+    step "$log" "$run" plan "$model" --stats "$work/$family.stats.safetensors" --method "$method" --keep "$keep" "$@" -o "$at.plan.json"
     case $?:$expected in
         0:ok) ;;
         0:refused)
@@ -104,8 +106,10 @@ for folder in "$golden"/*/; do
     # Four groups of two experts: the same count in every group would leave one in
     # each (top-3 out of two kept groups, or a top-2 group score, out of reach).
     case $family in
-        deepseek_v2_group | deepseek_v3) check "$family" fewer reap 0.75 refused ;;
-        *) check "$family" fewer reap 0.75 ok ;;
+        deepseek_v2_group | deepseek_v3) droppable=refused ;;
+        *) droppable=ok ;;
     esac
+    check "$family" fewer reap 0.75 "$droppable"
+    check "$family" dern dern 0.75 "$droppable" --threshold 0
 done
 exit $failed

@@ -5,6 +5,7 @@ mod folder;
 mod form;
 mod gather;
 mod layout;
+mod rewrite;
 
 use std::path::Path;
 
@@ -19,6 +20,9 @@ use crate::{Checkpoint, CheckpointError, PlannedTensor};
 
 use folder::Target;
 use form::{Kind, Output};
+use rewrite::Rewritten;
+
+pub use rewrite::{LayerRewriter, Notes, RewrittenExpert, RewrittenLayer};
 
 /// How experts of unequal width are written. Plans that only drop whole experts, or keep everything, come out as stock
 /// checkpoints whatever the form.
@@ -96,7 +100,7 @@ pub enum ApplyOutcome {
 /// [`ApplyOptions::force`] a finished output is written again.
 ///
 /// # Errors
-/// An unsound plan or another checkpoint's, a form that cannot hold it, an `out` that is the input, contains it, lies
+/// An unsound plan or another checkpoint's, a plan that merges experts (see [`apply_rewritten`]), a form that cannot hold it, an `out` that is the input, contains it, lies
 /// inside it or is not empty, a full disk, any failed file operation.
 pub fn apply(
     checkpoint: &Checkpoint,
@@ -105,10 +109,34 @@ pub fn apply(
     options: &ApplyOptions,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<ApplyOutcome, CheckpointError> {
+    apply_rewritten(checkpoint, plan, out, options, None, progress)
+}
+
+/// [`apply`] with weights of the MoE layers that are what `rewriter` makes of them. It is asked for each layer once, in
+/// depth order, before tensors are written, and not at all where nothing is cut.
+///
+/// # Errors
+/// Those of [`apply`] and of the rewriter.
+pub fn apply_rewritten(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    out: &Path,
+    options: &ApplyOptions,
+    rewriter: Option<&mut dyn LayerRewriter>,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<ApplyOutcome, CheckpointError> {
     plan.validate(checkpoint)?;
+    if plan.dern.is_some() && rewriter.is_none() {
+        return Err(CheckpointError::Plan {
+            place: ", dern".to_owned(),
+            problem: "experts are to be merged, which copying alone cannot do; give a rewriter"
+                .to_owned(),
+        });
+    }
     files::check_extra(out, &options.extra_files)?;
     let output = form::decide(checkpoint, plan, options.form)?;
-    let fingerprint = run_fingerprint(checkpoint, plan, out, options)?;
+    let settings = rewriter.as_ref().map(|rewriter| rewriter.settings());
+    let fingerprint = run_fingerprint(checkpoint, plan, out, options, settings.as_deref())?;
     let Some(target) = Target::find(out, checkpoint.dir(), options.force, &fingerprint)? else {
         return Ok(ApplyOutcome::AlreadyFinished);
     };
@@ -119,11 +147,21 @@ pub fn apply(
         _ => planned.iter().map(PlannedTensor::num_bytes).sum(),
     };
     let folder = target.create(total)?;
+    let rewritten = match rewriter {
+        Some(rewriter) if output.kind != Kind::Identical => Some(Rewritten::collect(
+            checkpoint,
+            plan,
+            rewriter,
+            folder.parent(),
+            total,
+        )?),
+        _ => None,
+    };
     let written = if output.kind == Kind::Identical {
         files::copy_checkpoint(checkpoint, folder.path(), total, progress)?
     } else {
         let written = write_tensors(
-            checkpoint,
+            (checkpoint, rewritten.as_ref()),
             &tensors,
             &planned,
             folder.path(),
@@ -139,6 +177,7 @@ pub fn apply(
         checkpoint,
         plan,
         options,
+        notes: rewritten.as_ref().map(Rewritten::notes),
         output: &output,
         fingerprint: &fingerprint,
         written: &written,
@@ -200,7 +239,7 @@ pub fn check_form(
 }
 
 fn write_tensors(
-    checkpoint: &Checkpoint,
+    (checkpoint, rewritten): (&Checkpoint, Option<&Rewritten>),
     tensors: &[layout::OutputTensor<'_>],
     planned: &[PlannedTensor],
     dir: &Path,
@@ -213,7 +252,7 @@ fn write_tensors(
     progress(0, total);
     write_shards(dir, planned, shard_bytes, &mut |index, sink| {
         let output = &tensors[index];
-        gather::write(checkpoint, output, sink)?;
+        gather::write((checkpoint, rewritten), output, sink)?;
         // The source's pages of a finished layer would otherwise pile up in this process.
         let own = crate::layer_of(&output.tensor.name);
         if layer != own {
@@ -234,6 +273,7 @@ fn run_fingerprint(
     plan: &Plan,
     out: &Path,
     options: &ApplyOptions,
+    rewriter: Option<&str>,
 ) -> Result<String, CheckpointError> {
     let plan = plan.to_json(out)?;
     let mut hash = Sha256::new();
@@ -243,6 +283,10 @@ fn run_fingerprint(
     hash.update(&plan);
     hash.update(options.form.name());
     hash.update(options.shard_bytes.to_le_bytes());
+    if let Some(settings) = rewriter {
+        hash.update(b"rewriter\0");
+        hash.update(settings);
+    }
     Ok(hex(&hash.finalize()))
 }
 

@@ -123,6 +123,23 @@ impl Dtype {
         }
         true
     }
+
+    /// Rounds f32 values to weights of this type, little-endian, to the nearest and ties to even; `None` when the type is
+    /// not a weight type. Undoes [`Self::widen`] bit for bit (but for NaN).
+    pub fn narrow(self, values: &[f32]) -> Option<Vec<u8>> {
+        Some(match self {
+            Self::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Self::BF16 => values
+                .iter()
+                .flat_map(|v| bf16::from_f32(*v).to_le_bytes())
+                .collect(),
+            Self::F16 => values
+                .iter()
+                .flat_map(|v| f16::from_f32(*v).to_le_bytes())
+                .collect(),
+            _ => return None,
+        })
+    }
 }
 
 impl std::fmt::Display for Dtype {
@@ -161,6 +178,20 @@ mod tests {
         assert!(Dtype::BF16.widen(&bytes[1..], &mut out));
         assert_eq!(out, [1.0, -2.5, 0.0]);
         assert!(!Dtype::F8E4M3.widen(&bytes, &mut out));
+    }
+
+    #[test]
+    fn narrowing_undoes_widening() {
+        for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
+            let values = [1.0_f32, -2.5, 0.0, -0.0, 1.0 / 3.0, 3e4, f32::INFINITY];
+            let bytes = dtype.narrow(&values).unwrap();
+            assert_eq!(bytes.len(), values.len() * dtype.size());
+            let mut widened = [0.0; 7];
+            assert!(dtype.widen(&bytes, &mut widened));
+            assert_eq!(dtype.narrow(&widened).unwrap(), bytes);
+            assert!((widened[4] - values[4]).abs() < 2e-3);
+        }
+        assert_eq!(Dtype::I64.narrow(&[1.0]), None);
     }
 
     #[test]

@@ -176,6 +176,12 @@ pub enum CheckpointError {
         /// What is wrong and what to do.
         problem: String,
     },
+    /// New weights could not be computed.
+    #[error("cannot compute the new weights: {source}")]
+    Rewrite {
+        /// The rewriter's reason.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The output form cannot express the plan.
     #[error("the {form} form cannot hold this plan: {problem}")]
     Form {

@@ -34,7 +34,8 @@ mod writer;
 
 pub use access::{ExpertTensors, Matrix, RouterTensors, SharedTensors};
 pub use apply::{
-    ApplyOptions, ApplyOutcome, OutputForm, apply, check_form, check_output, output_bytes,
+    ApplyOptions, ApplyOutcome, LayerRewriter, Notes, OutputForm, RewrittenExpert, RewrittenLayer,
+    apply, apply_rewritten, check_form, check_output, output_bytes,
 };
 pub use atomic::{Sink, check_replaceable, replace_file};
 pub use checkpoint::{Checkpoint, TensorView};

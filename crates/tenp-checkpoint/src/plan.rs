@@ -1,5 +1,6 @@
 //! The pruning plan: which experts stay whole, and which neurons of the others stay.
 
+mod dern;
 mod file;
 mod validate;
 
@@ -7,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::ModelConfig;
 
+pub use dern::{Dern, Initialisation, MergeWeights, RouterRule};
 pub use file::{FORMAT, VERSION};
 
 /// A plan as written to `plan.json` and to `tenp_plan.json` inside an output folder.
@@ -22,6 +24,9 @@ pub struct Plan {
     pub options: serde_json::Map<String, serde_json::Value>,
     /// Fingerprint of the checkpoint the plan is for.
     pub fingerprint: String,
+    /// How dropped experts are merged into the others; absent where they are only dropped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dern: Option<Dern>,
     /// MoE layers in depth order.
     pub layers: Vec<LayerPlan>,
     /// What the plan keeps.

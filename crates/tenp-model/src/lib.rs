@@ -10,6 +10,7 @@
 //! | the same on a GPU | [`device`] |
 //! | calibration statistics | [`calibrate`] |
 //! | likelihoods, perplexity, comparison with a reference | [`evaluate`] |
+//! | new weights for pruned layers | [`rewrite`] |
 //! | text generation with a key/value cache | [`generate`] |
 //! | tokenizer, chat template, data files | [`text`] |
 
@@ -26,6 +27,7 @@ pub mod generate;
 mod head;
 mod mlp;
 mod observer;
+pub mod rewrite;
 pub mod sequences;
 pub mod text;
 mod weights;

@@ -7,7 +7,7 @@ mod drop;
 mod global;
 mod trapezoid;
 
-pub use drop::{KeptExperts, kept_experts};
+pub use drop::{KeptExperts, kept_count, kept_experts};
 pub use global::global_widths;
 pub use trapezoid::{trapezoid_widths, whole_experts, whole_experts_per_layer};
 

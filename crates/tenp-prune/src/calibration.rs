@@ -230,8 +230,9 @@ impl Place<'_> {
 }
 
 /// The `[N]` tables that scores are made from.
-fn per_expert(statistics: &LayerStatistics) -> [(&'static str, &[f64]); 7] {
+fn per_expert(statistics: &LayerStatistics) -> [(&'static str, &[f64]); 8] {
     [
+        ("normalised_gate_sum", &statistics.normalised_gate_sum),
         ("gate_sum", &statistics.gate_sum),
         ("norm_sum", &statistics.norm_sum),
         ("norm_sq_sum", &statistics.norm_sq_sum),

@@ -48,6 +48,32 @@ pub enum PruneError {
         /// Every divisor of K, ascending.
         divisors: Vec<usize>,
     },
+    /// `--lambda` with a negative value, or with nothing but zeros.
+    #[error("--lambda {},{},{}: expected three numbers of at least 0, not all 0, such as 0,0.5,0.5", got[0], got[1], got[2])]
+    Lambda {
+        /// The values given.
+        got: [f64; 3],
+    },
+    /// `--threshold` outside [0, Σλ).
+    #[error(
+        "--threshold {got}: expected a similarity of at least 0 and below {largest}, the largest with these --lambda"
+    )]
+    Threshold {
+        /// The value given.
+        got: f64,
+        /// Σλ.
+        largest: f64,
+    },
+    /// `--experts` that this model's router cannot choose from.
+    #[error("--experts {got}: {problem}; possible here: {}", join(.possible))]
+    Experts {
+        /// The count given.
+        got: usize,
+        /// Why it cannot be.
+        problem: String,
+        /// Counts that are possible.
+        possible: Vec<usize>,
+    },
     /// An option that the chosen method or allocation does not look at.
     #[error(
         "{option} has no effect with {with}; it needs {needs}: leave it out or change the method"

@@ -37,4 +37,6 @@ pub use calibration::Calibration;
 pub use error::PruneError;
 pub use names::{ExpertScore, Method, NeuronScore};
 pub use plan::plan;
-pub use request::{Allocation, DEFAULT_SLOPE, PlanRequest};
+pub use request::{
+    Allocation, DEFAULT_LAMBDA, DEFAULT_SLOPE, DEFAULT_THRESHOLD, DernRequest, PlanRequest,
+};

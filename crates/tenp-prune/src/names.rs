@@ -45,8 +45,8 @@ macro_rules! named {
 }
 
 named! {
-    /// A pruning method: a preset of allocation, expert score and neuron score. The first two and the last make
-    /// experts narrower; the others drop whole experts.
+    /// A pruning method: a preset of allocation, expert score and neuron score. `tenp`, `enp` and `random-neurons`
+    /// make experts narrower; the others drop whole experts.
     "method" Method {
         /// TENP (arXiv 2606.09885): trapezoid of whole experts, `direction`, `contribution`.
         Tenp = "tenp",
@@ -66,6 +66,8 @@ named! {
         Msan = "msan",
         /// Drop by the turn an expert gives to the residual stream.
         EasyEp = "easy-ep",
+        /// DERN (arXiv 2509.10377): drop the experts the router favours least, and merge their neurons into the others.
+        Dern = "dern",
         /// Drop random experts (control).
         RandomExperts = "random-experts",
         /// Uniform widths, random neurons (control).
@@ -92,6 +94,8 @@ named! {
         Msan = "msan",
         /// `Σ g‖y‖ · max(0, 1 − cos(r, r + Σ g y))`, r the residual stream.
         EasyEp = "easy-ep",
+        /// Mean over all tokens of the expert's share of the token's gate weights (DERN).
+        GatingShare = "gating-share",
         /// Seeded random numbers.
         Random = "random",
     }

@@ -1,22 +1,25 @@
 //! From statistics and a request to a plan.
 
 use tenp_checkpoint::config::ModelConfig;
-use tenp_checkpoint::plan::{ExpertPlan, LayerPlan, Plan};
+use tenp_checkpoint::plan::{Dern, ExpertPlan, LayerPlan, Plan};
 use tenp_checkpoint::statistics::Statistics;
 
-use crate::PruneError;
 use crate::accounting::{ModelSize, accounting};
 use crate::allocate::{
-    KeptExperts, budget, global_widths, kept_experts, quantum, trapezoid_widths, uniform_width,
-    whole_experts, whole_experts_per_layer,
+    KeptExperts, budget, divided, global_widths, kept_count, kept_experts, quantum,
+    trapezoid_widths, uniform_width, whole_experts, whole_experts_per_layer,
 };
 use crate::calibration::Calibration;
 use crate::record;
-use crate::request::{Choice, PlanRequest, Target};
+use crate::request::{Choice, DEFAULT_THRESHOLD, PlanRequest, Target};
 use crate::score::{
     NeuronScoring, best_neurons, expert_neuron_scores, expert_scores, global_scores, super_experts,
     uncalibrated,
 };
+use crate::{ExpertScore, PruneError};
+
+/// Rounds of DERN's k-means, at most.
+const DERN_ROUNDS: usize = 30;
 
 /// Decides which experts and neurons of a checkpoint stay.
 ///
@@ -46,6 +49,7 @@ pub fn plan(
         options: record::options(&calibration, request, &choice, &decision, &planner.guarded),
         fingerprint: fingerprint.to_owned(),
         accounting: accounting(&calibration, size, &layers),
+        dern: choice.merges.then(|| planner.dern()),
         layers,
         uncalibrated: positions(&uncalibrated(&calibration), calibration.layer_ids()),
     })
@@ -118,6 +122,28 @@ impl<'a> Planner<'a> {
         )
     }
 
+    /// What the merging of dropped experts needs to know.
+    fn dern(&self) -> Dern {
+        let asked = &self.request.dern;
+        // One domain's scores add up to 1 as they are; merged ones are scaled to, so that they read the same.
+        let share = |scores: Vec<f64>| {
+            let sum: f64 = scores.iter().sum();
+            scores.iter().map(|&score| divided(score, sum)).collect()
+        };
+        let scores = expert_scores(self.calibration, ExpertScore::GatingShare, 0);
+        Dern {
+            lambda: asked.lambda(),
+            threshold: asked.threshold.unwrap_or(DEFAULT_THRESHOLD),
+            sign_canonical: asked.sign_canonical,
+            router: asked.router.unwrap_or_default(),
+            initialisation: asked.initialisation.unwrap_or_default(),
+            seed: asked.starts_at_random().then_some(self.request.seed),
+            merge_weights: asked.merge_weights.unwrap_or_default(),
+            rounds: DERN_ROUNDS,
+            scores: scores.into_iter().map(share).collect(),
+        }
+    }
+
     fn neuron_scoring(&self) -> NeuronScoring {
         NeuronScoring {
             score: self.choice.neuron_score,
@@ -127,7 +153,10 @@ impl<'a> Planner<'a> {
     }
 
     fn drop_experts(&self, config: &ModelConfig) -> Result<Decision, PruneError> {
-        let kept = kept_experts(&config.moe, self.request.keep)?;
+        let kept = match self.request.experts {
+            Some(count) => kept_count(&config.moe, count)?,
+            None => kept_experts(&config.moe, self.request.keep)?,
+        };
         let width = self.calibration.shape().expert_width;
         let mut widths = Vec::new();
         let layers = self

@@ -18,7 +18,9 @@ pub(crate) fn options(
     let mut record = |name: &str, value: Value| {
         options.insert(name.to_owned(), value);
     };
-    if !matches!(choice.target, Target::File(_)) {
+    if let Some(experts) = request.experts {
+        record("experts", json!(experts));
+    } else if !matches!(choice.target, Target::File(_)) {
         record("keep", json!(request.keep));
     }
     if let Some(allocation) = choice.target.allocation_name() {
@@ -58,7 +60,7 @@ pub(crate) fn options(
             json!(positions(guarded, calibration.layer_ids())),
         );
     }
-    if choice.uses_seed() {
+    if choice.uses_seed() || (choice.merges && request.dern.starts_at_random()) {
         record("seed", json!(request.seed));
     }
     options

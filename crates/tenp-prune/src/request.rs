@@ -2,11 +2,18 @@
 
 use std::collections::BTreeMap;
 
+use tenp_checkpoint::plan::{Initialisation, MergeWeights, RouterRule};
+
 use crate::allocate::default_alpha;
 use crate::{ExpertScore, Method, NeuronScore, PruneError};
 
 /// Slope s of the trapezoid when none is given (a choice of this project: the paper lists no layers).
 pub const DEFAULT_SLOPE: f64 = 1.0 / 3.0;
+
+/// λ of gate, up and down when none is given (arXiv 2509.10377).
+pub const DEFAULT_LAMBDA: [f64; 3] = [0.0, 0.5, 0.5];
+/// Threshold of DERN's similarity when none is given (arXiv 2509.10377).
+pub const DEFAULT_THRESHOLD: f64 = 0.4;
 
 /// How the budget is spread over layers and experts when experts become narrower.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,8 +74,41 @@ pub struct PlanRequest {
     pub normalise_domains: bool,
     /// Weight of each domain; 1 where missing, and a domain of weight 0 is left out altogether.
     pub domain_weights: BTreeMap<String, f64>,
-    /// Seed of the random scores.
+    /// Seed of the random scores, and of DERN's random start.
     pub seed: u64,
+    /// Experts to keep in every layer, instead of round(ρN), for methods that drop experts.
+    pub experts: Option<usize>,
+    /// How dropped experts are merged.
+    pub dern: DernRequest,
+}
+
+/// How [`Method::Dern`] merges dropped experts into the others; `None` everywhere is the paper's way.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct DernRequest {
+    /// Weights of the cosines of gate row, up row and down column; default [`DEFAULT_LAMBDA`].
+    pub lambda: Option<[f64; 3]>,
+    /// Similarity above which a neuron moves; default [`DEFAULT_THRESHOLD`].
+    pub threshold: Option<f64>,
+    /// What becomes of the kept router rows.
+    pub router: Option<RouterRule>,
+    /// Start of the k-means.
+    pub initialisation: Option<Initialisation>,
+    /// Weights of the means.
+    pub merge_weights: Option<MergeWeights>,
+    /// (up, w) and (−up, −w) count as the same neuron.
+    pub sign_canonical: bool,
+}
+
+impl DernRequest {
+    /// λ, the given one or the default.
+    pub(crate) fn lambda(&self) -> [f64; 3] {
+        self.lambda.unwrap_or(DEFAULT_LAMBDA)
+    }
+
+    /// The start is by lot, so the seed decides something.
+    pub(crate) fn starts_at_random(&self) -> bool {
+        self.initialisation == Some(Initialisation::Random)
+    }
 }
 
 impl Default for PlanRequest {
@@ -88,6 +128,8 @@ impl Default for PlanRequest {
             normalise_domains: false,
             domain_weights: BTreeMap::new(),
             seed: 0,
+            experts: None,
+            dern: DernRequest::default(),
         }
     }
 }
@@ -113,6 +155,8 @@ pub(crate) struct Choice<'a> {
     pub(crate) target: Target<'a>,
     pub(crate) expert_score: ExpertScore,
     pub(crate) neuron_score: NeuronScore,
+    /// Dropped experts are merged into the others.
+    pub(crate) merges: bool,
 }
 
 impl<'a> Choice<'a> {
@@ -136,6 +180,7 @@ impl<'a> Choice<'a> {
             target,
             expert_score: request.expert_score.unwrap_or(preset.expert_score),
             neuron_score: request.neuron_score.unwrap_or(preset.neuron_score),
+            merges: request.method == Method::Dern,
         };
         choice.refuse_idle_options(request)?;
         Ok(choice)
@@ -181,6 +226,9 @@ impl<'a> Choice<'a> {
         let global = self.target == Target::Global;
         let narrows = self.uses_neuron_score();
         match option {
+            "--experts" => (!narrows, "a method that drops experts"),
+            "--lambda" | "--threshold" | "--router" | "--init" | "--merge-weights"
+            | "--sign-canonical" => (self.merges, "--method dern"),
             "--alpha" | "--slope" => (trapezoid, "--allocation trapezoid"),
             "--width-multiple" => (
                 trapezoid || uniform || global,
@@ -227,7 +275,8 @@ impl Target<'_> {
 }
 
 /// Every option that some methods do not look at, and whether the request has it.
-fn given_options(request: &PlanRequest) -> [(&'static str, bool); 10] {
+fn given_options(request: &PlanRequest) -> [(&'static str, bool); 17] {
+    let dern = &request.dern;
     [
         ("--allocation", request.allocation.is_some()),
         ("--alpha", request.alpha.is_some()),
@@ -239,6 +288,13 @@ fn given_options(request: &PlanRequest) -> [(&'static str, bool); 10] {
         ("--expert-score", request.expert_score.is_some()),
         ("--neuron-score", request.neuron_score.is_some()),
         ("--protect-super", request.protect_super),
+        ("--experts", request.experts.is_some()),
+        ("--lambda", dern.lambda.is_some()),
+        ("--threshold", dern.threshold.is_some()),
+        ("--router", dern.router.is_some()),
+        ("--init", dern.initialisation.is_some()),
+        ("--merge-weights", dern.merge_weights.is_some()),
+        ("--sign-canonical", dern.sign_canonical),
     ]
 }
 
@@ -271,6 +327,7 @@ fn preset(method: Method) -> Preset {
         Method::Man => drop(ExpertScore::Man),
         Method::Msan => drop(ExpertScore::Msan),
         Method::EasyEp => drop(ExpertScore::EasyEp),
+        Method::Dern => drop(ExpertScore::GatingShare),
         Method::RandomExperts => drop(ExpertScore::Random),
     }
 }
@@ -288,5 +345,26 @@ fn check_ranges(request: &PlanRequest) -> Result<(), PruneError> {
     if !(-1.0..=1.0).contains(&request.slope) {
         return Err(PruneError::Slope { got: request.slope });
     }
-    Ok(())
+    check_dern(&request.dern)
+}
+
+/// The similarity lies in [−Σλ, Σλ]: a threshold outside [0, Σλ) would move everything, even what is opposite, or nothing.
+fn check_dern(dern: &DernRequest) -> Result<(), PruneError> {
+    let lambda = dern.lambda();
+    let largest: f64 = lambda.iter().sum();
+    if lambda
+        .iter()
+        .any(|value| !value.is_finite() || *value < 0.0)
+        || largest <= 0.0
+    {
+        return Err(PruneError::Lambda { got: lambda });
+    }
+    match dern.threshold {
+        Some(got) if !(got >= 0.0 && got < largest) => Err(PruneError::Threshold { got, largest }),
+        None if largest <= DEFAULT_THRESHOLD => Err(PruneError::Threshold {
+            got: DEFAULT_THRESHOLD,
+            largest,
+        }),
+        _ => Ok(()),
+    }
 }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use tenp_checkpoint::plan::{Initialisation, MergeWeights, RouterRule};
 use tenp_model::text::Data;
 use tenp_prune::{ExpertScore, Method, NeuronScore};
 
@@ -44,7 +45,7 @@ pub(crate) enum Command {
     Stats(Stats),
     /// Decide which experts and neurons stay. Takes seconds, reads no weights.
     #[command(
-        after_help = "Example:\n  tenp-run plan ./DeepSeek-V2-Lite --stats stats.safetensors --method tenp --keep 0.6 -o plan.json"
+        after_help = "Examples:\n  tenp-run plan ./DeepSeek-V2-Lite --stats stats.safetensors --method tenp --keep 0.6 -o plan.json\n  tenp-run plan ./DeepSeek-V2-Lite --stats stats.safetensors --method dern --experts 48 -o plan.json"
     )]
     Plan(PlanCommand),
     /// Write the checkpoint that a plan describes.
@@ -54,7 +55,7 @@ pub(crate) enum Command {
     Apply(Apply),
     /// Calibrate, plan and apply in one go.
     #[command(
-        after_help = "Example:\n  tenp-run prune ./DeepSeek-V2-Lite --data calibration.jsonl --keep 0.6 -o ./DeepSeek-V2-Lite-60"
+        after_help = "Examples:\n  tenp-run prune ./DeepSeek-V2-Lite --data calibration.jsonl --keep 0.6 -o ./DeepSeek-V2-Lite-60\n  tenp-run prune ./DeepSeek-V2-Lite --data calibration.jsonl --method dern --experts 48 -o ./DeepSeek-V2-Lite-48"
     )]
     Prune(Prune),
     /// Measure a model: multiple choice, perplexity, distance from a reference model.
@@ -200,12 +201,15 @@ pub(crate) enum Stats {
 #[derive(Clone, Debug, Args)]
 pub(crate) struct PlanArgs {
     /// What decides: tenp, enp; experts dropped by frequency, gating, ean, reap, man, msan, easy-ep, random-experts;
-    /// or random-neurons.
+    /// experts dropped and merged into the others by dern; or random-neurons.
     #[arg(long, default_value = "tenp")]
     pub(crate) method: Method,
     /// Share of the routed-expert neurons to keep, above 0 and at most 1. Needed by every allocation but file:PATH.
     #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
     pub(crate) keep: Option<f64>,
+    /// Experts to keep in every layer instead of a share, for methods that drop experts.
+    #[arg(long, value_name = "COUNT", conflicts_with = "keep")]
+    pub(crate) experts: Option<usize>,
     /// Share of the experts that stay whole [default: 5/9 of the square of --keep].
     #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
     pub(crate) alpha: Option<f64>,
@@ -219,7 +223,7 @@ pub(crate) struct PlanArgs {
     /// layer, or a config.json or plan output that has them.
     #[arg(long, value_name = "ALLOCATION")]
     pub(crate) allocation: Option<String>,
-    /// Expert importance: direction, frequency, gating, ean, reap, man, msan, easy-ep, random.
+    /// Expert importance: direction, frequency, gating, ean, reap, man, msan, easy-ep, gating-share, random.
     #[arg(long, value_name = "SCORE")]
     pub(crate) expert_score: Option<ExpertScore>,
     /// Neuron importance: contribution, contribution-abs, activation-norm, energy, wifv, weight-norm, random.
@@ -237,9 +241,92 @@ pub(crate) struct PlanArgs {
     /// Weight of a domain, 1 by default. May repeat.
     #[arg(long, value_name = "DOMAIN=WEIGHT", value_parser = domain_weight)]
     pub(crate) domain_weight: Vec<(String, f64)>,
-    /// Seed of random scores.
+    /// Seed of random scores, and of --init random.
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     pub(crate) seed: u64,
+    #[command(flatten)]
+    pub(crate) dern: DernArgs,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "DERN (--method dern)")]
+pub(crate) struct DernArgs {
+    /// What two neurons' similarity is made of: weights of the cosines of gate row, up row and down column
+    /// [default: 0,0.5,0.5].
+    #[arg(long, value_name = "G,U,D", value_parser = lambda)]
+    pub(crate) lambda: Option<[f64; 3]>,
+    /// A dropped expert's neuron moves to a kept expert where their similarity is above this, else it is discarded
+    /// [default: 0.4].
+    #[arg(long, value_name = "SIMILARITY")]
+    pub(crate) threshold: Option<f64>,
+    /// Kept router rows: gain a share of the dropped ones [default], or stay as they are.
+    #[arg(long, value_enum, value_name = "RULE")]
+    pub(crate) router: Option<RouterArg>,
+    /// Where the clustering starts: neurons with the largest gate entries [default], or by lot.
+    #[arg(long, value_enum, value_name = "START")]
+    pub(crate) init: Option<InitArg>,
+    /// Weight of a neuron in a merge: how much the router favours its expert [default], or all the same.
+    #[arg(long, value_enum, value_name = "WEIGHTS")]
+    pub(crate) merge_weights: Option<MergeWeightsArg>,
+    /// Neurons that differ in the sign of both up and down count as the same.
+    #[arg(long)]
+    pub(crate) sign_canonical: bool,
+}
+
+/// An option whose values another crate names.
+macro_rules! value_arg {
+    ($(#[$meta:meta])* $name:ident = $of:ident { $($(#[$variant_meta:meta])* $variant:ident),* }) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+        pub(crate) enum $name { $($(#[$variant_meta])* $variant),* }
+
+        impl From<$name> for $of {
+            fn from(value: $name) -> Self {
+                match value { $($name::$variant => Self::$variant),* }
+            }
+        }
+    };
+}
+
+value_arg! {
+    /// What becomes of kept router rows.
+    RouterArg = RouterRule {
+        /// Gain the dropped rows, by the share of neurons moved.
+        Transfer,
+        /// Stay as they are.
+        Keep
+    }
+}
+value_arg! {
+    /// Start of the clustering.
+    InitArg = Initialisation {
+        /// Neurons with the largest entry of a gate row.
+        Peak,
+        /// By lot.
+        Random
+    }
+}
+value_arg! {
+    /// Weights of a merge.
+    MergeWeightsArg = MergeWeights {
+        /// The router's favour of the expert a neuron comes from.
+        Router,
+        /// All the same.
+        Uniform
+    }
+}
+
+fn lambda(text: &str) -> Result<[f64; 3], String> {
+    let values: Vec<f64> = text
+        .split(',')
+        .map(|value| {
+            value
+                .trim()
+                .parse()
+                .map_err(|_| format!("`{value}` is not a number"))
+        })
+        .collect::<Result<_, _>>()?;
+    <[f64; 3]>::try_from(values).map_err(|_| "expected three numbers, such as 0,0.5,0.5".to_owned())
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

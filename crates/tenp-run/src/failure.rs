@@ -93,6 +93,9 @@ fn is_usage(error: &PruneError) -> bool {
             | PruneError::Keep { .. }
             | PruneError::Alpha { .. }
             | PruneError::Slope { .. }
+            | PruneError::Lambda { .. }
+            | PruneError::Threshold { .. }
+            | PruneError::Experts { .. }
             | PruneError::WidthMultiple { .. }
             | PruneError::NoEffect { .. }
             | PruneError::UnknownDomain { .. }

@@ -16,6 +16,7 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 pub(crate) enum Unit {
     Tokens,
     Bytes,
+    Layers,
 }
 
 /// Progress of one stage.
@@ -117,6 +118,7 @@ impl Progress {
         let amount = match self.unit {
             Unit::Tokens => format!("{} tokens", (self.done() as f64 / self.per_item).round()),
             Unit::Bytes => console::bytes(self.done()),
+            Unit::Layers => format!("{} layers", self.done()),
         };
         console::note(&format!(
             "{}: {amount} in {seconds:.1} s ({})",
@@ -130,5 +132,6 @@ fn rate(unit: Unit, per_second: f64) -> String {
     match unit {
         Unit::Tokens => format!("{per_second:.0} tokens/s"),
         Unit::Bytes => format!("{}/s", console::bytes(per_second as u64)),
+        Unit::Layers => format!("{per_second:.2} layers/s"),
     }
 }

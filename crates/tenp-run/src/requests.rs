@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use tenp_checkpoint::{Checkpoint, LayerStatistics, Plan, Statistics};
-use tenp_prune::{Allocation, ModelSize, PlanRequest};
+use tenp_prune::{Allocation, DernRequest, ModelSize, PlanRequest};
 
 use crate::cli::{Normalise, PlanArgs};
 use crate::failure::usage;
@@ -20,9 +20,10 @@ pub(crate) fn request(args: &PlanArgs) -> Result<PlanRequest> {
         }
         (Some(keep), _) => keep,
         (None, Some(Allocation::File(_))) => 1.0,
+        (None, _) if args.experts.is_some() => 1.0,
         (None, _) => {
             return Err(usage(
-                "--keep is missing: the share of neurons to keep, such as --keep 0.6",
+                "--keep is missing: the share of neurons to keep, such as --keep 0.6 (or --experts COUNT)",
             ));
         }
     };
@@ -51,6 +52,15 @@ pub(crate) fn request(args: &PlanArgs) -> Result<PlanRequest> {
         normalise_domains: args.normalise.contains(&Normalise::Domains),
         domain_weights: args.domain_weight.iter().cloned().collect(),
         seed: args.seed,
+        experts: args.experts,
+        dern: DernRequest {
+            lambda: args.dern.lambda,
+            threshold: args.dern.threshold,
+            router: args.dern.router.map(Into::into),
+            initialisation: args.dern.init.map(Into::into),
+            merge_weights: args.dern.merge_weights.map(Into::into),
+            sign_canonical: args.dern.sign_canonical,
+        },
     })
 }
 

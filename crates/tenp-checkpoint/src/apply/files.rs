@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::form::Output;
-use super::{ApplyOptions, Kind};
+use super::{ApplyOptions, Kind, Notes};
 use crate::atomic::{Sink, write_error, write_new};
 use crate::index::{INDEX_FILE, SINGLE_FILE};
 use crate::names::layer_of;
@@ -15,6 +15,9 @@ use crate::writer::{WrittenShards, pretty};
 use crate::{Checkpoint, CheckpointError};
 
 const CHUNK_BYTES: usize = 16 << 20;
+
+/// The extra file that a rewriter's notes go into.
+const CARD: &str = "README.md";
 
 /// Files that this crate writes itself.
 const OWN_FILES: [&str; 5] = [
@@ -106,6 +109,8 @@ pub(super) struct Side<'a> {
     pub(super) checkpoint: &'a Checkpoint,
     pub(super) plan: &'a Plan,
     pub(super) options: &'a ApplyOptions,
+    /// Of the rewriter, if one was at work.
+    pub(super) notes: Option<&'a Notes>,
     pub(super) output: &'a Output,
     pub(super) fingerprint: &'a str,
     pub(super) written: &'a WrittenShards,
@@ -117,7 +122,11 @@ impl Side<'_> {
     pub(super) fn write(&self, dir: &Path) -> Result<(), CheckpointError> {
         self.copy_companions(dir)?;
         for (name, bytes) in &self.options.extra_files {
-            write_new(&dir.join(name), bytes, self.needed)?;
+            let mut bytes = bytes.clone();
+            if let Some(notes) = self.notes.filter(|_| name == CARD) {
+                bytes.extend_from_slice(notes.card.as_bytes());
+            }
+            write_new(&dir.join(name), &bytes, self.needed)?;
         }
         let plan = dir.join("tenp_plan.json");
         write_new(&plan, &self.plan.to_json(&plan)?, self.needed)?;
@@ -148,6 +157,9 @@ impl Side<'_> {
     fn report(&self) -> Value {
         let config = self.checkpoint.config();
         let mut report = self.options.report.clone();
+        if let Some(notes) = self.notes {
+            report.extend(notes.report.clone());
+        }
         let mut add = |key: &str, value: Value| {
             report.insert(key.to_owned(), value);
         };

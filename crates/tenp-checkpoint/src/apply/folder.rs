@@ -219,6 +219,11 @@ impl Folder {
         self.temporary.path()
     }
 
+    /// The folder that the output will be in, on the same disk.
+    pub(super) fn parent(&self) -> &Path {
+        &self.target.parent
+    }
+
     /// Moves the folder to its place. An old one is moved aside first, and removed when the new one is in place.
     pub(super) fn commit(self) -> Result<(), CheckpointError> {
         let Self { target, temporary } = self;

@@ -1,6 +1,7 @@
 //! The bytes of output tensors: rows and columns of kept neurons, zeros after them.
 
 use super::layout::{OutputTensor, Recipe};
+use super::rewrite::Rewritten;
 use crate::atomic::Sink;
 use crate::names::Part;
 use crate::plan::ExpertPlan;
@@ -10,40 +11,45 @@ use crate::{Checkpoint, CheckpointError, ExpertTensors, Matrix};
 const CHUNK_BYTES: usize = 16 << 20;
 
 pub(super) fn write(
-    checkpoint: &Checkpoint,
+    (checkpoint, rewritten): (&Checkpoint, Option<&Rewritten>),
     output: &OutputTensor<'_>,
     sink: &mut Sink<'_>,
 ) -> Result<(), CheckpointError> {
     let hidden = checkpoint.config().hidden_size;
+    let source = Source {
+        checkpoint,
+        rewritten,
+    };
     match &output.recipe {
-        Recipe::Copy(source) => source
+        Recipe::Copy(tensor) => tensor
             .bytes
             .chunks(CHUNK_BYTES)
             .try_for_each(|chunk| sink.write(chunk)),
-        Recipe::KeptExperts(source, layer) => {
-            let stride = source.bytes.len() / layer.experts.len().max(1);
+        Recipe::KeptExperts(tensor, layer) => {
+            if let Some(rewritten) = rewritten
+                && tensor.name == checkpoint.spelling().router(layer.layer)
+                && let Some(router) = rewritten.router(layer.layer)?
+            {
+                return sink.write(&router);
+            }
+            let stride = tensor.bytes.len() / layer.experts.len().max(1);
             layer
                 .kept()
-                .try_for_each(|expert| sink.write(&source.bytes[expert.id * stride..][..stride]))
+                .try_for_each(|expert| sink.write(&tensor.bytes[expert.id * stride..][..stride]))
         }
         Recipe::Expert {
             layer,
             plan,
             part,
             width,
-        } => {
-            let expert = checkpoint.expert(*layer, plan.id)?;
-            sink.write(&neurons(&matrix(&expert, *part), *part, kept(plan), *width))
-        }
+        } => sink.write(&source.expert(*layer, plan, *part, *width)?),
         Recipe::FusedGateUp { plan, width } => plan.kept().try_for_each(|own| {
-            let expert = checkpoint.expert(plan.layer, own.id)?;
-            sink.write(&neurons(&expert.gate, Part::Gate, kept(own), *width))?;
-            sink.write(&neurons(&expert.up, Part::Up, kept(own), *width))
+            sink.write(&source.expert(plan.layer, own, Part::Gate, *width)?)?;
+            sink.write(&source.expert(plan.layer, own, Part::Up, *width)?)
         }),
-        Recipe::FusedDown { plan, width } => plan.kept().try_for_each(|own| {
-            let expert = checkpoint.expert(plan.layer, own.id)?;
-            sink.write(&neurons(&expert.down, Part::Down, kept(own), *width))
-        }),
+        Recipe::FusedDown { plan, width } => plan
+            .kept()
+            .try_for_each(|own| sink.write(&source.expert(plan.layer, own, Part::Down, *width)?)),
         Recipe::Shared { layer, part, width } => {
             let old = checkpoint.config().moe.shared_width;
             let name = checkpoint.spelling().shared(*layer, *part);
@@ -54,6 +60,44 @@ pub(super) fn write(
             let matrix = checkpoint.matrix(&name, rows, cols)?;
             sink.write(&neurons(&matrix, *part, None, *width))
         }
+    }
+}
+
+/// Where experts come from.
+struct Source<'a> {
+    checkpoint: &'a Checkpoint,
+    rewritten: Option<&'a Rewritten>,
+}
+
+impl Source<'_> {
+    /// A matrix of an expert's kept neurons, as it is or as it was rewritten, zero-padded to `width`.
+    fn expert(
+        &self,
+        layer: usize,
+        plan: &ExpertPlan,
+        part: Part,
+        width: usize,
+    ) -> Result<Vec<u8>, CheckpointError> {
+        let expert = self.checkpoint.expert(layer, plan.id)?;
+        let old = matrix(&expert, part);
+        let new = match self.rewritten {
+            Some(rewritten) => rewritten.expert(layer, plan.id, part)?,
+            None => None,
+        };
+        let Some(bytes) = new else {
+            return Ok(neurons(&old, part, kept(plan), width));
+        };
+        let (rows, cols) = match part {
+            Part::Gate | Part::Up => (plan.width, old.cols),
+            Part::Down => (old.rows, plan.width),
+        };
+        let new = Matrix {
+            dtype: old.dtype,
+            rows,
+            cols,
+            bytes: &bytes,
+        };
+        Ok(neurons(&new, part, None, width))
     }
 }
 

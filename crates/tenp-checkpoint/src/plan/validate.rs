@@ -43,6 +43,9 @@ impl Plan {
         for layer in &self.layers {
             check_layer(layer, config)?;
         }
+        if let Some(dern) = &self.dern {
+            dern.check(config)?;
+        }
         self.check_counts(config)
     }
 

@@ -202,6 +202,7 @@ pub(crate) fn plan(checkpoint: &Checkpoint, keep: impl Fn(usize, usize) -> Keep)
         method: "test".to_owned(),
         options: Map::new(),
         fingerprint: checkpoint.fingerprint().to_owned(),
+        dern: None,
         layers: config
             .moe_layers
             .iter()

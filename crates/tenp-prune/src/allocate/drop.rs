@@ -46,37 +46,95 @@ impl KeptExperts {
 /// # Errors
 /// No smaller number of experts lets the router choose its top-k, or the groups are uneven.
 pub fn kept_experts(moe: &Moe, keep: f64) -> Result<KeptExperts, PruneError> {
-    let (num_groups, top_groups, at_least) = match moe.router.groups {
-        None => (1, 1, 1),
-        Some(groups) => {
-            let least = if groups.score == GroupScore::TopTwoSum {
-                2
-            } else {
-                1
-            };
-            (groups.num_groups, groups.top_groups, least)
-        }
-    };
-    let minimum = at_least.max(moe.top_k.div_ceil(top_groups.clamp(1, num_groups.max(1))));
-    let unreachable = PruneError::TopKUnreachable {
-        top_k: moe.top_k,
-        num_experts: moe.num_experts,
-        num_groups,
-        top_groups,
-        minimum,
-    };
-    if num_groups == 0 || top_groups == 0 || !moe.num_experts.is_multiple_of(num_groups) {
-        return Err(unreachable);
+    let limits = Limits::of(moe)?;
+    if limits.minimum == limits.group_size && keep < 1.0 {
+        return Err(limits.unreachable(moe));
     }
-    let group_size = moe.num_experts / num_groups;
-    if minimum > group_size || (minimum == group_size && keep < 1.0) {
-        return Err(unreachable);
-    }
-    let wanted = round_half_up(keep * moe.num_experts as f64 / num_groups as f64);
+    let wanted = round_half_up(keep * moe.num_experts as f64 / limits.num_groups as f64);
     Ok(KeptExperts {
-        num_groups,
-        per_group: wanted.clamp(minimum, group_size),
+        num_groups: limits.num_groups,
+        per_group: wanted.clamp(limits.minimum, limits.group_size),
     })
+}
+
+/// `count` experts in every layer.
+///
+/// # Errors
+/// More than there are, so few that the router could not choose its top-k, or not the same number in every router group.
+pub fn kept_count(moe: &Moe, count: usize) -> Result<KeptExperts, PruneError> {
+    let limits = Limits::of(moe)?;
+    let refuse = |problem: String| {
+        let possible = limits.minimum..=limits.group_size;
+        Err(PruneError::Experts {
+            got: count,
+            problem,
+            possible: possible.map(|n| n * limits.num_groups).collect(),
+        })
+    };
+    if count > moe.num_experts {
+        return refuse(format!("a layer has {} experts", moe.num_experts));
+    }
+    if !count.is_multiple_of(limits.num_groups) {
+        return refuse(format!(
+            "each of the {} router groups must keep the same number",
+            limits.num_groups
+        ));
+    }
+    let per_group = count / limits.num_groups;
+    if per_group < limits.minimum {
+        return refuse(format!("the router could not choose its {}", moe.top_k));
+    }
+    Ok(KeptExperts {
+        num_groups: limits.num_groups,
+        per_group,
+    })
+}
+
+/// What a router allows.
+struct Limits {
+    num_groups: usize,
+    top_groups: usize,
+    group_size: usize,
+    /// Experts that a group must keep.
+    minimum: usize,
+}
+
+impl Limits {
+    fn of(moe: &Moe) -> Result<Self, PruneError> {
+        let (num_groups, top_groups, at_least) = match moe.router.groups {
+            None => (1, 1, 1),
+            Some(groups) => {
+                let least = if groups.score == GroupScore::TopTwoSum {
+                    2
+                } else {
+                    1
+                };
+                (groups.num_groups, groups.top_groups, least)
+            }
+        };
+        let minimum = at_least.max(moe.top_k.div_ceil(top_groups.clamp(1, num_groups.max(1))));
+        let limits = Self {
+            num_groups,
+            top_groups,
+            group_size: moe.num_experts / num_groups.max(1),
+            minimum,
+        };
+        let even = num_groups > 0 && moe.num_experts.is_multiple_of(num_groups);
+        if !even || top_groups == 0 || minimum > limits.group_size {
+            return Err(limits.unreachable(moe));
+        }
+        Ok(limits)
+    }
+
+    fn unreachable(&self, moe: &Moe) -> PruneError {
+        PruneError::TopKUnreachable {
+            top_k: moe.top_k,
+            num_experts: moe.num_experts,
+            num_groups: self.num_groups,
+            top_groups: self.top_groups,
+            minimum: self.minimum,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -153,6 +211,27 @@ mod tests {
                 .contains("6 of 16 experts in 8 groups, 2 in play"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn counts_are_taken_as_they_are_or_refused() {
+        let kept = |moe: &Moe, count| kept_count(moe, count).map(|kept| kept.per_layer());
+        let plain = moe(64, 6, None);
+        assert_eq!(kept(&plain, 48), Ok(48));
+        assert_eq!(kept(&plain, 6), Ok(6));
+        assert_eq!(kept(&plain, 64), Ok(64));
+        let v3 = moe(256, 8, Some(groups(8, 4, GroupScore::TopTwoSum)));
+        assert_eq!(kept(&v3, 16), Ok(16));
+        for (moe, count, problem) in [
+            (&plain, 65, "a layer has 64"),
+            (&plain, 5, "could not choose its 6"),
+            (&plain, 0, "could not choose its 6"),
+            (&v3, 100, "each of the 8 router groups"),
+            (&v3, 8, "possible here: 16, 24, 32"),
+        ] {
+            let error = kept_count(moe, count).unwrap_err().to_string();
+            assert!(error.contains(problem), "{error}");
+        }
     }
 
     #[test]

@@ -53,6 +53,11 @@ fn domain_scores(statistics: &LayerStatistics, score: ExpertScore) -> Vec<f64> {
         ExpertScore::Man => means(&statistics.norm_sum),
         ExpertScore::Msan => means(&statistics.norm_sq_sum),
         ExpertScore::EasyEp => statistics.residual_direction.clone(),
+        ExpertScore::GatingShare => {
+            let total = statistics.total_tokens as f64;
+            let shares = statistics.normalised_gate_sum.iter();
+            shares.map(|&sum| divided(sum, total)).collect()
+        }
         ExpertScore::Random => vec![0.0; statistics.num_experts],
     }
 }
@@ -110,6 +115,8 @@ mod tests {
             gated_norm_sum: vec![2.0, 0.0, 5.0],
             direction: vec![7.0, 0.0, 9.0],
             residual_direction: vec![0.5, 0.0, 0.25],
+            normalised_gate_sum: vec![3.0, 0.0, 5.0],
+            total_tokens: 8,
             ..LayerStatistics::default()
         }
     }
@@ -125,6 +132,7 @@ mod tests {
             (ExpertScore::Man, [2.0, 0.0, 3.0]),
             (ExpertScore::Msan, [5.0, 0.0, 9.0]),
             (ExpertScore::EasyEp, [0.5, 0.0, 0.25]),
+            (ExpertScore::GatingShare, [0.375, 0.0, 0.625]),
         ];
         for (score, expected) in cases {
             assert_eq!(domain_scores(&statistics(), score), expected, "{score}");

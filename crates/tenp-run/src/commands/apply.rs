@@ -1,8 +1,14 @@
 //! `apply`: write the checkpoint of a plan.
 
+use std::cell::OnceCell;
+
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
-use tenp_checkpoint::{ApplyOptions, ApplyOutcome, Checkpoint, OutputForm, Plan, apply};
+use tenp_checkpoint::{
+    ApplyOptions, ApplyOutcome, Checkpoint, LayerRewriter, OutputForm, Plan, apply_rewritten,
+};
+use tenp_kernels::Compute;
+use tenp_model::rewrite::Dern;
 
 use crate::cli::{Apply, FormArg, OutputArgs};
 use crate::progress::{Progress, Unit};
@@ -48,19 +54,27 @@ pub(super) fn write(
         )],
         report: cards::report(checkpoint, plan, calibration),
     };
+    let merging = OnceCell::new();
+    let merged = |_| {
+        let start = || Progress::new("merge", Unit::Layers, plan.layers.len() as u64, 1);
+        merging.get_or_init(start).advance(1);
+    };
+    let mut dern = Dern::new(checkpoint, plan, Compute::F32, &merged);
+    let rewriter = dern.as_mut().map(|dern| dern as &mut dyn LayerRewriter);
     let mut progress: Option<Progress> = None;
-    let outcome = apply(
+    let outcome = apply_rewritten(
         checkpoint,
         plan,
         &output.output,
         &options,
+        rewriter,
         &mut |done, total| {
             progress
                 .get_or_insert_with(|| Progress::new("write", Unit::Bytes, total, 1))
                 .set(done);
         },
     )?;
-    if let Some(progress) = progress {
+    for progress in merging.into_inner().into_iter().chain(progress) {
         progress.finish();
     }
     let out = output.output.display();

@@ -3,6 +3,7 @@
 
 mod checkpoints;
 mod data;
+mod dern;
 mod options;
 mod outputs;
 mod plans;

@@ -26,7 +26,7 @@ pub(crate) fn statistics() -> &'static Path {
 
 /// The options are refused by `plan`, by `prune` before it calibrates, and by a dry run.
 #[track_caller]
-fn refused(options: &str, needles: &[&str]) {
+pub(crate) fn refused(options: &str, needles: &[&str]) {
     let place = Place::demo();
     let out = place.join("out");
     let data = demo_file("calibration", "facts");

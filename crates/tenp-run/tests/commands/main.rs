@@ -3,6 +3,7 @@
 
 mod calibration;
 mod comparison;
+mod dern;
 mod evaluation;
 mod families;
 mod outputs;

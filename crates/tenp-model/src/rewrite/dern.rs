@@ -1,0 +1,288 @@
+//! DERN (arXiv 2509.10377, `docs/methods.md`): neurons of dropped experts are reassigned to the kept experts that they are
+//! most alike, and each kept expert's neurons are merged back to its width.
+
+mod merge;
+mod start;
+
+use std::error::Error;
+
+use serde_json::{Map, Value, json};
+use tenp_checkpoint::plan::{self, MergeWeights, RouterRule};
+use tenp_checkpoint::{
+    Checkpoint, LayerPlan, LayerRewriter, Matrix, Notes, Plan, RewrittenExpert, RewrittenLayer,
+};
+use tenp_kernels::Compute;
+use tenp_kernels::cpu::moe::ExpertWeights;
+use tenp_kernels::cpu::segments::{MeasuredExpert, Segments, Similarity, best_matches};
+
+use super::encode::encode;
+use crate::ModelError;
+use crate::error::AtLayer;
+use crate::weights::expert;
+use merge::{Points, merge};
+use start::Start;
+
+/// Merges what a plan drops.
+pub struct Dern<'c> {
+    checkpoint: &'c Checkpoint,
+    settings: &'c plan::Dern,
+    compute: Compute,
+    layers: Vec<LayerOutcome>,
+    progress: &'c dyn Fn(usize),
+}
+
+/// What happened to a layer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct LayerOutcome {
+    layer: usize,
+    moved: usize,
+    discarded: usize,
+    /// Kept experts with new neurons.
+    merged: usize,
+    /// Rounds of the longest k-means.
+    rounds: usize,
+}
+
+impl LayerOutcome {
+    fn json(&self) -> Value {
+        json!({
+            "layer": self.layer,
+            "moved": self.moved,
+            "discarded": self.discarded,
+            "merged_experts": self.merged,
+            "rounds": self.rounds,
+        })
+    }
+}
+
+/// A dropped expert's neuron at a kept expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Received {
+    expert: usize,
+    neuron: usize,
+    flipped: bool,
+}
+
+/// Where the dropped experts' neurons go.
+struct Reassigned {
+    /// By kept expert, in order.
+    received: Vec<Vec<Received>>,
+    discarded: usize,
+}
+
+impl<'c> Dern<'c> {
+    /// The rewriter of a plan that merges; `None` for one that does not.
+    ///
+    /// `progress` is told each layer when it is done.
+    pub fn new(
+        checkpoint: &'c Checkpoint,
+        plan: &'c Plan,
+        compute: Compute,
+        progress: &'c dyn Fn(usize),
+    ) -> Option<Self> {
+        Some(Self {
+            checkpoint,
+            settings: plan.dern.as_ref()?,
+            compute,
+            layers: Vec::new(),
+            progress,
+        })
+    }
+
+    fn rewrite(&mut self, plan: &LayerPlan) -> Result<RewrittenLayer, ModelError> {
+        let layer = plan.layer;
+        let config = self.checkpoint.config();
+        let experts = (0..config.moe.num_experts)
+            .map(|e| expert(&self.checkpoint.expert(layer, e)?).at(layer))
+            .collect::<Result<Vec<_>, ModelError>>()?;
+        let kept: Vec<usize> = plan.kept().map(|expert| expert.id).collect();
+        let reassigned = self.reassign(layer, &experts, &kept)?;
+        let index = config.moe_index(layer).unwrap_or_default();
+        let mut outcome = LayerOutcome {
+            layer,
+            moved: reassigned.received.iter().map(Vec::len).sum(),
+            discarded: reassigned.discarded,
+            ..LayerOutcome::default()
+        };
+        let mut new = RewrittenLayer::default();
+        for (&id, received) in kept.iter().zip(&reassigned.received) {
+            let start = Start::new(self.settings, index * config.moe.num_experts + id);
+            let points = self.points((index, id), &experts, received).at(layer)?;
+            let Some(merged) =
+                merge(self.compute, &points, self.settings.rounds, start).at(layer)?
+            else {
+                continue;
+            };
+            outcome.merged += 1;
+            outcome.rounds = outcome.rounds.max(merged.rounds);
+            new.experts.push(self.encode(layer, id, &merged.centres)?);
+        }
+        if self.settings.router == RouterRule::Transfer && outcome.moved > 0 {
+            new.router = Some(self.router(layer, &kept, &reassigned)?);
+        }
+        self.layers.push(outcome);
+        (self.progress)(layer);
+        Ok(new)
+    }
+
+    /// The segments of one dropped expert at a time are compared with all kept ones.
+    fn reassign(
+        &self,
+        layer: usize,
+        experts: &[ExpertWeights<'_>],
+        kept: &[usize],
+    ) -> Result<Reassigned, ModelError> {
+        let kept_weights: Vec<_> = kept.iter().map(|&e| experts[e]).collect();
+        let measured = MeasuredExpert::all(&kept_weights).at(layer)?;
+        let [lambda_gate, lambda_up, lambda_down] = self.settings.lambda.map(|l| l as f32);
+        let similarity = Similarity {
+            lambda_gate,
+            lambda_up,
+            lambda_down,
+            sign_canonical: self.settings.sign_canonical,
+        };
+        let mut reassigned = Reassigned {
+            received: vec![Vec::new(); kept.len()],
+            discarded: 0,
+        };
+        for (expert, weights) in experts.iter().enumerate() {
+            if kept.contains(&expert) {
+                continue;
+            }
+            let rows = Segments::of_expert(weights).at(layer)?;
+            let matches = best_matches(self.compute, &rows, &measured, similarity).at(layer)?;
+            for (neuron, found) in matches.into_iter().enumerate() {
+                match found.filter(|m| f64::from(m.value) > self.settings.threshold) {
+                    Some(found) => reassigned.received[found.expert].push(Received {
+                        expert,
+                        neuron,
+                        flipped: found.flipped,
+                    }),
+                    None => reassigned.discarded += 1,
+                }
+            }
+        }
+        Ok(reassigned)
+    }
+
+    /// A kept expert's own neurons, then those it received.
+    fn points(
+        &self,
+        (index, id): (usize, usize),
+        experts: &[ExpertWeights<'_>],
+        received: &[Received],
+    ) -> Result<Points, tenp_kernels::KernelError> {
+        let weight = |expert: usize| match self.settings.merge_weights {
+            MergeWeights::Router => self.settings.scores[index][expert] as f32,
+            MergeWeights::Uniform => 1.0,
+        };
+        let own = experts[id].width();
+        if received.is_empty() {
+            return Ok(Points::default());
+        }
+        let mut points = Points {
+            segments: Segments::of_expert(&experts[id])?,
+            weights: vec![weight(id); own],
+            flipped: vec![false; own],
+            own,
+        };
+        for run in received.chunk_by(|a, b| a.expert == b.expert) {
+            let neurons: Vec<usize> = run.iter().map(|r| r.neuron).collect();
+            points.segments.extend(&experts[run[0].expert], &neurons)?;
+            for received in run {
+                points.weights.push(weight(received.expert));
+                points.flipped.push(received.flipped);
+            }
+        }
+        Ok(points)
+    }
+
+    fn encode(
+        &self,
+        layer: usize,
+        id: usize,
+        neurons: &Segments,
+    ) -> Result<RewrittenExpert, ModelError> {
+        let old = self.checkpoint.expert(layer, id)?;
+        let (width, hidden) = (neurons.len(), neurons.hidden());
+        let mut tables = [0; 3].map(|_| Vec::with_capacity(width * hidden));
+        for neuron in 0..width {
+            for (table, part) in tables.iter_mut().zip(neurons.parts(neuron)) {
+                table.extend_from_slice(part);
+            }
+        }
+        let [gate, up, columns] = tables;
+        let mut down = vec![0f32; width * hidden];
+        for (neuron, column) in columns.chunks_exact(hidden).enumerate() {
+            for (row, value) in column.iter().enumerate() {
+                down[row * width + neuron] = *value;
+            }
+        }
+        Ok(RewrittenExpert {
+            id,
+            gate: Some(encode(layer, old.gate.dtype, &gate)?),
+            up: Some(encode(layer, old.up.dtype, &up)?),
+            down: Some(encode(layer, old.down.dtype, &down)?),
+        })
+    }
+
+    /// `row_r += Σ_e (moved_{e→r} / K) · row_e`, dropped rows gone. Rows that gain nothing keep their bytes.
+    fn router(
+        &self,
+        layer: usize,
+        kept: &[usize],
+        reassigned: &Reassigned,
+    ) -> Result<Vec<u8>, ModelError> {
+        let router: Matrix<'_> = self.checkpoint.router(layer)?.weight;
+        let (values, hidden) = (router.to_f32(), router.cols);
+        let width = self.checkpoint.config().moe.expert_width as f64;
+        let mut bytes = Vec::with_capacity(kept.len() * router.row(0).len());
+        for (&id, received) in kept.iter().zip(&reassigned.received) {
+            if received.is_empty() {
+                bytes.extend_from_slice(router.row(id));
+                continue;
+            }
+            let own = &values[id * hidden..(id + 1) * hidden];
+            let mut sums: Vec<f64> = own.iter().map(|v| f64::from(*v)).collect();
+            for run in received.chunk_by(|a, b| a.expert == b.expert) {
+                let share = run.len() as f64 / width;
+                let row = &values[run[0].expert * hidden..][..hidden];
+                for (sum, value) in sums.iter_mut().zip(row) {
+                    *sum += share * f64::from(*value);
+                }
+            }
+            let sums: Vec<f32> = sums.into_iter().map(|sum| sum as f32).collect();
+            bytes.extend(encode(layer, router.dtype, &sums)?);
+        }
+        Ok(bytes)
+    }
+}
+
+impl LayerRewriter for Dern<'_> {
+    fn settings(&self) -> String {
+        let compute = match self.compute {
+            Compute::F32 => "f32",
+            Compute::Bf16 => "bf16",
+        };
+        format!("dern 1 {compute}")
+    }
+
+    fn layer(&mut self, layer: &LayerPlan) -> Result<RewrittenLayer, Box<dyn Error + Send + Sync>> {
+        Ok(self.rewrite(layer)?)
+    }
+
+    fn notes(&self) -> Notes {
+        let sum = |of: &dyn Fn(&LayerOutcome) -> usize| self.layers.iter().map(of).sum::<usize>();
+        let (moved, discarded) = (sum(&|l| l.moved), sum(&|l| l.discarded));
+        let mut report = Map::new();
+        let layers = self.layers.iter().map(LayerOutcome::json);
+        let value =
+            json!({"moved": moved, "discarded": discarded, "layers": layers.collect::<Vec<_>>()});
+        report.insert("dern".to_owned(), value);
+        let card = format!(
+            "\nOf {} neurons of dropped experts, {moved} were merged into kept experts and {discarded} were discarded.\n",
+            moved + discarded
+        );
+        Notes { report, card }
+    }
+}
