@@ -134,6 +134,28 @@ impl ExpertActivations {
     }
 }
 
+impl ExpertActivations {
+    /// h of an expert of the last forward pass, which was over `groups`, transposed: `[width, rows]`.
+    #[must_use]
+    pub fn transposed_h(&self, groups: &ExpertGroups, expert: usize, width: usize) -> Vec<f32> {
+        let rows = groups.rows(expert);
+        let mut out = vec![0f32; width * rows.len()];
+        let mut tile = [[0f32; TILE_COLS]; TILE_ROWS];
+        for panel in panels_of(rows.clone()) {
+            for first in (0..width).step_by(TILE_COLS) {
+                self.h_tile(groups, expert, width, panel, first, &mut tile);
+                for c in 0..(width - first).min(TILE_COLS) {
+                    let at = (first + c) * rows.len() + panel.first_row - rows.start;
+                    for (out, row) in out[at..at + panel.rows].iter_mut().zip(&tile) {
+                        *out = row[c];
+                    }
+                }
+            }
+        }
+        out
+    }
+}
+
 /// Runs every expert on its rows: fills `activations` with h and y.
 ///
 /// `x` is `[tokens, H]`. Experts without rows cost nothing; an expert of width 0 gives zero rows.

@@ -61,7 +61,7 @@ pub fn calibrate(
 }
 
 /// Fingerprint of token ids: the order of samples and their boundaries count.
-fn tokens_fingerprint(samples: &[Vec<u32>]) -> String {
+pub(crate) fn tokens_fingerprint(samples: &[Vec<u32>]) -> String {
     let mut hash = Sha256::new();
     for sample in samples {
         hash.update((sample.len() as u64).to_le_bytes());

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::time::Instant;
 
 use rayon::prelude::*;
-use tenp_checkpoint::{Checkpoint, ModelConfig};
+use tenp_checkpoint::{Checkpoint, ExpertTensors, ModelConfig};
 use tenp_kernels::cpu::direction::{ExpertSums, TokenContext, accumulate_expert_sums};
 use tenp_kernels::cpu::elementwise::{add, all_finite};
 use tenp_kernels::cpu::linear::{PackedRows, linear};
@@ -21,8 +21,8 @@ use crate::engine::Pass;
 use crate::error::AtLayer;
 use crate::forward::{embed, rotary};
 use crate::mlp::{MoeWeights, RoutedOutput, dense_block};
-use crate::weights::non_finite;
-use crate::{BlockSums, KvCache, ModelError, Observer, Sequences, WeightNorms};
+use crate::weights::{expert, non_finite};
+use crate::{BlockSums, KvCache, ModelError, Observer, RoutedActivations, Sequences, WeightNorms};
 
 /// Expert activations of the blocks of tokens in flight may take this much memory.
 const BLOCK_BYTES: usize = 768 << 20;
@@ -174,17 +174,48 @@ impl<'s> CpuPass<'s> {
         })
     }
 
-    fn run_layer(&mut self, layer: usize, observer: &dyn Observer) -> Result<(), ModelError> {
+    /// Shows an observer the layer that the next step runs, and stays before it.
+    pub(crate) fn look(&mut self, observer: &dyn Observer) -> Result<(), ModelError> {
+        let before = self.hidden.clone();
+        let layer = self.layer;
+        self.run_layer(layer, &[], observer)?;
+        self.hidden = before;
+        Ok(())
+    }
+
+    /// Runs one layer with some experts replaced.
+    pub(crate) fn step_with(
+        &mut self,
+        experts: &[(usize, ExpertTensors<'_>)],
+    ) -> Result<(), ModelError> {
+        let layer = self.layer;
+        self.run_layer(layer, experts, &())?;
+        self.model.checkpoint.release_layer(layer);
+        self.layer += 1;
+        Ok(())
+    }
+
+    fn run_layer(
+        &mut self,
+        layer: usize,
+        replaced: &[(usize, ExpertTensors<'_>)],
+        observer: &dyn Observer,
+    ) -> Result<(), ModelError> {
         let checkpoint = self.model.checkpoint;
         let config = checkpoint.config();
         let width = config.hidden_size;
         let norm_weight = |name: &str| {
             checkpoint.vector_f32(&format!("model.layers.{layer}.{name}.weight"), width)
         };
-        let moe = match config.moe_layers.binary_search(&layer) {
+        let mut moe = match config.moe_layers.binary_search(&layer) {
             Ok(_) => Some(MoeWeights::new(checkpoint, layer)?),
             Err(_) => None,
         };
+        if let Some(moe) = &mut moe {
+            for (id, tensors) in replaced {
+                moe.experts[*id] = expert(tensors).at(layer)?;
+            }
+        }
         if let Some(moe) = moe.as_ref().filter(|_| observer.wants_sums()) {
             let (layout, norms) = weight_norms(layer, moe)?;
             observer.begin_sums(layer, &layout, norms)?;
@@ -219,7 +250,7 @@ impl<'s> CpuPass<'s> {
         };
         let buffers = &self.buffers;
         let run = |block| buffers.lend(|buffers| context.run(&shared, block, buffers));
-        if self.model.blocks_in_flight() == 1 {
+        if self.model.blocks_in_flight() == 1 || observer.wants_activations() {
             return blocks.into_iter().try_for_each(run);
         }
         // Collected first, so that of several errors the first block's is reported.
@@ -243,7 +274,7 @@ impl Pass for CpuPass<'_> {
         // Read-ahead on its own thread: on a cold file the call itself can wait for the disk's queue.
         std::thread::scope(|scope| {
             scope.spawn(|| checkpoint.prefetch_layer(layer + 1));
-            self.run_layer(layer, observer)
+            self.run_layer(layer, &[], observer)
         })?;
         checkpoint.release_layer(layer);
         self.layer += 1;
@@ -395,6 +426,13 @@ impl BlockContext<'_> {
             observer.sums(layer.index, index, sums)?;
         }
         experts.keep_packed_outputs(false);
+        if observer.wants_activations() {
+            let routed = RoutedActivations {
+                groups: &routed.groups,
+                activations: experts,
+            };
+            observer.activations(layer.index, rows.clone(), &routed)?;
+        }
         moe.add_shared(compute, x, experts, combined)?;
         if observer.wants_outputs() {
             observer.routed(layer.index, rows.clone(), &routed.routing.expert_ids)?;

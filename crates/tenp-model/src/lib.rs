@@ -36,5 +36,5 @@ pub use cache::KvCache;
 pub use error::ModelError;
 pub use forward::{Model, Run, WorkingBytes};
 pub use head::Head;
-pub use observer::{BlockSums, Observer, WeightNorms};
+pub use observer::{BlockSums, Observer, RoutedActivations, WeightNorms};
 pub use sequences::Sequences;

@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 
-use tenp_kernels::RaggedLayout;
 use tenp_kernels::cpu::direction::ExpertSums;
+use tenp_kernels::cpu::moe::ExpertActivations;
 use tenp_kernels::cpu::neuron::NeuronSums;
+use tenp_kernels::{ExpertGroups, RaggedLayout};
 
 use crate::ModelError;
 
@@ -28,6 +29,15 @@ pub struct BlockSums {
     pub experts: Vec<ExpertSums>,
     /// By neuron.
     pub neurons: NeuronSums,
+}
+
+/// What the routed experts of a MoE layer computed for a block.
+#[derive(Clone, Copy, Debug)]
+pub struct RoutedActivations<'a> {
+    /// Which tokens of the block went to which experts.
+    pub groups: &'a ExpertGroups,
+    /// Activations h and outputs y.
+    pub activations: &'a ExpertActivations,
 }
 
 /// Watches a pass over the layers. Blocks of one layer may come from several threads and in any order; layers come one
@@ -86,6 +96,24 @@ pub trait Observer: Sync {
         _layer: usize,
         _rows: Range<usize>,
         _output: &[f32],
+    ) -> Result<(), ModelError> {
+        Ok(())
+    }
+
+    /// Whether [`Self::activations`] is of interest. Passes on a GPU have none to show.
+    fn wants_activations(&self) -> bool {
+        false
+    }
+
+    /// A MoE layer's routed activations for a block. Blocks come one after another, in the order of the tokens.
+    ///
+    /// # Errors
+    /// Ends the pass.
+    fn activations(
+        &self,
+        _layer: usize,
+        _rows: Range<usize>,
+        _routed: &RoutedActivations<'_>,
     ) -> Result<(), ModelError> {
         Ok(())
     }

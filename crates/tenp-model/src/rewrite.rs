@@ -3,10 +3,15 @@
 //! | what | where |
 //! |---|---|
 //! | merging dropped experts into the others | [`Dern`] |
+//! | fitting what narrowed experts put out | [`LeastSquares`], [`Rescale`] |
 //!
 //! Each is a [`tenp_checkpoint::LayerRewriter`], which [`tenp_checkpoint::apply_rewritten`] asks for one layer at a time.
 
 mod dern;
 mod encode;
+mod recover;
+mod rescale;
 
 pub use dern::Dern;
+pub use recover::{LeastSquares, RecoverOptions};
+pub use rescale::Rescale;

@@ -31,6 +31,7 @@ mod names;
 mod plan;
 mod record;
 mod request;
+mod rescale;
 
 pub use accounting::{ModelSize, accounting};
 pub use calibration::Calibration;
@@ -40,3 +41,4 @@ pub use plan::plan;
 pub use request::{
     Allocation, DEFAULT_LAMBDA, DEFAULT_SLOPE, DEFAULT_THRESHOLD, DernRequest, PlanRequest,
 };
+pub use rescale::rescale_factors;

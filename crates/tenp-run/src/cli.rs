@@ -1,11 +1,14 @@
 //! The command line.
 
+mod weights;
+
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use tenp_checkpoint::plan::{Initialisation, MergeWeights, RouterRule};
 use tenp_model::text::Data;
 use tenp_prune::{ExpertScore, Method, NeuronScore};
+
+pub(crate) use weights::{DernArgs, GatesArg, InputsArg, RecoverArg, RecoverArgs};
 
 /// Shrink Mixture-of-Experts checkpoints without training.
 ///
@@ -50,7 +53,7 @@ pub(crate) enum Command {
     Plan(PlanCommand),
     /// Write the checkpoint that a plan describes.
     #[command(
-        after_help = "Example:\n  tenp-run apply ./DeepSeek-V2-Lite --plan plan.json -o ./DeepSeek-V2-Lite-60"
+        after_help = "Examples:\n  tenp-run apply ./DeepSeek-V2-Lite --plan plan.json -o ./DeepSeek-V2-Lite-60\n  tenp-run apply ./DeepSeek-V2-Lite --plan plan.json --recover least-squares --data calibration.jsonl -o ./DeepSeek-V2-Lite-60"
     )]
     Apply(Apply),
     /// Calibrate, plan and apply in one go.
@@ -248,87 +251,6 @@ pub(crate) struct PlanArgs {
     pub(crate) dern: DernArgs,
 }
 
-#[derive(Clone, Debug, Args)]
-#[command(next_help_heading = "DERN (--method dern)")]
-pub(crate) struct DernArgs {
-    /// What two neurons' similarity is made of: weights of the cosines of gate row, up row and down column
-    /// [default: 0,0.5,0.5].
-    #[arg(long, value_name = "G,U,D", value_parser = lambda)]
-    pub(crate) lambda: Option<[f64; 3]>,
-    /// A dropped expert's neuron moves to a kept expert where their similarity is above this, else it is discarded
-    /// [default: 0.4].
-    #[arg(long, value_name = "SIMILARITY")]
-    pub(crate) threshold: Option<f64>,
-    /// Kept router rows: gain a share of the dropped ones [default], or stay as they are.
-    #[arg(long, value_enum, value_name = "RULE")]
-    pub(crate) router: Option<RouterArg>,
-    /// Where the clustering starts: neurons with the largest gate entries [default], or by lot.
-    #[arg(long, value_enum, value_name = "START")]
-    pub(crate) init: Option<InitArg>,
-    /// Weight of a neuron in a merge: how much the router favours its expert [default], or all the same.
-    #[arg(long, value_enum, value_name = "WEIGHTS")]
-    pub(crate) merge_weights: Option<MergeWeightsArg>,
-    /// Neurons that differ in the sign of both up and down count as the same.
-    #[arg(long)]
-    pub(crate) sign_canonical: bool,
-}
-
-/// An option whose values another crate names.
-macro_rules! value_arg {
-    ($(#[$meta:meta])* $name:ident = $of:ident { $($(#[$variant_meta:meta])* $variant:ident),* }) => {
-        $(#[$meta])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-        pub(crate) enum $name { $($(#[$variant_meta])* $variant),* }
-
-        impl From<$name> for $of {
-            fn from(value: $name) -> Self {
-                match value { $($name::$variant => Self::$variant),* }
-            }
-        }
-    };
-}
-
-value_arg! {
-    /// What becomes of kept router rows.
-    RouterArg = RouterRule {
-        /// Gain the dropped rows, by the share of neurons moved.
-        Transfer,
-        /// Stay as they are.
-        Keep
-    }
-}
-value_arg! {
-    /// Start of the clustering.
-    InitArg = Initialisation {
-        /// Neurons with the largest entry of a gate row.
-        Peak,
-        /// By lot.
-        Random
-    }
-}
-value_arg! {
-    /// Weights of a merge.
-    MergeWeightsArg = MergeWeights {
-        /// The router's favour of the expert a neuron comes from.
-        Router,
-        /// All the same.
-        Uniform
-    }
-}
-
-fn lambda(text: &str) -> Result<[f64; 3], String> {
-    let values: Vec<f64> = text
-        .split(',')
-        .map(|value| {
-            value
-                .trim()
-                .parse()
-                .map_err(|_| format!("`{value}` is not a number"))
-        })
-        .collect::<Result<_, _>>()?;
-    <[f64; 3]>::try_from(values).map_err(|_| "expected three numbers, such as 0,0.5,0.5".to_owned())
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Normalise {
     /// Scores by their layer's norm.
@@ -424,6 +346,19 @@ pub(crate) struct Apply {
     #[arg(long, value_name = "FILE")]
     pub(crate) plan: PathBuf,
     #[command(flatten)]
+    pub(crate) recover: RecoverArgs,
+    /// Calibration text for --recover: the kinds of files that calibrate takes. May repeat.
+    #[arg(long, num_args = 1.., value_name = "[DOMAIN=]FILE")]
+    pub(crate) data: Vec<Data>,
+    /// Samples per domain, the first ones.
+    #[arg(long, default_value_t = 128, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) samples: u32,
+    /// Tokens per sample; longer ones are cut [default: 2048, or the model's positions if those are fewer].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) seq_len: Option<u32>,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+    #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// Print the outcome as JSON.
     #[arg(long)]
@@ -440,6 +375,8 @@ pub(crate) struct Prune {
     pub(crate) run: RunArgs,
     #[command(flatten)]
     pub(crate) plan: PlanArgs,
+    #[command(flatten)]
+    pub(crate) recover: RecoverArgs,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// Keep the statistics here, to plan other budgets without calibrating again.
@@ -527,7 +464,8 @@ pub(crate) struct Compare {
     /// Texts for perplexity. May repeat.
     #[arg(long, num_args = 1.., value_name = "FILE")]
     pub(crate) text: Vec<PathBuf>,
-    /// Methods of `plan --method`, options of `plan` behind colons: tenp:neuron-score=energy:alpha=0.2.
+    /// Methods of `plan --method`; options of `plan` and of recovery behind colons, such as tenp:neuron-score=energy or
+    /// enp:recover=least-squares.
     #[arg(
         long,
         value_delimiter = ',',

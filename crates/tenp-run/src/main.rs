@@ -13,6 +13,7 @@ mod picture;
 mod place;
 mod plots;
 mod progress;
+mod recovery;
 mod requests;
 
 use std::process::ExitCode;

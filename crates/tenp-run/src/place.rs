@@ -87,6 +87,15 @@ impl Place {
         }
     }
 
+    /// Precision of what is done on the CPU even where models run elsewhere.
+    pub(crate) fn cpu_compute(&self) -> Compute {
+        match self {
+            Self::Cpu(compute) => *compute,
+            #[cfg(feature = "cuda")]
+            Self::Gpu(_) => Compute::F32,
+        }
+    }
+
     /// Gives `work` a model of the checkpoint.
     ///
     /// # Errors

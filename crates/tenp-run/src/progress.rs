@@ -110,7 +110,7 @@ impl Progress {
     }
 
     /// Clears the bar and leaves one line.
-    pub(crate) fn finish(self) {
+    pub(crate) fn finish(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }

@@ -22,6 +22,14 @@ const DROPPING: [&str; 7] = [
     "easy-ep",
 ];
 
+/// Least squares as it is by default, and what it is compared with.
+const RECOVERIES: [&str; 4] = [
+    "--recover least-squares",
+    "--recover least-squares --recover-gates ungated",
+    "--recover least-squares --recover-inputs original",
+    "--recover rescale",
+];
+
 /// Answer NLL of TENP, over all answer tokens of the tasks.
 const TENP_NLL: f64 = 0.285;
 
@@ -68,12 +76,26 @@ impl Bench {
     }
 
     fn score(&self, options: &str) -> Score {
+        self.recovered(options, "")
+    }
+
+    /// With recovery on the text that the statistics are of.
+    fn recovered(&self, options: &str, recover: &str) -> Score {
         let name = options.replace(['/', ' '], "_");
         let name = &name[name.len().saturating_sub(60)..];
         let (plan, out) = (self.scratch.join("plan.json"), self.scratch.join(name));
         let line = format!("plan {{}} --stats {{}} {options} -o {{}}");
         tenp(&line, &[&demo(), &self.stats, &plan]).ok();
-        tenp("apply {} --plan {} -o {}", &[&demo(), &plan, &out]).ok();
+        if recover.is_empty() {
+            tenp("apply {} --plan {} -o {}", &[&demo(), &plan, &out]).ok();
+        } else {
+            let [arith, code, facts, lists] = DOMAINS.map(|d| demo_file("calibration", d));
+            let line = format!(
+                "apply {{}} --plan {{}} {recover} --data arith={{}} code={{}} facts={{}} lists={{}} -o {{}}"
+            );
+            let paths: [&Path; 7] = [&demo(), &plan, &arith, &code, &facts, &lists, &out];
+            tenp(&line, &paths).ok();
+        }
         let score = self.evaluate(&out);
         std::fs::remove_dir_all(&out).unwrap();
         score
@@ -95,6 +117,7 @@ impl Bench {
 struct Scores {
     full: Score,
     tenp: Score,
+    recovered: Vec<(&'static str, Score)>,
     random_neurons: Vec<Score>,
     dropping: Vec<(&'static str, Score)>,
     random_experts: Vec<Score>,
@@ -111,6 +134,9 @@ fn scores() -> &'static Scores {
         let scores = Scores {
             full: bench.evaluate(&demo()),
             tenp: bench.score("--method tenp --keep 0.6"),
+            recovered: RECOVERIES
+                .map(|r| (r, bench.recovered("--method tenp --keep 0.6", r)))
+                .to_vec(),
             random_neurons: (0..3)
                 .map(|s| bench.score(&format!("{random} {s}")))
                 .collect(),
@@ -140,6 +166,7 @@ impl Scores {
         };
         row("full", &self.full);
         row("tenp", &self.tenp);
+        self.recovered.iter().for_each(|(r, s)| row(r, s));
         self.random_neurons
             .iter()
             .for_each(|s| row("random neurons", s));
@@ -173,6 +200,18 @@ fn tenp_keeps_the_answers() {
     let scores = scores();
     assert!(scores.tenp.nll <= TENP_NLL, "{}", scores.table());
     assert!(scores.tenp.nll > scores.full.nll, "{}", scores.table());
+}
+
+#[test]
+fn least_squares_closes_half_of_the_gap() {
+    let scores = scores();
+    let (_, recovered) = scores.recovered[0];
+    let gap = scores.tenp.nll - scores.full.nll;
+    assert!(
+        recovered.nll <= scores.tenp.nll - 0.5 * gap,
+        "{}",
+        scores.table()
+    );
 }
 
 #[test]

@@ -28,7 +28,7 @@ pub struct Dern<'c> {
     settings: &'c plan::Dern,
     compute: Compute,
     layers: Vec<LayerOutcome>,
-    progress: &'c dyn Fn(usize),
+    progress: Box<dyn Fn(usize) + 'c>,
 }
 
 /// What happened to a layer.
@@ -78,7 +78,7 @@ impl<'c> Dern<'c> {
         checkpoint: &'c Checkpoint,
         plan: &'c Plan,
         compute: Compute,
-        progress: &'c dyn Fn(usize),
+        progress: Box<dyn Fn(usize) + 'c>,
     ) -> Option<Self> {
         Some(Self {
             checkpoint,

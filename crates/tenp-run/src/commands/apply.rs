@@ -1,25 +1,58 @@
 //! `apply`: write the checkpoint of a plan.
 
-use std::cell::OnceCell;
+use std::collections::BTreeMap;
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use tenp_checkpoint::{
     ApplyOptions, ApplyOutcome, Checkpoint, LayerRewriter, OutputForm, Plan, apply_rewritten,
+    check_form, check_output, output_bytes,
 };
 use tenp_kernels::Compute;
-use tenp_model::rewrite::Dern;
+use tenp_model::rewrite::{Dern, LeastSquares, Rescale};
 
-use crate::cli::{Apply, FormArg, OutputArgs};
+use crate::cli::{Apply, ComputeArg, DataArgs, FormArg, OutputArgs, RecoverArg};
+use crate::failure::usage;
+use crate::models::Domains;
+use crate::place::Place;
 use crate::progress::{Progress, Unit};
+use crate::recovery::{self, Recovery};
 use crate::{cards, console, models};
 
 pub(super) fn run(args: &Apply) -> Result<()> {
+    recovery::check(args.recover)?;
+    check_data(args)?;
     let checkpoint = models::open(&args.model)?;
     let plan = Plan::read(&args.plan)?;
     plan.validate(&checkpoint)
         .with_context(|| format!("cannot apply {}", args.plan.display()))?;
-    let outcome = write(&checkpoint, &plan, &args.output, None)?;
+    recovery::check_plan(args.recover, &checkpoint, &plan)?;
+    let compute = match args.run.compute {
+        Some(ComputeArg::Bf16) => Compute::Bf16,
+        _ => Compute::F32,
+    };
+    let sequences;
+    let recovery = match args.recover.recover {
+        RecoverArg::None => Recovery::None,
+        kind => {
+            let (domains, weights) = calibration(args, &checkpoint, &plan)?;
+            if kind == RecoverArg::Rescale {
+                let place = Place::new(args.run)?;
+                let statistics = super::calibrate::run_domains(&checkpoint, &domains, &place)?;
+                recovery::rescale(&checkpoint, &plan, &statistics, &weights)?
+            } else {
+                sequences = recovery::sequences(&domains, &weights);
+                recovery::least_squares(args.recover, &sequences)
+            }
+        }
+    };
+    let making = Making {
+        calibration: None,
+        recovery,
+        compute,
+    };
+    let outcome = write(&checkpoint, &plan, &args.output, making)?;
     if args.json {
         console::json(&outcome_json(&plan, outcome));
     }
@@ -36,12 +69,54 @@ impl From<FormArg> for OutputForm {
     }
 }
 
+/// The text that recovery is to be made on, and what its domains weigh in the plan. What would be refused later is refused
+/// before it is read.
+fn calibration(
+    args: &Apply,
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+) -> Result<(Domains, BTreeMap<String, f64>)> {
+    let form = args.output.form.into();
+    check_form(checkpoint, plan, form)?;
+    let needed = output_bytes(checkpoint, plan, form)?;
+    check_output(checkpoint, &args.output.output, args.output.force, needed)?;
+    let data = DataArgs {
+        data: args.data.clone(),
+        samples: args.samples,
+        seq_len: args.seq_len,
+    };
+    let domains = models::Texts::new(checkpoint).domains(&data)?;
+    let weights = recovery::plan_weights(plan, &domains);
+    Ok((domains, weights))
+}
+
+fn check_data(args: &Apply) -> Result<()> {
+    match (args.recover.recover, args.data.is_empty()) {
+        (RecoverArg::None, false) => Err(usage(
+            "--data has no effect without --recover: a plan is applied without text",
+        )),
+        (RecoverArg::Rescale | RecoverArg::LeastSquares, true) => {
+            Err(usage("--recover needs calibration text: give --data"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What goes into an output beside checkpoint and plan.
+pub(super) struct Making<'a> {
+    /// For the report.
+    pub(super) calibration: Option<Value>,
+    pub(super) recovery: Recovery<'a>,
+    /// Of merging and fitting.
+    pub(super) compute: Compute,
+}
+
 /// Writes the output folder with card and report, and says what happened.
 pub(super) fn write(
     checkpoint: &Checkpoint,
     plan: &Plan,
     output: &OutputArgs,
-    calibration: Option<Value>,
+    making: Making<'_>,
 ) -> Result<ApplyOutcome> {
     let form = output.form.into();
     let options = ApplyOptions {
@@ -52,29 +127,32 @@ pub(super) fn write(
             "README.md".to_owned(),
             cards::model_card(checkpoint, plan, form).into_bytes(),
         )],
-        report: cards::report(checkpoint, plan, calibration),
+        report: cards::report(checkpoint, plan, making.calibration),
     };
-    let merging = OnceCell::new();
-    let merged = |_| {
-        let start = || Progress::new("merge", Unit::Layers, plan.layers.len() as u64, 1);
-        merging.get_or_init(start).advance(1);
-    };
-    let mut dern = Dern::new(checkpoint, plan, Compute::F32, &merged);
-    let rewriter = dern.as_mut().map(|dern| dern as &mut dyn LayerRewriter);
+    let computing = OnceLock::new();
+    let mut rewriter = rewriter(
+        checkpoint,
+        plan,
+        making.recovery,
+        making.compute,
+        &computing,
+    )?;
     let mut progress: Option<Progress> = None;
     let outcome = apply_rewritten(
         checkpoint,
         plan,
         &output.output,
         &options,
-        rewriter,
+        rewriter
+            .as_mut()
+            .map(|rewriter| &mut **rewriter as &mut dyn LayerRewriter),
         &mut |done, total| {
             progress
                 .get_or_insert_with(|| Progress::new("write", Unit::Bytes, total, 1))
                 .set(done);
         },
     )?;
-    for progress in merging.into_inner().into_iter().chain(progress) {
+    for progress in computing.get().into_iter().chain(&progress) {
         progress.finish();
     }
     let out = output.output.display();
@@ -95,6 +173,34 @@ pub(super) fn write(
         }
     });
     Ok(outcome)
+}
+
+/// What computes new weights, if anything does; `progress` starts with its first layer.
+pub(super) fn rewriter<'a>(
+    checkpoint: &'a Checkpoint,
+    plan: &'a Plan,
+    recovery: Recovery<'a>,
+    compute: Compute,
+    progress: &'a OnceLock<Progress>,
+) -> Result<Option<Box<dyn LayerRewriter + 'a>>> {
+    Ok(match recovery {
+        Recovery::None => {
+            let total = plan.layers.len() as u64;
+            let start = move || Progress::new("merge", Unit::Layers, total, 1);
+            let advance = Box::new(move |_| progress.get_or_init(start).advance(1));
+            Dern::new(checkpoint, plan, compute, advance).map(|dern| Box::new(dern) as _)
+        }
+        Recovery::Rescale(factors) => Some(Box::new(Rescale::new(checkpoint, factors))),
+        Recovery::LeastSquares { sequences, options } => {
+            let layers = checkpoint.config().num_layers;
+            let total = (sequences.num_tokens() * layers) as u64;
+            let start = move || Progress::new("recover", Unit::Tokens, total, layers);
+            let advance =
+                Box::new(move |tokens: usize| progress.get_or_init(start).advance(tokens as u64));
+            let fit = LeastSquares::new(checkpoint, sequences, compute, options, advance)?;
+            Some(Box::new(fit))
+        }
+    })
 }
 
 /// The outcome for a machine.

@@ -139,7 +139,7 @@ fn run_cells(bench: &Bench<'_>, grid: &Grid, draws: &[Domains]) -> Result<Vec<Ce
                 continue;
             }
             let statistics = statistics.as_ref().expect("a cell is missing");
-            let cell = bench.run_cell(&key, statistics)?;
+            let cell = bench.run_cell(&key, statistics, domains)?;
             ran += 1;
             let left = (total - done) as f64 * started.elapsed().as_secs_f64() / f64::from(ran);
             console::note(&format!(

@@ -9,13 +9,16 @@ use tenp_checkpoint::{
 };
 use tenp_model::Model;
 
-use crate::cli::Prune;
+use super::apply::Making;
+use crate::cli::{Prune, RecoverArg};
 use crate::failure::usage;
 use crate::place::Place;
+use crate::recovery::{self, Recovery};
 use crate::{console, models, requests};
 
 pub(super) fn run(args: &Prune) -> Result<()> {
     let request = requests::request(&args.plan)?;
+    recovery::check(args.recover)?;
     let checkpoint = models::open(&args.model)?;
     if let Some(original) = checkpoint.pruned_from() {
         let dir = args.model.display();
@@ -39,6 +42,7 @@ pub(super) fn run(args: &Prune) -> Result<()> {
         force,
         if args.dry_run { 0 } else { bytes_after },
     )?;
+    recovery::check_plan(args.recover, &checkpoint, &rehearsed)?;
     let domains = models::Texts::new(&checkpoint).domains(&args.data)?;
     let place = Place::new(args.run)?;
     if args.dry_run {
@@ -49,7 +53,11 @@ pub(super) fn run(args: &Prune) -> Result<()> {
     }
     let inputs = models::fingerprint(&(
         (checkpoint.fingerprint(), &domains, place.name()),
-        (format!("{request:?}"), form.name(), args.output.shard_size),
+        (
+            format!("{request:?} {:?}", args.recover),
+            form.name(),
+            args.output.shard_size,
+        ),
         env!("CARGO_PKG_VERSION"),
     ));
     if !force && let Some(plan) = finished(out, &inputs)? {
@@ -69,7 +77,18 @@ pub(super) fn run(args: &Prune) -> Result<()> {
         "compute": statistics.compute,
         "inputs": inputs,
     });
-    let outcome = super::apply::write(&checkpoint, &plan, &args.output, Some(calibration))?;
+    let weights = &request.domain_weights;
+    let sequences = recovery::sequences(&domains, weights);
+    let making = Making {
+        calibration: Some(calibration),
+        recovery: match args.recover.recover {
+            RecoverArg::None => Recovery::None,
+            RecoverArg::Rescale => recovery::rescale(&checkpoint, &plan, &statistics, weights)?,
+            RecoverArg::LeastSquares => recovery::least_squares(args.recover, &sequences),
+        },
+        compute: place.cpu_compute(),
+    };
+    let outcome = super::apply::write(&checkpoint, &plan, &args.output, making)?;
     report(&checkpoint, args, &plan, outcome);
     Ok(())
 }

@@ -100,6 +100,7 @@ fn what_cannot_be_compared_is_refused_before_any_work() {
             &["--methods tenp:colour=red", "--colour"],
         ),
         ("--methods tenp,enp,tenp", &["--methods", "twice"]),
+        ("--methods reap:recover=rescale", &["--recover", "reap"]),
         ("--methods enp --keep 0.5,1.5", &["--keep", "1.5"]),
     ] {
         let line = format!("compare {{}} --data {{}} --tasks {{}} -o {{}} {change}");

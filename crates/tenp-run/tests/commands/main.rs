@@ -8,5 +8,6 @@ mod evaluation;
 mod families;
 mod outputs;
 mod plans;
+mod recovery;
 #[path = "../support/mod.rs"]
 mod support;

@@ -1,19 +1,25 @@
 //! One cell: prune, measure, forget the checkpoint, keep the figures.
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tenp_checkpoint::{Accounting, ApplyOptions, Checkpoint, Statistics, apply, replace_file};
+use tenp_checkpoint::{
+    Accounting, ApplyOptions, Checkpoint, LayerRewriter, Statistics, apply_rewritten, replace_file,
+};
 use tenp_model::evaluate::{Comparison, TaskScore, TextScore, compare, score_tasks, score_text};
 use tenp_model::text::Task;
 
 use super::grid::Key;
+use crate::cli::RecoverArg;
+use crate::commands::apply::rewriter;
 use crate::commands::{calibrate, eval};
 use crate::models::{self, Domains};
 use crate::place::Place;
+use crate::recovery::{self, Recovery};
 use crate::requests;
 
 /// What every cell is measured with.
@@ -251,16 +257,41 @@ impl Bench<'_> {
     }
 
     /// Prunes, measures and writes the figures; the pruned checkpoint is gone afterwards.
-    pub(super) fn run_cell(&self, key: &Key, statistics: &Statistics) -> Result<Cell> {
+    pub(super) fn run_cell(
+        &self,
+        key: &Key,
+        statistics: &Statistics,
+        domains: &Domains,
+    ) -> Result<Cell> {
         let started = Instant::now();
-        let plan = requests::plan(self.checkpoint, statistics, &key.request()?)?;
+        let (request, recover) = key.request()?;
+        let plan = requests::plan(self.checkpoint, statistics, &request)?;
+        let weights = &request.domain_weights;
+        let sequences = recovery::sequences(domains, weights);
+        let recovery = match recover.recover {
+            RecoverArg::None => Recovery::None,
+            RecoverArg::Rescale => recovery::rescale(self.checkpoint, &plan, statistics, weights)?,
+            RecoverArg::LeastSquares => recovery::least_squares(recover, &sequences),
+        };
+        let (compute, progress) = (self.place.cpu_compute(), OnceLock::new());
+        let mut rewriter = rewriter(self.checkpoint, &plan, recovery, compute, &progress)?;
         let scratch = tempfile::Builder::new()
             .prefix(".pruned-")
             .tempdir_in(self.folder)
             .with_context(|| format!("cannot write into {}", self.folder.display()))?;
         let out = scratch.path().join("model");
         let options = ApplyOptions::default();
-        apply(self.checkpoint, &plan, &out, &options, &mut |_, _| ())?;
+        apply_rewritten(
+            self.checkpoint,
+            &plan,
+            &out,
+            &options,
+            rewriter
+                .as_mut()
+                .map(|r| &mut **r as &mut dyn LayerRewriter),
+            &mut |_, _| (),
+        )?;
+        drop(rewriter);
         let prune_seconds = started.elapsed().as_secs_f64();
         let started = Instant::now();
         let pruned = models::open(&out)?;

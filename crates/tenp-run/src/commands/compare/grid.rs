@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 use tenp_checkpoint::Checkpoint;
 use tenp_prune::PlanRequest;
 
-use crate::cli::{Compare, PlanArgs};
+use crate::cli::{Compare, PlanArgs, RecoverArgs};
 use crate::failure::usage;
-use crate::requests;
+use crate::{recovery, requests};
 
 /// One run: a method at a budget on a calibration draw.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -33,21 +33,19 @@ impl Key {
         format!("{method}-{}-{}", self.keep, self.seed)
     }
 
-    /// What the method asks for at this budget.
+    /// What the method asks for at this budget: `tenp:neuron-score=energy` has the options of
+    /// `prune --method tenp --neuron-score energy`.
     ///
     /// # Errors
     /// A method or an option that there is not.
-    pub(super) fn request(&self) -> Result<PlanRequest> {
-        requests::request(&self.plan_args()?)
-    }
-
-    /// `tenp:neuron-score=energy` has the options of `plan --method tenp --neuron-score energy`.
-    fn plan_args(&self) -> Result<PlanArgs> {
+    pub(super) fn request(&self) -> Result<(PlanRequest, RecoverArgs)> {
         #[derive(Parser)]
         #[command(no_binary_name = true, disable_help_flag = true)]
         struct Options {
             #[command(flatten)]
             plan: PlanArgs,
+            #[command(flatten)]
+            recover: RecoverArgs,
         }
         let mut parts = self.method.split(':');
         let method = parts.next().unwrap_or_default();
@@ -73,7 +71,8 @@ impl Key {
                 self.method
             ))
         })?;
-        Ok(parsed.plan)
+        recovery::check(parsed.recover)?;
+        Ok((requests::request(&parsed.plan)?, parsed.recover))
     }
 }
 
@@ -100,7 +99,9 @@ impl Grid {
         }
         let domains: Vec<&str> = args.data.data.iter().map(|d| d.domain.as_str()).collect();
         for key in grid.cells(0) {
-            requests::rehearse(checkpoint, domains.iter().copied(), &key.request()?)?;
+            let (request, recover) = key.request()?;
+            let plan = requests::rehearse(checkpoint, domains.iter().copied(), &request)?;
+            recovery::check_plan(recover, checkpoint, &plan)?;
         }
         Ok(grid)
     }
@@ -125,6 +126,7 @@ fn first_repeated<T: PartialEq + std::fmt::Display>(values: &[T]) -> Option<Stri
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::RecoverArg;
 
     fn key(method: &str) -> Key {
         Key {
@@ -136,14 +138,16 @@ mod tests {
 
     #[test]
     fn options_go_behind_colons() {
-        let request = key("tenp:neuron-score=energy:alpha=0.1").request().unwrap();
+        let (request, _) = key("tenp:neuron-score=energy:alpha=0.1").request().unwrap();
         assert_eq!(request.neuron_score.unwrap().name(), "energy");
         assert_eq!(
             (request.alpha, request.keep, request.seed),
             (Some(0.1), 0.6, 2)
         );
-        assert_eq!(key("random-neurons:seed=7").request().unwrap().seed, 7);
-        assert!(key("enp:exact").request().unwrap().exact);
+        assert_eq!(key("random-neurons:seed=7").request().unwrap().0.seed, 7);
+        let (_, recover) = key("enp:recover=least-squares").request().unwrap();
+        assert_eq!(recover.recover, RecoverArg::LeastSquares);
+        assert!(key("enp:exact").request().unwrap().0.exact);
         assert_eq!(
             key("tenp:neuron-score=energy").stem(),
             "tenp_neuron-score_energy-0.6-2"

@@ -1,0 +1,319 @@
+//! Least squares (`docs/methods.md`, "Recovery"): the down projection of a narrowed expert is fitted so that its output
+//! stays close to the whole expert's, one layer at a time, on the calibration text.
+
+mod gram;
+mod solve;
+
+use std::error::Error;
+use std::fmt::Write as _;
+
+use rayon::prelude::*;
+use serde_json::{Map, Value, json};
+use tenp_checkpoint::{
+    Checkpoint, ExpertPlan, ExpertTensors, LayerPlan, LayerRewriter, Matrix, Notes,
+    RewrittenExpert, RewrittenLayer,
+};
+use tenp_kernels::Compute;
+
+use super::encode::encode;
+use crate::calibrate::tokens_fingerprint;
+use crate::cpu::{CpuModel, CpuPass};
+use crate::engine::Pass;
+use crate::{ModelError, Sequences};
+use gram::{ExpertGram, Grams, held_out};
+use solve::{Problem, Solution, solve};
+
+/// How the fit is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecoverOptions {
+    /// A token counts by the square of its gate weight; otherwise all count the same.
+    pub gated: bool,
+    /// A layer is fitted on what it gets from the layers already pruned; otherwise on what the original gets.
+    pub on_pruned: bool,
+}
+
+impl Default for RecoverOptions {
+    fn default() -> Self {
+        Self {
+            gated: true,
+            on_pruned: true,
+        }
+    }
+}
+
+/// Fits the down projections of narrowed experts.
+pub struct LeastSquares<'c> {
+    checkpoint: &'c Checkpoint,
+    options: RecoverOptions,
+    settings: String,
+    pass: CpuPass<'c>,
+    /// By token: whether it only serves to choose the ridge.
+    held: Vec<bool>,
+    layers: Vec<LayerOutcome>,
+    progress: Box<dyn Fn(usize) + Sync + 'c>,
+}
+
+/// How far the outputs of a layer's experts are from those of the whole experts.
+#[derive(Clone, Debug, Default)]
+struct LayerOutcome {
+    layer: usize,
+    /// Σ g²‖y‖² over all tokens and over those held out.
+    outputs: [f64; 2],
+    /// The same of the difference, cut and recovered.
+    cut: [f64; 2],
+    recovered: [f64; 2],
+    experts: Vec<(usize, Option<f64>, bool)>,
+}
+
+impl<'c> LeastSquares<'c> {
+    /// `progress` is told the tokens that have passed a layer, from any thread.
+    ///
+    /// # Errors
+    /// Token ids or lengths that the model does not have, an unreadable embedding.
+    pub fn new(
+        checkpoint: &'c Checkpoint,
+        sequences: &'c Sequences,
+        compute: Compute,
+        options: RecoverOptions,
+        progress: Box<dyn Fn(usize) + Sync + 'c>,
+    ) -> Result<Self, ModelError> {
+        sequences.check(checkpoint.config())?;
+        let model = CpuModel {
+            checkpoint,
+            compute,
+        };
+        let samples: Vec<Vec<u32>> = sequences
+            .spans()
+            .iter()
+            .map(|span| sequences.ids()[span.rows.clone()].to_vec())
+            .collect();
+        let labels: Vec<usize> = sequences.spans().iter().map(|span| span.label).collect();
+        Ok(Self {
+            checkpoint,
+            options,
+            settings: format!(
+                "least-squares 1 {compute:?} {options:?} {labels:?} {}",
+                tokens_fingerprint(&samples)
+            ),
+            pass: CpuPass::new(model, sequences, None)?,
+            held: held_out(sequences),
+            layers: Vec::new(),
+            progress,
+        })
+    }
+
+    fn rewrite(&mut self, plan: &LayerPlan) -> Result<RewrittenLayer, ModelError> {
+        let layer = plan.layer;
+        while self.pass.layer() < layer {
+            self.pass.step(&Passing(&*self.progress))?;
+        }
+        let grams = Grams::new(
+            plan,
+            self.checkpoint.config(),
+            &self.held,
+            self.options.gated,
+            &*self.progress,
+        );
+        self.pass.look(&grams)?;
+        let (grams, outputs) = grams.finish();
+        let checkpoint = self.checkpoint;
+        let solved: Vec<(usize, Solution)> = grams
+            .into_par_iter()
+            .map(|(expert, gram)| {
+                let plan = &plan.experts[expert];
+                Ok((expert, fit(checkpoint, layer, plan, &gram)?))
+            })
+            .collect::<Result<_, ModelError>>()?;
+        let mut outcome = LayerOutcome {
+            layer,
+            outputs,
+            ..LayerOutcome::default()
+        };
+        let mut new = RewrittenLayer::default();
+        for (id, solution) in solved {
+            for k in 0..2 {
+                outcome.cut[k] += solution.cut[k];
+                outcome.recovered[k] += solution.recovered[k];
+            }
+            outcome.experts.push((id, solution.ridge, solution.raised));
+            let Some(down) = solution.down else {
+                continue;
+            };
+            let dtype = self.checkpoint.expert(layer, id)?.down.dtype;
+            new.experts.push(RewrittenExpert {
+                id,
+                down: Some(encode(layer, dtype, &down)?),
+                ..RewrittenExpert::default()
+            });
+        }
+        self.layers.push(outcome);
+        if self.options.on_pruned {
+            self.step_pruned(plan, &new)?;
+        } else {
+            self.pass.step(&())?;
+        }
+        Ok(new)
+    }
+
+    /// Runs the layer with its experts as they will be written.
+    fn step_pruned(&mut self, plan: &LayerPlan, new: &RewrittenLayer) -> Result<(), ModelError> {
+        let layer = plan.layer;
+        let mut narrow = Vec::new();
+        for expert in plan
+            .experts
+            .iter()
+            .filter(|e| e.neurons.is_some() || e.width == 0)
+        {
+            let down = new.experts.iter().find(|n| n.id == expert.id);
+            let down = down.and_then(|n| n.down.as_deref());
+            let old = self.checkpoint.expert(layer, expert.id)?;
+            narrow.push((expert.id, Narrow::new(&old, expert, down)));
+        }
+        let experts: Vec<(usize, ExpertTensors<'_>)> = narrow
+            .iter()
+            .map(|(id, expert)| (*id, expert.tensors()))
+            .collect();
+        self.pass.step_with(&experts)
+    }
+}
+
+fn fit(
+    checkpoint: &Checkpoint,
+    layer: usize,
+    plan: &ExpertPlan,
+    gram: &ExpertGram,
+) -> Result<Solution, ModelError> {
+    let down = checkpoint.expert(layer, plan.id)?.down;
+    Ok(solve(&Problem {
+        gram,
+        kept: plan.neurons.as_deref().unwrap_or_default(),
+        down: &down.to_f32(),
+        hidden: down.rows,
+    }))
+}
+
+/// Tells only how far the pass is.
+struct Passing<'a>(&'a (dyn Fn(usize) + Sync));
+
+impl crate::Observer for Passing<'_> {
+    fn progress(&self, _layer: usize, tokens: usize) {
+        (self.0)(tokens);
+    }
+}
+
+/// A narrowed expert in memory.
+struct Narrow<'a> {
+    old: ExpertTensors<'a>,
+    width: usize,
+    gate: Vec<u8>,
+    up: Vec<u8>,
+    down: Vec<u8>,
+}
+
+impl<'a> Narrow<'a> {
+    fn new(old: &ExpertTensors<'a>, plan: &ExpertPlan, down: Option<&[u8]>) -> Self {
+        let kept = plan.neurons.as_deref().unwrap_or_default();
+        let rows = |matrix: &Matrix<'_>| -> Vec<u8> {
+            kept.iter()
+                .flat_map(|&id| matrix.row(id as usize))
+                .copied()
+                .collect()
+        };
+        let cut = |matrix: &Matrix<'_>| -> Vec<u8> {
+            let size = matrix.dtype.size();
+            let row = |r: usize| {
+                let row = matrix.row(r);
+                kept.iter()
+                    .flat_map(move |&id| &row[id as usize * size..][..size])
+            };
+            (0..matrix.rows).flat_map(row).copied().collect()
+        };
+        Self {
+            old: *old,
+            width: kept.len(),
+            gate: rows(&old.gate),
+            up: rows(&old.up),
+            down: down.map_or_else(|| cut(&old.down), <[u8]>::to_vec),
+        }
+    }
+
+    fn tensors(&self) -> ExpertTensors<'_> {
+        let (width, hidden) = (self.width, self.old.down.rows);
+        let matrix = |old: &Matrix<'_>, rows, cols, bytes| Matrix {
+            dtype: old.dtype,
+            rows,
+            cols,
+            bytes,
+        };
+        ExpertTensors {
+            gate: matrix(&self.old.gate, width, hidden, &self.gate),
+            up: matrix(&self.old.up, width, hidden, &self.up),
+            down: matrix(&self.old.down, hidden, width, &self.down),
+        }
+    }
+}
+
+impl LayerOutcome {
+    /// Relative errors cut and recovered: over all tokens, then over those held out.
+    fn errors(&self) -> [[f64; 2]; 2] {
+        let relative = |error: f64, k: usize| {
+            if self.outputs[k] > 0.0 {
+                (error.max(0.0) / self.outputs[k]).sqrt()
+            } else {
+                0.0
+            }
+        };
+        [0, 1].map(|k| [relative(self.cut[k], k), relative(self.recovered[k], k)])
+    }
+
+    fn json(&self) -> Value {
+        let [all, held] = self.errors();
+        let experts = || self.experts.iter();
+        json!({
+            "layer": self.layer,
+            "error_cut": all[0],
+            "error_recovered": all[1],
+            "held_out_error_cut": held[0],
+            "held_out_error_recovered": held[1],
+            "fitted": experts().filter(|e| e.1.is_some()).count(),
+            "left_cut": experts().filter(|e| e.1.is_none()).map(|e| e.0).collect::<Vec<_>>(),
+            "ridge_raised": experts().filter(|e| e.2).map(|e| e.0).collect::<Vec<_>>(),
+            "ridges": experts().map(|e| json!([e.0, e.1])).collect::<Vec<_>>(),
+        })
+    }
+}
+
+impl LayerRewriter for LeastSquares<'_> {
+    fn settings(&self) -> String {
+        self.settings.clone()
+    }
+
+    fn layer(&mut self, layer: &LayerPlan) -> Result<RewrittenLayer, Box<dyn Error + Send + Sync>> {
+        Ok(self.rewrite(layer)?)
+    }
+
+    fn notes(&self) -> Notes {
+        let layers: Vec<Value> = self.layers.iter().map(LayerOutcome::json).collect();
+        let mut report = Map::new();
+        report.insert(
+            "recovery".to_owned(),
+            json!({
+                "method": "least-squares",
+                "gates": if self.options.gated { "gated" } else { "ungated" },
+                "inputs": if self.options.on_pruned { "pruned" } else { "original" },
+                "layers": layers,
+            }),
+        );
+        let mut card = "\n## Recovery\n\nThe down projections were fitted by least squares on the calibration text. Error of the \
+             experts' outputs, relative to their size:\n\n| layer | cut | recovered | held-out text: cut | recovered |\n\
+             |---:|---:|---:|---:|---:|\n"
+            .to_owned();
+        for layer in &self.layers {
+            let [[a, b], [c, d]] = layer.errors();
+            let layer = layer.layer;
+            // Writing to a String cannot fail.
+            let _ = writeln!(card, "| {layer} | {a:.3} | {b:.3} | {c:.3} | {d:.3} |");
+        }
+        Notes { report, card }
+    }
+}
