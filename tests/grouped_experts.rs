@@ -139,6 +139,35 @@ fn relative(got: impl Iterator<Item = f64>, want: impl Iterator<Item = f64>) -> 
 }
 
 #[test]
+fn activations_can_be_read_by_neuron() {
+    let (hidden, widths) = (20, [0, 1, 7, 8, 31, 32, 33, 65]);
+    let case = Case::new(hidden, &widths, 61, 2, |token, slot| {
+        ((token * 5 + slot * 3) % 8) as u32
+    });
+    let groups = case.groups();
+    let views: Vec<_> = case.experts.iter().map(|e| e.view(hidden)).collect();
+    for (compute, tolerance) in [(Compute::F32, 1e-5), (Compute::Bf16, 3e-2)] {
+        let mut activations = ExpertActivations::default();
+        expert_forward(compute, &views, &groups, &case.x, &mut activations).unwrap();
+        for (e, expert) in case.experts.iter().enumerate() {
+            let rows = groups.rows(e);
+            let h = activations.transposed_h(&groups, e, expert.width);
+            assert_eq!(h.len(), expert.width * rows.len());
+            for (r, &token) in groups.token_ids()[rows.clone()].iter().enumerate() {
+                let x = &case.x[token as usize * hidden..][..hidden];
+                for (j, want) in expert.reference(x).0.into_iter().enumerate() {
+                    let got = f64::from(h[j * rows.len() + r]);
+                    assert!(
+                        (got - want).abs() <= tolerance,
+                        "expert {e}, row {r}, neuron {j}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn outputs_and_sums_match_f64() {
     for case in cases() {
         let (groups, views, hidden) = (case.groups(), case.views(), case.hidden);
