@@ -14,13 +14,13 @@ pub(crate) struct DernArgs {
     /// [default: 0.4].
     #[arg(long, value_name = "SIMILARITY")]
     pub(crate) threshold: Option<f64>,
-    /// Kept router rows: gain a share of the dropped ones [default], or stay as they are.
+    /// Kept router rows: gain a share of the dropped ones (default), or stay as they are.
     #[arg(long, value_enum, value_name = "RULE")]
     pub(crate) router: Option<RouterArg>,
-    /// Where the clustering starts: neurons with the largest gate entries [default], or by lot.
+    /// Where the clustering starts: neurons with the largest gate entries (default), or by lot.
     #[arg(long, value_enum, value_name = "START")]
     pub(crate) init: Option<InitArg>,
-    /// Weight of a neuron in a merge: how much the router favours its expert [default], or all the same.
+    /// Weight of a neuron in a merge: how much the router favours its expert (default), or all the same.
     #[arg(long, value_enum, value_name = "WEIGHTS")]
     pub(crate) merge_weights: Option<MergeWeightsArg>,
     /// Neurons that differ in the sign of both up and down count as the same.
