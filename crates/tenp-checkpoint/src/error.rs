@@ -37,7 +37,7 @@ pub enum CheckpointError {
     /// `model_type` names a family this program does not know.
     #[error(
         "{}: model_type `{model_type}` is not supported; known: deepseek, deepseek_v2, deepseek_v3, qwen2_moe, \
-         qwen3_moe, mixtral, olmoe (and tenp_… of these)",
+         qwen3_moe, mixtral, olmoe (and tenp_… of these); use a model of one of these",
         path.display()
     )]
     UnknownFamily {
@@ -109,7 +109,10 @@ pub enum CheckpointError {
         place: String,
     },
     /// A tensor's shape is not what the config asks for.
-    #[error("tensor {tensor} in {shard}: shape {got:?}, but config.json asks for {expected:?}")]
+    #[error(
+        "tensor {tensor} in {shard}: shape {got:?}, but config.json asks for {expected:?}; one of them is of another model, \
+         download both again"
+    )]
     Shape {
         /// The tensor.
         tensor: String,
