@@ -1,5 +1,7 @@
 //! Where models run: the CPU, or a GPU.
 
+#[cfg(feature = "cuda")]
+use anyhow::Context as _;
 use anyhow::Result;
 use tenp_checkpoint::Checkpoint;
 use tenp_kernels::Compute;
@@ -45,7 +47,9 @@ impl Place {
     /// The GPU asked for.
     #[cfg(feature = "cuda")]
     fn gpu(ordinal: usize) -> Result<Self> {
-        let device = Device::open(ordinal)?;
+        let device = Device::open(ordinal).with_context(|| {
+            format!("--device cuda:{ordinal} cannot be used (--device cpu runs without a GPU)")
+        })?;
         device.set_memory_advice("fewer or shorter samples take less, and so does --device cpu");
         crate::console::note(&format!("on {} (cuda:{ordinal})", device.properties().name));
         Ok(Self::Gpu(device))

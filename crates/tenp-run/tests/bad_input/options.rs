@@ -259,7 +259,7 @@ fn no_gpu() {
     let line = "calibrate {} --data {} -o {}";
     let missing = "calibrate {} --data {} -o {} --device cuda:99";
     let needles = if cfg!(feature = "cuda") {
-        &["GPU"][..]
+        &["--device cuda:99", "--device cpu"][..]
     } else {
         &["--device", "--features cuda"]
     };
