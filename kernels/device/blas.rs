@@ -174,7 +174,7 @@ impl GroupedDense {
     /// Prepares products over three buffers; those with nothing to do are left out.
     ///
     /// # Errors
-    /// A product that reaches past a buffer, or memory for the pointers.
+    /// A product that reaches past a buffer or is to be added to it, or memory for the pointers.
     pub fn new(
         device: &Device,
         products: &[GroupedProduct],
@@ -189,6 +189,12 @@ impl GroupedDense {
         let mut pointers = vec![0u64; 3 * live.len()];
         let (mut sizes, mut pitches): ([Vec<i32>; 3], [Vec<i32>; 3]) = Default::default();
         for (i, p) in live.iter().enumerate() {
+            if p.shape.accumulate {
+                return Err(KernelError::Invalid {
+                    what: "grouped product",
+                    why: "it cannot be added to what the output holds".into(),
+                });
+            }
             let [x_len, weight_len, out_len] = p.shape.extents()?;
             let addresses = [
                 weight

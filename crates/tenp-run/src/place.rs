@@ -50,7 +50,9 @@ impl Place {
         let device = Device::open(ordinal).with_context(|| {
             format!("--device cuda:{ordinal} cannot be used (--device cpu runs without a GPU)")
         })?;
-        device.set_memory_advice("fewer or shorter samples take less, and so does --device cpu");
+        device.set_memory_advice(
+            "a lower --samples or --seq-len takes less; --device cpu takes none",
+        );
         crate::console::note(&format!("on {} (cuda:{ordinal})", device.properties().name));
         Ok(Self::Gpu(device))
     }

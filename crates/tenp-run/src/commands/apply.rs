@@ -12,7 +12,7 @@ use tenp_checkpoint::{
 use tenp_kernels::Compute;
 use tenp_model::rewrite::{Dern, LeastSquares, Rescale};
 
-use crate::cli::{Apply, ComputeArg, DataArgs, FormArg, OutputArgs, RecoverArg};
+use crate::cli::{Apply, ComputeArg, DataArgs, DeviceArg, FormArg, OutputArgs, RecoverArg};
 use crate::failure::usage;
 use crate::models::Domains;
 use crate::place::Place;
@@ -23,6 +23,12 @@ use crate::{cards, console, models};
 pub(super) fn run(args: &Apply) -> Result<()> {
     recovery::check(args.recover)?;
     check_data(args)?;
+    if matches!(args.run.device, DeviceArg::Cuda(_)) && args.recover.recover != RecoverArg::Rescale
+    {
+        return Err(usage(
+            "--device cuda has no effect here: writing, merging and least squares run on the CPU; leave it out",
+        ));
+    }
     let checkpoint = models::open(&args.model)?;
     let plan = Plan::read(&args.plan)?;
     plan.validate(&checkpoint)

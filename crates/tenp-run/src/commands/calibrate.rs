@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use tenp_checkpoint::{Checkpoint, Statistics};
-use tenp_model::calibrate;
+use tenp_model::{Model, calibrate};
 
 use crate::cli::Calibrate;
 use crate::place::Place;
@@ -27,13 +27,19 @@ pub(super) fn run_domains(
     domains: &[(String, Vec<Vec<u32>>)],
     place: &Place,
 ) -> Result<Statistics> {
-    let layers = checkpoint.config().num_layers;
+    place.with_model(checkpoint, |model| run_domains_on(&model, domains))
+}
+
+/// The same with a model that is there.
+pub(super) fn run_domains_on(
+    model: &Model<'_>,
+    domains: &[(String, Vec<Vec<u32>>)],
+) -> Result<Statistics> {
+    let layers = model.config().num_layers;
     let total = models::num_tokens(domains) * layers;
     let progress = Progress::new("calibrate", Unit::Tokens, total as u64, layers);
-    let statistics = place.with_model(checkpoint, |model| {
-        let advance = |_, tokens| progress.advance(tokens as u64);
-        Ok(calibrate::calibrate(&model, domains, &advance)?)
-    })?;
+    let advance = |_, tokens| progress.advance(tokens as u64);
+    let statistics = calibrate::calibrate(model, domains, &advance)?;
     progress.finish();
     report_unreached(&statistics);
     Ok(statistics)

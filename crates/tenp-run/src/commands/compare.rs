@@ -35,17 +35,25 @@ pub(super) fn run(args: &Compare) -> Result<()> {
     let texts = models::Texts::new(&checkpoint);
     let grid = Grid::new(args, &checkpoint)?;
     let draws = texts.draws(&args.data, args.seeds)?;
-    let bench = Bench {
-        checkpoint: &checkpoint,
-        place: Place::new(args.run)?,
-        tasks: texts.tasks(&args.tasks)?,
-        texts: texts.texts("--text", &args.text, args.data.seq_len)?,
-        folder: &args.output,
-    };
-    prepare(args, &checkpoint, &bench, &draws)?;
-    let full = bench.full()?;
-    let cells = run_cells(&bench, &grid, &draws)?;
-    let results = results::Results::new(&checkpoint, &bench, full, cells);
+    let (tasks, samples) = (
+        texts.tasks(&args.tasks)?,
+        texts.texts("--text", &args.text, args.data.seq_len)?,
+    );
+    let place = Place::new(args.run)?;
+    let results = place.with_model(&checkpoint, |model| {
+        let bench = Bench {
+            checkpoint: &checkpoint,
+            model,
+            place: &place,
+            tasks,
+            texts: samples,
+            folder: &args.output,
+        };
+        prepare(args, &checkpoint, &bench, &draws)?;
+        let full = bench.full()?;
+        let cells = run_cells(&bench, &grid, &draws)?;
+        Ok(results::Results::new(&checkpoint, full, cells))
+    })?;
     results.write(&args.output)?;
     if args.json {
         console::json(&results.json());

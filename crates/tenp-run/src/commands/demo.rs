@@ -143,9 +143,11 @@ fn calibration_files(folder: &Path) -> Result<Vec<Data>> {
 }
 
 fn measure(checkpoint: &Checkpoint, tasks: &[Task], label: &str) -> Result<Measures> {
-    Ok(Measures {
-        tasks: run_tasks(checkpoint, tasks, &PLACE, label)?,
-        ..Measures::default()
+    PLACE.with_model(checkpoint, |model| {
+        Ok(Measures {
+            tasks: run_tasks(&model, tasks, label)?,
+            ..Measures::default()
+        })
     })
 }
 

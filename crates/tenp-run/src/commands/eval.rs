@@ -2,12 +2,11 @@
 
 use anyhow::Result;
 use serde_json::{Map, Value, json};
-use tenp_checkpoint::Checkpoint;
-use tenp_model::Observer;
 use tenp_model::evaluate::{
     Comparison, TaskScore, TextScore, check_comparable, compare, score_tasks, score_text,
 };
 use tenp_model::text::Task;
+use tenp_model::{Model, Observer};
 
 use crate::cli::Eval;
 use crate::failure::usage;
@@ -62,24 +61,25 @@ pub(super) fn run(args: &Eval) -> Result<()> {
         check_comparable(checkpoint.config(), reference.config())?;
     }
     let place = Place::new(args.run)?;
-    let mut measures = Measures {
-        tasks: run_tasks(&checkpoint, &tasks, &place, "tasks")?,
-        ..Measures::default()
-    };
-    for (name, samples) in &samples {
-        measures
-            .text
-            .push((name.clone(), run_text(&checkpoint, name, samples, &place)?));
-    }
-    if let Some(reference) = &reference {
-        measures.reference = Some(run_reference(
-            &checkpoint,
-            reference,
-            &tasks,
-            &samples,
-            &place,
-        )?);
-    }
+    // One model for everything, so that a GPU keeps its weights from one part to the next.
+    let measures = place.with_model(&checkpoint, |model| {
+        let mut measures = Measures {
+            tasks: run_tasks(&model, &tasks, "tasks")?,
+            ..Measures::default()
+        };
+        for (name, samples) in &samples {
+            let score = run_text(&model, name, samples)?;
+            measures.text.push((name.clone(), score));
+        }
+        if let Some(reference) = &reference {
+            let kept = models::kept_experts(&checkpoint, reference)?;
+            let samples = reference_samples(&tasks, &samples);
+            measures.reference = Some(place.with_model(reference, |reference| {
+                run_reference(&model, &reference, &samples, kept.as_deref())
+            })?);
+        }
+        Ok(measures)
+    })?;
     if args.json {
         console::json(&as_json(&measures));
     } else {
@@ -90,45 +90,34 @@ pub(super) fn run(args: &Eval) -> Result<()> {
 
 /// Scores every task.
 pub(super) fn run_tasks(
-    checkpoint: &Checkpoint,
+    model: &Model<'_>,
     tasks: &[Task],
-    place: &Place,
     label: &str,
 ) -> Result<Vec<(String, TaskScore)>> {
     if tasks.is_empty() {
         return Ok(Vec::new());
     }
-    let layers = checkpoint.config().num_layers;
+    let layers = model.config().num_layers;
     let tokens: usize = tasks
         .iter()
         .flat_map(|t| &t.items)
         .map(|i| i.prompt.len() + i.choices.iter().map(|c| c.len() - 1).sum::<usize>())
         .sum();
     let progress = Progress::new(label, Unit::Tokens, (tokens * layers) as u64, layers);
-    let scores = place.with_model(checkpoint, |model| {
-        let watch = Watch(&progress);
-        let scores = tasks.iter().map(|task| {
-            let score = score_tasks(&model, task, &watch)?;
-            Ok((task.name.clone(), score))
-        });
-        scores.collect()
-    })?;
+    let watch = Watch(&progress);
+    let mut scores = Vec::new();
+    for task in tasks {
+        scores.push((task.name.clone(), score_tasks(model, task, &watch)?));
+    }
     progress.finish();
     Ok(scores)
 }
 
-fn run_text(
-    checkpoint: &Checkpoint,
-    name: &str,
-    samples: &[Vec<u32>],
-    place: &Place,
-) -> Result<TextScore> {
-    let layers = checkpoint.config().num_layers;
+fn run_text(model: &Model<'_>, name: &str, samples: &[Vec<u32>]) -> Result<TextScore> {
+    let layers = model.config().num_layers;
     let tokens: usize = samples.iter().map(Vec::len).sum();
     let progress = Progress::new(name, Unit::Tokens, (tokens * layers) as u64, layers);
-    let score = place.with_model(checkpoint, |model| {
-        Ok(score_text(&model, samples, &Watch(&progress))?)
-    })?;
+    let score = score_text(model, samples, &Watch(&progress))?;
     progress.finish();
     Ok(score)
 }
@@ -151,24 +140,16 @@ pub(super) fn reference_samples(
 
 /// Compares a model with its reference.
 fn run_reference(
-    checkpoint: &Checkpoint,
-    reference: &Checkpoint,
-    tasks: &[Task],
-    texts: &[(String, Vec<Vec<u32>>)],
-    place: &Place,
+    model: &Model<'_>,
+    reference: &Model<'_>,
+    samples: &[Vec<u32>],
+    kept: Option<&[Vec<usize>]>,
 ) -> Result<Comparison> {
-    let samples = reference_samples(tasks, texts);
-    let layers = checkpoint.config().num_layers;
+    let layers = model.config().num_layers;
     let tokens: usize = samples.iter().map(Vec::len).sum();
     let progress = Progress::new("reference", Unit::Tokens, (tokens * layers) as u64, layers);
-    let kept = models::kept_experts(checkpoint, reference)?;
-    let comparison = place.with_model(checkpoint, |model| {
-        place.with_model(reference, |reference| {
-            let mut advance = |_, tokens| progress.advance(tokens as u64);
-            let kept = kept.as_deref();
-            Ok(compare(&model, &reference, &samples, kept, &mut advance)?)
-        })
-    })?;
+    let mut advance = |_, tokens| progress.advance(tokens as u64);
+    let comparison = compare(model, reference, samples, kept, &mut advance)?;
     progress.finish();
     Ok(comparison)
 }

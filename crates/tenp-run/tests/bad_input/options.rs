@@ -249,6 +249,21 @@ fn values_that_are_none() {
     place.refuses("demo --folder {}", &[&place.model], FAILED, &["tasks"]);
 }
 
+/// What runs on the CPU does not pretend to run on a GPU.
+#[test]
+fn a_device_without_effect() {
+    let place = Place::demo();
+    let (plan, out) = (place.join("plan.json"), place.join("out"));
+    tenp(
+        "plan {} --stats {} --keep 0.6 -o {}",
+        &[&place.model, statistics(), &plan],
+    )
+    .ok();
+    let paths: &[&Path] = &[&place.model, &plan, &out];
+    let line = "apply {} --plan {} -o {} --device cuda";
+    place.refuses(line, paths, USAGE, &["--device cuda", "no effect"]);
+}
+
 /// A GPU that is not there: exit code 3 and what to do instead. Left to itself the program takes the CPU.
 #[test]
 fn no_gpu() {

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use tenp_checkpoint::{
     Accounting, ApplyOptions, Checkpoint, LayerRewriter, Statistics, apply_rewritten, replace_file,
 };
+use tenp_model::Model;
 use tenp_model::evaluate::{Comparison, TaskScore, TextScore, compare, score_tasks, score_text};
 use tenp_model::text::Task;
 
@@ -25,7 +26,9 @@ use crate::requests;
 /// What every cell is measured with.
 pub(super) struct Bench<'a> {
     pub(super) checkpoint: &'a Checkpoint,
-    pub(super) place: Place,
+    /// The full model: kept for all cells, so that a GPU keeps its weights.
+    pub(super) model: Model<'a>,
+    pub(super) place: &'a Place,
     pub(super) tasks: Vec<Task>,
     pub(super) texts: Domains,
     pub(super) folder: &'a Path,
@@ -213,7 +216,7 @@ impl Bench<'_> {
         if path.exists() {
             return Ok(Statistics::read(&path)?);
         }
-        let statistics = calibrate::run_domains(self.checkpoint, domains, &self.place)?;
+        let statistics = calibrate::run_domains_on(&self.model, domains)?;
         statistics.write(&path)?;
         Ok(statistics)
     }
@@ -225,35 +228,35 @@ impl Bench<'_> {
             return serde_json::from_slice(&bytes)
                 .with_context(|| format!("{} is damaged; delete it", path.display()));
         }
-        let figures = self.measure(self.checkpoint)?;
+        let figures = self.measure(&self.model)?;
         write_json(&path, &figures)?;
         Ok(figures)
     }
 
-    fn measure(&self, checkpoint: &Checkpoint) -> Result<Figures> {
-        self.place.with_model(checkpoint, |model| {
-            let mut figures = Figures::default();
-            for task in &self.tasks {
-                let score = score_tasks(&model, task, &())?;
-                figures.tasks.push((task.name.clone(), score.into()));
-            }
-            for (name, samples) in &self.texts {
-                let score = score_text(&model, samples, &())?;
-                figures.texts.push((name.clone(), score.into()));
-            }
-            Ok(figures)
-        })
+    fn measure(&self, model: &Model<'_>) -> Result<Figures> {
+        let mut figures = Figures::default();
+        for task in &self.tasks {
+            let score = score_tasks(model, task, &())?;
+            figures.tasks.push((task.name.clone(), score.into()));
+        }
+        for (name, samples) in &self.texts {
+            let score = score_text(model, samples, &())?;
+            figures.texts.push((name.clone(), score.into()));
+        }
+        Ok(figures)
     }
 
-    fn distance(&self, pruned: &Checkpoint) -> Result<Comparison> {
+    fn distance(&self, pruned: &Model<'_>) -> Result<Comparison> {
         let samples = eval::reference_samples(&self.tasks, &self.texts);
-        let kept = models::kept_experts(pruned, self.checkpoint)?;
-        self.place.with_model(pruned, |model| {
-            self.place.with_model(self.checkpoint, |reference| {
-                let kept = kept.as_deref();
-                Ok(compare(&model, &reference, &samples, kept, &mut |_, _| ())?)
-            })
-        })
+        let kept = models::kept_experts(pruned.checkpoint(), self.checkpoint)?;
+        let kept = kept.as_deref();
+        Ok(compare(
+            pruned,
+            &self.model,
+            &samples,
+            kept,
+            &mut |_, _| (),
+        )?)
     }
 
     /// Prunes, measures and writes the figures; the pruned checkpoint is gone afterwards.
@@ -295,8 +298,9 @@ impl Bench<'_> {
         let prune_seconds = started.elapsed().as_secs_f64();
         let started = Instant::now();
         let pruned = models::open(&out)?;
-        let figures = self.measure(&pruned)?;
-        let distance = self.distance(&pruned)?;
+        let (figures, distance) = self.place.with_model(&pruned, |pruned| {
+            Ok((self.measure(&pruned)?, self.distance(&pruned)?))
+        })?;
         let layers = distance.layers.iter().map(|l| LayerFigures {
             layer: l.layer,
             output_error: l.output_error,

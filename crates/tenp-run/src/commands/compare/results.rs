@@ -7,7 +7,7 @@ use minijinja::{Environment, context};
 use serde_json::{Value, json};
 use tenp_checkpoint::Checkpoint;
 
-use super::cell::{Bench, Cell, Figures, mean, write_json};
+use super::cell::{Cell, Figures, mean, write_json};
 use super::tables;
 use crate::console;
 use crate::plots::{HeatMap, Lines, Plot, Series};
@@ -51,12 +51,7 @@ impl Spread {
 }
 
 impl Results {
-    pub(super) fn new(
-        checkpoint: &Checkpoint,
-        bench: &Bench<'_>,
-        full: Figures,
-        cells: Vec<Cell>,
-    ) -> Self {
+    pub(super) fn new(checkpoint: &Checkpoint, full: Figures, cells: Vec<Cell>) -> Self {
         let mut groups: Vec<Group> = Vec::new();
         for (index, cell) in cells.iter().enumerate() {
             let same = |g: &&mut Group| g.method == cell.key.method && g.keep == cell.key.keep;
@@ -69,7 +64,7 @@ impl Results {
                 }),
             }
         }
-        let name = bench.checkpoint.dir().file_name();
+        let name = checkpoint.dir().file_name();
         Self {
             model: name.map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
             full,
