@@ -1,22 +1,26 @@
 //! Writes a random-weight bf16 checkpoint of a config's real shapes, to try sizes and memory without a download.
 //!
 //! `cargo run --release -p tenp-checkpoint --example synthesise -- CONFIG.json OUT [--layers N] [--shard-size 5GB]
-//! [--seed 0] [--fused]`
+//! [--seed 0] [--fused] [--holes] [--statistics FILE]`
+//!
+//! `--holes` leaves the weights out (zeros that take no room), for what reads headers only; `--statistics` writes a
+//! statistics file of random numbers beside it, to try planning.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use tenp_checkpoint::{SynthesiseOptions, synthesise};
+use tenp_checkpoint::{Checkpoint, SynthesiseOptions, synthesise, synthesise_statistics};
 
-const USAGE: &str =
-    "usage: synthesise CONFIG.json OUT [--layers N] [--shard-size 5GB] [--seed 0] [--fused]";
+const USAGE: &str = "usage: synthesise CONFIG.json OUT [--layers N] [--shard-size 5GB] [--seed 0] [--fused] \
+     [--holes] [--statistics FILE]";
 
 struct Arguments {
     config: PathBuf,
     out: PathBuf,
     options: SynthesiseOptions,
+    statistics: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -64,12 +68,18 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
         written.bytes as f64 / 1e9,
         written.bytes as f64 / 1e9 / seconds
     );
+    if let Some(path) = &arguments.statistics {
+        let checkpoint = Checkpoint::open(out)?;
+        synthesise_statistics(&checkpoint, arguments.options.seed).write(path)?;
+        println!("{}", path.display());
+    }
     Ok(())
 }
 
 fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
     let mut places = Vec::new();
     let mut options = SynthesiseOptions::default();
+    let mut statistics = None;
     while let Some(argument) = arguments.next() {
         let mut value = || {
             arguments
@@ -81,6 +91,8 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Arguments, Strin
             "--seed" => options.seed = number(&value()?)?,
             "--shard-size" => options.shard_bytes = bytes(&value()?)?,
             "--fused" => options.fused = true,
+            "--holes" => options.holes = true,
+            "--statistics" => statistics = Some(PathBuf::from(value()?)),
             flag if flag.starts_with("--") => return Err(format!("unknown flag {flag}")),
             place => places.push(PathBuf::from(place)),
         }
@@ -90,6 +102,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Arguments, Strin
             config,
             out,
             options,
+            statistics,
         }),
         Err(_) => Err("a config and an output folder are needed".to_owned()),
     }

@@ -61,7 +61,12 @@ pub struct ApplyOptions {
     pub extra_files: Vec<(String, Vec<u8>)>,
     /// Becomes `report.json`, together with the run's fingerprint and sizes.
     pub report: Map<String, Value>,
+    /// Makes `report.html` from the finished report.
+    pub page: Option<ReportPage>,
 }
+
+/// Text of a page that shows a report.
+pub type ReportPage = fn(&Value) -> Result<String, Box<dyn std::error::Error + Send + Sync>>;
 
 impl Default for ApplyOptions {
     fn default() -> Self {
@@ -71,6 +76,7 @@ impl Default for ApplyOptions {
             force: false,
             extra_files: Vec::new(),
             report: Map::new(),
+            page: None,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Replacing single files atomically, and writing with errors that name the file.
 
 use std::fs::File;
-use std::io::{BufWriter, Write as _};
+use std::io::{BufWriter, Seek as _, SeekFrom, Write as _};
 use std::path::Path;
 
 use crate::CheckpointError;
@@ -35,6 +35,16 @@ impl<'a> Sink<'a> {
         let result = self.file.write_all(bytes);
         self.written += bytes.len() as u64;
         result.map_err(|error| write_error(error, self.path, self.needed))
+    }
+
+    /// Appends zeros, as a hole where the file system has holes.
+    pub(crate) fn skip(&mut self, bytes: u64) -> Result<(), CheckpointError> {
+        self.written += bytes;
+        let end = self.written;
+        let moved = self.file.seek(SeekFrom::Start(end));
+        moved
+            .and_then(|_| self.file.get_ref().set_len(end))
+            .map_err(|error| write_error(error, self.path, self.needed))
     }
 
     /// Bytes appended so far.

@@ -34,8 +34,8 @@ mod writer;
 
 pub use access::{ExpertTensors, Matrix, RouterTensors, SharedTensors};
 pub use apply::{
-    ApplyOptions, ApplyOutcome, LayerRewriter, Notes, OutputForm, RewrittenExpert, RewrittenLayer,
-    apply, apply_rewritten, check_form, check_output, output_bytes,
+    ApplyOptions, ApplyOutcome, LayerRewriter, Notes, OutputForm, ReportPage, RewrittenExpert,
+    RewrittenLayer, apply, apply_rewritten, check_form, check_output, output_bytes,
 };
 pub use atomic::{Sink, check_replaceable, replace_file};
 pub use checkpoint::{Checkpoint, TensorView};
@@ -47,6 +47,6 @@ pub use header::PlannedTensor;
 pub use names::{Part, Spelling, dense, layer_of};
 pub use plan::{Accounting, ExpertPlan, LayerPlan, Plan};
 pub use size::{CheckpointSize, PrunedFrom};
-pub use statistics::{LayerStatistics, Statistics};
-pub use synthesise::{SynthesiseOptions, synthesise};
+pub use statistics::{Folds, LayerStatistics, Statistics};
+pub use synthesise::{SynthesiseOptions, synthesise, synthesise_statistics};
 pub use writer::{DEFAULT_SHARD_BYTES, WrittenShards, write_shards};

@@ -71,6 +71,11 @@ pub struct Statistics {
     pub domains: BTreeMap<String, BTreeMap<usize, LayerStatistics>>,
 }
 
+/// Statistics of groups of samples kept apart, by domain: the groups, each with its layers by the model's own index.
+///
+/// Only the `[N,K]` tables that were asked for are there; the others are empty.
+pub type Folds = BTreeMap<String, Vec<BTreeMap<usize, LayerStatistics>>>;
+
 impl LayerStatistics {
     /// Statistics of a layer that no token went through: zeros everywhere.
     pub fn zeros(num_experts: usize, width: usize) -> Self {
@@ -84,5 +89,12 @@ impl LayerStatistics {
             *(field.get_mut)(&mut layer) = vec![0.0; field.length(num_experts, width)];
         }
         layer
+    }
+
+    /// Gives every f64 statistic new values, in file order.
+    pub(crate) fn fill(&mut self, value: &mut dyn FnMut() -> f64) {
+        for field in fields::FIELDS {
+            (field.get_mut)(self).fill_with(&mut *value);
+        }
     }
 }

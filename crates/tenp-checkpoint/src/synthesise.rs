@@ -23,6 +23,8 @@ pub struct SynthesiseOptions {
     pub seed: u64,
     /// Experts in the fused spelling.
     pub fused: bool,
+    /// Leave the weights out: zeros that take no room on most file systems. For what reads headers only.
+    pub holes: bool,
 }
 
 impl Default for SynthesiseOptions {
@@ -32,6 +34,7 @@ impl Default for SynthesiseOptions {
             shard_bytes: DEFAULT_SHARD_BYTES,
             seed: 0,
             fused: false,
+            holes: false,
         }
     }
 }
@@ -87,11 +90,40 @@ pub fn synthesise(
     let mut generator = Generator::new(options.seed);
     let mut done = 0;
     write_shards(out, &planned, options.shard_bytes, &mut |index, sink| {
-        generator.fill(index as u64, &tensors[index], sink)?;
+        if options.holes {
+            sink.skip(planned[index].num_bytes())?;
+        } else {
+            generator.fill(index as u64, &tensors[index], sink)?;
+        }
         done += planned[index].num_bytes();
         progress(done, total);
         Ok(())
     })
+}
+
+/// Statistics of random numbers in the shapes that a calibration of `checkpoint` has, one domain `default`, to try how long
+/// planning takes. A tenth of the neurons contribute negatively.
+pub fn synthesise_statistics(checkpoint: &crate::Checkpoint, seed: u64) -> crate::Statistics {
+    let config = checkpoint.config();
+    let (experts, width) = (config.moe.num_experts, config.moe.expert_width);
+    let mut state = mix(seed ^ 0x7374_6174);
+    let mut draw = || (next(&mut state) >> 11) as f64 * (-53_f64).exp2();
+    let layers = config.moe_layers.iter().map(|&index| {
+        let mut layer = crate::LayerStatistics::zeros(experts, width);
+        layer.tokens.fill_with(|| 1 + (draw() * 1e4) as i64);
+        layer.total_tokens = layer.tokens.iter().sum::<i64>() / config.moe.top_k.max(1) as i64;
+        layer.fill(&mut draw);
+        let contributions = layer.contribution.iter_mut();
+        contributions.for_each(|value| *value -= 0.1);
+        (index, layer)
+    });
+    crate::Statistics {
+        checkpoint: checkpoint.fingerprint().to_owned(),
+        tokens: [("default".to_owned(), vec!["synthetic".to_owned()])].into(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        compute: vec!["f32".to_owned()],
+        domains: [("default".to_owned(), layers.collect())].into(),
+    }
 }
 
 /// Elements that one thread makes from one seed; the split of work does not show in the result.

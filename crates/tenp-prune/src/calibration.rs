@@ -8,7 +8,8 @@ use tenp_checkpoint::statistics::{LayerStatistics, Statistics};
 use crate::PruneError;
 use crate::allocate::Shape;
 
-/// Statistics that fit the model: every domain has every MoE layer, every table its length, every value a number.
+/// Statistics that fit the model: every domain has every MoE layer, every table that is needed its length, every value a
+/// number.
 #[derive(Clone, Debug)]
 pub struct Calibration<'a> {
     shape: Shape,
@@ -30,7 +31,7 @@ pub struct Domain<'a> {
 impl<'a> Calibration<'a> {
     /// Checks `statistics` against the model. `fingerprint` is the checkpoint's own; domains missing in `weights`
     /// weigh 1, domains of weight 0 are left out. Layers that the model's MoE layers do not include (an MTP layer)
-    /// are ignored.
+    /// are ignored. Of the `[N,K]` tables only the named `tables` have to be there and are checked.
     ///
     /// # Errors
     /// Another checkpoint's statistics, unknown domains or impossible weights, missing layers, tables of the wrong
@@ -40,6 +41,7 @@ impl<'a> Calibration<'a> {
         fingerprint: &str,
         statistics: &'a Statistics,
         weights: &BTreeMap<String, f64>,
+        tables: &[&str],
     ) -> Result<Self, PruneError> {
         if config.widths.is_some() {
             return Err(PruneError::AlreadyPruned);
@@ -70,7 +72,7 @@ impl<'a> Calibration<'a> {
                 domains.push(Domain {
                     name,
                     weight,
-                    layers: checked_layers(config, shape, name, layers)?,
+                    layers: checked_layers(config, shape, (name, layers), tables)?,
                 });
             }
         }
@@ -151,8 +153,8 @@ fn check_weights(
 fn checked_layers<'a>(
     config: &ModelConfig,
     shape: Shape,
-    domain: &str,
-    layers: &'a BTreeMap<usize, LayerStatistics>,
+    (domain, layers): (&str, &'a BTreeMap<usize, LayerStatistics>),
+    tables: &[&str],
 ) -> Result<Vec<&'a LayerStatistics>, PruneError> {
     let mut checked = Vec::with_capacity(shape.num_layers);
     for &layer in &config.moe_layers {
@@ -160,7 +162,7 @@ fn checked_layers<'a>(
             domain: domain.to_owned(),
             layer,
         })?;
-        Place { domain, layer }.check(shape, statistics)?;
+        Place { domain, layer }.check(shape, statistics, tables)?;
         checked.push(statistics);
     }
     Ok(checked)
@@ -174,7 +176,12 @@ struct Place<'a> {
 }
 
 impl Place<'_> {
-    fn check(self, shape: Shape, statistics: &LayerStatistics) -> Result<(), PruneError> {
+    fn check(
+        self,
+        shape: Shape,
+        statistics: &LayerStatistics,
+        tables: &[&str],
+    ) -> Result<(), PruneError> {
         let (experts, width) = (shape.num_experts, shape.expert_width);
         self.check_size("num_experts", experts, statistics.num_experts)?;
         self.check_size("width", width, statistics.width)?;
@@ -185,7 +192,8 @@ impl Place<'_> {
         for (name, table) in per_expert(statistics) {
             self.check_table(name, table, experts, 1)?;
         }
-        for (name, table) in per_neuron(statistics) {
+        let needed = per_neuron(statistics).into_iter();
+        for (name, table) in needed.filter(|(name, _)| tables.contains(name)) {
             self.check_table(name, table, experts, width)?;
         }
         Ok(())

@@ -28,10 +28,12 @@ pub mod score;
 mod accounting;
 mod error;
 mod names;
+mod needs;
 mod plan;
 mod record;
 mod request;
 mod rescale;
+mod stability;
 
 pub use accounting::{ModelSize, accounting};
 pub use calibration::Calibration;
@@ -42,3 +44,4 @@ pub use request::{
     Allocation, DEFAULT_LAMBDA, DEFAULT_SLOPE, DEFAULT_THRESHOLD, DernRequest, PlanRequest,
 };
 pub use rescale::rescale_factors;
+pub use stability::{LayerStability, Stability, rank_correlation, stability};

@@ -38,7 +38,13 @@ pub fn plan(
     request: &PlanRequest,
 ) -> Result<Plan, PruneError> {
     let choice = Choice::resolve(request)?;
-    let calibration = Calibration::new(config, fingerprint, statistics, &request.domain_weights)?;
+    let calibration = Calibration::new(
+        config,
+        fingerprint,
+        statistics,
+        &request.domain_weights,
+        &request.tables()?,
+    )?;
     let planner = Planner::new(&calibration, request, choice);
     let decision = planner.decide(config)?;
     let layers = planner.layers(&decision.widths);

@@ -27,7 +27,8 @@ pub fn rescale_factors(
     domain_weights: &BTreeMap<String, f64>,
     plan: &Plan,
 ) -> Result<Vec<Vec<f64>>, PruneError> {
-    let calibration = Calibration::new(config, fingerprint, statistics, domain_weights)?;
+    let tables = NeuronScore::Contribution.tables();
+    let calibration = Calibration::new(config, fingerprint, statistics, domain_weights, tables)?;
     let unknown = uncalibrated(&calibration);
     let scoring = NeuronScoring {
         score: NeuronScore::Contribution,

@@ -19,13 +19,17 @@ const CHUNK_BYTES: usize = 16 << 20;
 /// The extra file that a rewriter's notes go into.
 const CARD: &str = "README.md";
 
+/// The report for people.
+const PAGE: &str = "report.html";
+
 /// Files that this crate writes itself.
-const OWN_FILES: [&str; 5] = [
+const OWN_FILES: [&str; 6] = [
     "config.json",
     INDEX_FILE,
     SINGLE_FILE,
     "tenp_plan.json",
     "report.json",
+    PAGE,
 ];
 
 /// Names, or beginnings of names, of files that go along with the weights.
@@ -130,7 +134,16 @@ impl Side<'_> {
         }
         let plan = dir.join("tenp_plan.json");
         write_new(&plan, &self.plan.to_json(&plan)?, self.needed)?;
-        write_json(&dir.join("report.json"), &self.report(), self.needed)
+        let report = self.report();
+        if let Some(page) = self.options.page {
+            let path = dir.join(PAGE);
+            let text = page(&report).map_err(|error| CheckpointError::Output {
+                path: path.clone(),
+                problem: error.to_string(),
+            })?;
+            write_new(&path, text.as_bytes(), self.needed)?;
+        }
+        write_json(&dir.join("report.json"), &report, self.needed)
     }
 
     fn copy_companions(&self, dir: &Path) -> Result<(), CheckpointError> {

@@ -15,7 +15,7 @@ pub(super) enum Merge {
 pub(super) struct Field {
     pub(super) name: &'static str,
     /// `[N,K]` rather than `[N]`.
-    per_neuron: bool,
+    pub(super) per_neuron: bool,
     pub(super) merge: Merge,
     pub(super) get: fn(&LayerStatistics) -> &Vec<f64>,
     pub(super) get_mut: fn(&mut LayerStatistics) -> &mut Vec<f64>,

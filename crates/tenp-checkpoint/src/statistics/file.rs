@@ -20,8 +20,24 @@ impl Statistics {
     /// The file is damaged or of another kind; a statistic is missing, has the wrong shape, or holds a value that is not
     /// finite. The message names the statistic.
     pub fn read(path: &Path) -> Result<Self, CheckpointError> {
+        Self::read_tables(path, &|_| true)
+    }
+
+    /// Reads a statistics file without the `[N,K]` tables that are not `wanted`, by name: these stay empty. They are most
+    /// of a file.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_tables(
+        path: &Path,
+        wanted: &dyn Fn(&str) -> bool,
+    ) -> Result<Self, CheckpointError> {
         let shard = Shard::open_file(path.to_path_buf(), "statistics")?;
-        let file = StatisticsFile { path, shard };
+        let file = StatisticsFile {
+            path,
+            shard,
+            wanted,
+        };
         file.read()
     }
 
@@ -115,6 +131,8 @@ fn write_layer(sink: &mut Sink<'_>, layer: &LayerStatistics) -> Result<(), Check
 struct StatisticsFile<'a> {
     path: &'a Path,
     shard: Shard,
+    /// Which `[N,K]` tables are read.
+    wanted: &'a dyn Fn(&str) -> bool,
 }
 
 impl StatisticsFile<'_> {
@@ -182,6 +200,9 @@ impl StatisticsFile<'_> {
         for field in FIELDS {
             let shape = field.shape(num_experts, width);
             let bytes = self.bytes(entries, prefix, field.name, Dtype::F64, &shape)?;
+            if field.per_neuron && !(self.wanted)(field.name) {
+                continue;
+            }
             let chunks = bytes.as_chunks::<8>().0.iter();
             let values: Vec<f64> = chunks.map(|chunk| f64::from_le_bytes(*chunk)).collect();
             if let Some(position) = values.iter().position(|value| !value.is_finite()) {
@@ -192,6 +213,8 @@ impl StatisticsFile<'_> {
                 )));
             }
             *(field.get_mut)(&mut layer) = values;
+            let Entry { start, end, .. } = self.entry(entries, prefix, field.name)?;
+            self.shard.release(*start..*end);
         }
         Ok(layer)
     }

@@ -120,7 +120,8 @@ fn compatible(own: &LayerStatistics, other: &LayerStatistics) -> Result<(), Stri
 }
 
 impl LayerStatistics {
-    fn add(&mut self, other: &Self) {
+    /// Adds the same layer's statistics over other tokens. Tables that are empty in `other` stay as they are.
+    pub fn add(&mut self, other: &Self) {
         for (own, count) in self.tokens.iter_mut().zip(&other.tokens) {
             *own = own.saturating_add(*count);
         }

@@ -58,6 +58,18 @@ fn a_file_gives_back_what_was_written() {
 }
 
 #[test]
+fn tables_that_nobody_wants_stay_empty() {
+    let dir = tempfile::tempdir().unwrap();
+    let statistics = file("d", "t", 1.0);
+    let path = saved(dir.path(), &statistics);
+    let read = Statistics::read_tables(&path, &|name| name == "peak").unwrap();
+    let (some, all) = (&read.domains["d"][&12], &statistics.domains["d"][&12]);
+    assert_eq!((&some.peak, &some.direction), (&all.peak, &all.direction));
+    assert_eq!((some.num_experts, some.width), (2, 3));
+    assert!(some.contribution.is_empty() && some.down_norm_sq.is_empty());
+}
+
+#[test]
 fn damaged_statistics_are_named() {
     let dir = tempfile::tempdir().unwrap();
     let refused = |path: &Path, parts: &[&str]| {

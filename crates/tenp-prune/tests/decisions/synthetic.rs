@@ -86,7 +86,25 @@ impl Case {
     }
 
     pub(crate) fn weighted(&self, weights: &BTreeMap<String, f64>) -> Calibration<'_> {
-        Calibration::new(&self.config, FINGERPRINT, &self.statistics, weights).unwrap()
+        let tables = [
+            "contribution",
+            "contribution_abs",
+            "activation_norm",
+            "energy",
+            "peak",
+            "mean",
+            "second_moment",
+            "neuron_weight_norm_sq",
+            "down_norm_sq",
+        ];
+        Calibration::new(
+            &self.config,
+            FINGERPRINT,
+            &self.statistics,
+            weights,
+            &tables,
+        )
+        .unwrap()
     }
 
     /// Statistics of a MoE layer, counted in depth order.

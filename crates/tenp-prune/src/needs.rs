@@ -1,0 +1,70 @@
+//! Which tables of a statistics file a plan is made from, so that no other has to be read.
+
+use crate::request::{Choice, PlanRequest};
+use crate::{NeuronScore, PruneError};
+
+impl PlanRequest {
+    /// Names of the `[N,K]` statistics that [`crate::plan()`] looks at for this request; of the `[N]` ones it may look at
+    /// any.
+    ///
+    /// # Errors
+    /// Options out of range or without effect for the method.
+    pub fn tables(&self) -> Result<Vec<&'static str>, PruneError> {
+        let choice = Choice::resolve(self)?;
+        if !choice.uses_neuron_score() {
+            return Ok(Vec::new());
+        }
+        let mut tables = choice.neuron_score.tables().to_vec();
+        // The fallback of experts that no token reached.
+        if choice.neuron_score != NeuronScore::WeightNorm {
+            tables.push("neuron_weight_norm_sq");
+        }
+        Ok(tables)
+    }
+}
+
+impl NeuronScore {
+    /// Names of the `[N,K]` statistics that the score is made from.
+    pub const fn tables(self) -> &'static [&'static str] {
+        match self {
+            Self::Contribution => &["contribution"],
+            Self::ContributionAbs => &["contribution_abs"],
+            Self::ActivationNorm => &["activation_norm"],
+            Self::Energy => &["energy", "peak"],
+            Self::Wifv => &["mean", "second_moment", "down_norm_sq"],
+            Self::WeightNorm => &["neuron_weight_norm_sq"],
+            Self::Random => &[],
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Method;
+
+    #[test]
+    fn a_plan_says_what_it_reads() {
+        let tables = |method, neuron_score| {
+            let request = PlanRequest {
+                method,
+                neuron_score,
+                ..PlanRequest::default()
+            };
+            request.tables().unwrap()
+        };
+        assert_eq!(
+            tables(Method::Tenp, None),
+            ["contribution", "neuron_weight_norm_sq"]
+        );
+        assert_eq!(
+            tables(Method::Enp, Some(NeuronScore::Energy)),
+            ["energy", "peak", "neuron_weight_norm_sq"]
+        );
+        assert!(tables(Method::Reap, None).is_empty());
+        assert_eq!(
+            tables(Method::RandomNeurons, None),
+            ["neuron_weight_norm_sq"]
+        );
+    }
+}
