@@ -4,13 +4,25 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
 
 use sha2::{Digest, Sha256};
-use tenp_checkpoint::{Checkpoint, LayerStatistics, Statistics};
+use tenp_checkpoint::{Checkpoint, Folds, LayerStatistics, Statistics};
 use tenp_kernels::cpu::direction::ExpertSums;
 use tenp_kernels::cpu::neuron::NeuronSums;
 use tenp_kernels::{Compute, RaggedLayout};
 
 use crate::weights::non_finite_expert;
 use crate::{BlockSums, Model, ModelError, Observer, Sequences, WeightNorms};
+
+/// Groups that the samples of a domain are put into, at most.
+const MAX_FOLDS: usize = 8;
+
+/// Groups of samples whose sums are kept apart, to see how much scores depend on the samples.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FoldOptions {
+    /// Groups per domain; `None`: as many as cost no time, from one to eight.
+    pub num_folds: Option<usize>,
+    /// Names of the `[N,K]` statistics that are kept of each group. All `[N]` ones are.
+    pub tables: Vec<&'static str>,
+}
 
 /// Runs the model over `domains` (name, samples) and collects every statistic.
 ///
@@ -23,6 +35,22 @@ pub fn calibrate(
     domains: &[(String, Vec<Vec<u32>>)],
     progress: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<Statistics, ModelError> {
+    let (statistics, _) = calibrate_in_folds(model, domains, &FoldOptions::default(), progress)?;
+    Ok(statistics)
+}
+
+/// [`calibrate`], with the sums of groups of samples beside those of the domains. A group is a run of consecutive samples.
+///
+/// The number of groups decides the order of additions, and with it the last bits of the domains' sums.
+///
+/// # Errors
+/// As [`calibrate`].
+pub fn calibrate_in_folds(
+    model: &Model<'_>,
+    domains: &[(String, Vec<Vec<u32>>)],
+    options: &FoldOptions,
+    progress: &(dyn Fn(usize, usize) + Sync),
+) -> Result<(Statistics, Folds), ModelError> {
     let mut sequences = Sequences::default();
     let mut statistics = Statistics {
         checkpoint: model.checkpoint().fingerprint().to_owned(),
@@ -33,31 +61,55 @@ pub fn calibrate(
         }],
         ..Statistics::default()
     };
-    for (label, (name, samples)) in domains.iter().enumerate() {
-        for sample in samples {
-            sequences.push(sample, label);
+    let mut folds = Folds::new();
+    let mut labels = Vec::new();
+    for (d, (name, samples)) in domains.iter().enumerate() {
+        let num_folds = num_folds(model, samples, options.num_folds);
+        for fold in 0..num_folds {
+            let group = samples.len() * fold / num_folds..samples.len() * (fold + 1) / num_folds;
+            for sample in &samples[group] {
+                sequences.push(sample, labels.len());
+            }
+            labels.push((d, fold));
         }
         statistics
             .tokens
             .insert(name.clone(), vec![tokens_fingerprint(samples)]);
         statistics.domains.insert(name.clone(), BTreeMap::new());
+        folds.insert(name.clone(), vec![BTreeMap::new(); num_folds]);
     }
     let collector = Collector {
         checkpoint: model.checkpoint(),
         num_domains: domains.len(),
+        labels,
+        fold_tables: &options.tables,
         current: Mutex::new(None),
         progress,
     };
     let mut run = model.begin(&sequences)?;
     while run.step(&collector)? {
-        if let Some((layer, sums)) = collector.finish_layer()? {
-            for (d, (name, _)) in domains.iter().enumerate() {
-                let tables = statistics.domains.entry(name.clone()).or_default();
-                tables.insert(layer, layer_statistics(&sums, d));
-            }
+        let Some((layer, sums)) = collector.finish_layer()? else {
+            continue;
+        };
+        for (d, (name, _)) in domains.iter().enumerate() {
+            let tables = statistics.domains.entry(name.clone()).or_default();
+            tables.insert(layer, sums.statistics(&sums.domains[d], &|_| true));
+        }
+        for ((d, fold), sums) in sums.folds {
+            let name = &domains[d].0;
+            let groups = folds.get_mut(name).expect("every domain has its groups");
+            groups[fold].insert(layer, sums);
         }
     }
-    Ok(statistics)
+    Ok((statistics, folds))
+}
+
+/// Groups of a domain: as many as asked for, or as many as have a block of tokens each, so that no block is smaller than
+/// it would be without groups. Never more than there are samples.
+fn num_folds(model: &Model<'_>, samples: &[Vec<u32>], asked: Option<usize>) -> usize {
+    let tokens: usize = samples.iter().map(Vec::len).sum();
+    let free = (tokens / model.block_tokens()).min(MAX_FOLDS);
+    asked.unwrap_or(free).min(samples.len()).max(1)
 }
 
 /// Fingerprint of token ids: the order of samples and their boundaries count.
@@ -78,6 +130,9 @@ pub(crate) fn tokens_fingerprint(samples: &[Vec<u32>]) -> String {
 struct Collector<'m, 'c> {
     checkpoint: &'c Checkpoint,
     num_domains: usize,
+    /// Domain and group of every label.
+    labels: Vec<(usize, usize)>,
+    fold_tables: &'m [&'static str],
     /// The layer that is running, and its sums.
     current: Mutex<Option<(usize, LayerSums)>>,
     progress: &'m (dyn Fn(usize, usize) + Sync),
@@ -87,41 +142,84 @@ struct Collector<'m, 'c> {
 struct LayerSums {
     layout: RaggedLayout,
     weight_norms: WeightNorms,
-    /// By domain.
-    experts: Vec<Vec<ExpertSums>>,
-    neurons: Vec<NeuronSums>,
-    total_tokens: Vec<i64>,
+    domains: Vec<Sums>,
+    /// The group whose blocks are being added, by label.
+    fold: Option<(usize, Sums)>,
+    /// Finished groups, by domain and group.
+    folds: Vec<((usize, usize), LayerStatistics)>,
     /// Block whose sums are added next: always in this order, so that the bits do not depend on the threads.
     next_block: usize,
     waiting: BTreeMap<usize, BlockSums>,
 }
 
+/// Sums over some tokens.
+#[derive(Clone)]
+struct Sums {
+    experts: Vec<ExpertSums>,
+    neurons: NeuronSums,
+    total_tokens: i64,
+}
+
+impl Sums {
+    fn new(layout: &RaggedLayout) -> Self {
+        Self {
+            experts: vec![ExpertSums::default(); layout.num_experts()],
+            neurons: NeuronSums::new(layout.clone()),
+            total_tokens: 0,
+        }
+    }
+
+    fn add(&mut self, experts: &[ExpertSums], neurons: &NeuronSums, tokens: i64) {
+        for (sum, more) in self.experts.iter_mut().zip(experts) {
+            sum.merge(more);
+        }
+        self.neurons.merge(neurons);
+        self.total_tokens += tokens;
+    }
+}
+
 impl LayerSums {
     fn new(layout: RaggedLayout, weight_norms: WeightNorms, num_domains: usize) -> Self {
-        let num_experts = layout.num_experts();
         Self {
             weight_norms,
-            experts: vec![vec![ExpertSums::default(); num_experts]; num_domains],
-            neurons: vec![NeuronSums::new(layout.clone()); num_domains],
-            total_tokens: vec![0; num_domains],
+            domains: vec![Sums::new(&layout); num_domains],
+            fold: None,
+            folds: Vec::new(),
             next_block: 0,
             waiting: BTreeMap::new(),
             layout,
         }
     }
+}
 
+impl Collector<'_, '_> {
     /// Takes a finished block, and adds all that are next in order.
-    fn add(&mut self, index: usize, block: BlockSums) {
-        self.waiting.insert(index, block);
-        while let Some(block) = self.waiting.remove(&self.next_block) {
-            self.next_block += 1;
-            let d = block.label;
-            for (sum, more) in self.experts[d].iter_mut().zip(&block.experts) {
-                sum.merge(more);
+    fn add(&self, layer: &mut LayerSums, index: usize, block: BlockSums) {
+        layer.waiting.insert(index, block);
+        while let Some(block) = layer.waiting.remove(&layer.next_block) {
+            layer.next_block += 1;
+            if layer
+                .fold
+                .as_ref()
+                .is_some_and(|(label, _)| *label != block.label)
+            {
+                self.finish_fold(layer);
             }
-            self.neurons[d].merge(&block.neurons);
-            self.total_tokens[d] += block.num_tokens as i64;
+            let start = || (block.label, Sums::new(&layer.layout));
+            let (_, sums) = layer.fold.get_or_insert_with(start);
+            sums.add(&block.experts, &block.neurons, block.num_tokens as i64);
         }
+    }
+
+    /// Adds the group that is complete to its domain.
+    fn finish_fold(&self, layer: &mut LayerSums) {
+        let Some((label, sums)) = layer.fold.take() else {
+            return;
+        };
+        let (domain, fold) = self.labels[label];
+        layer.domains[domain].add(&sums.experts, &sums.neurons, sums.total_tokens);
+        let tables = layer.statistics(&sums, &|name| self.fold_tables.contains(&name));
+        layer.folds.push(((domain, fold), tables));
     }
 }
 
@@ -134,11 +232,12 @@ impl Collector<'_, '_> {
 
     /// The sums of the layer that has just passed, if it is a MoE layer.
     fn finish_layer(&self) -> Result<Option<(usize, LayerSums)>, ModelError> {
-        let Some((layer, sums)) = self.current().take() else {
+        let Some((layer, mut sums)) = self.current().take() else {
             return Ok(None);
         };
-        for experts in &sums.experts {
-            if let Some(expert) = experts.iter().position(|e| e.non_finite > 0) {
+        self.finish_fold(&mut sums);
+        for domain in &sums.domains {
+            if let Some(expert) = domain.experts.iter().position(|e| e.non_finite > 0) {
                 return Err(non_finite_expert(self.checkpoint, layer, expert));
             }
         }
@@ -172,7 +271,7 @@ impl Observer for Collector<'_, '_> {
 
     fn sums(&self, _layer: usize, index: usize, sums: BlockSums) -> Result<(), ModelError> {
         if let Some((_, layer)) = &mut *self.current() {
-            layer.add(index, sums);
+            self.add(layer, index, sums);
         }
         Ok(())
     }
@@ -182,43 +281,51 @@ impl Observer for Collector<'_, '_> {
     }
 }
 
-fn layer_statistics(sums: &LayerSums, domain: usize) -> LayerStatistics {
-    let (layout, experts, neurons) = (&sums.layout, &sums.experts[domain], &sums.neurons[domain]);
-    let num_experts = layout.num_experts();
-    let width = layout.widths().iter().copied().max().unwrap_or(0);
-    // Ragged tables become [N, K] with zeros behind narrow experts.
-    let table = |value: &dyn Fn(usize) -> f64| {
-        let mut out = vec![0f64; num_experts * width];
-        for e in 0..num_experts {
-            for (j, i) in layout.range(e).enumerate() {
-                out[e * width + j] = value(i);
+impl LayerSums {
+    /// The statistics of some sums, without the `[N,K]` tables that are not `wanted`.
+    fn statistics(&self, sums: &Sums, wanted: &dyn Fn(&str) -> bool) -> LayerStatistics {
+        let (layout, experts, neurons) = (&self.layout, &sums.experts, &sums.neurons);
+        let num_experts = layout.num_experts();
+        let width = layout.widths().iter().copied().max().unwrap_or(0);
+        // Ragged tables become [N, K] with zeros behind narrow experts.
+        let table = |name: &str, value: &dyn Fn(usize) -> f64| {
+            if !wanted(name) {
+                return Vec::new();
             }
+            let mut out = vec![0f64; num_experts * width];
+            for e in 0..num_experts {
+                for (j, i) in layout.range(e).enumerate() {
+                    out[e * width + j] = value(i);
+                }
+            }
+            out
+        };
+        let WeightNorms { whole, down } = &self.weight_norms;
+        let each = |value: &dyn Fn(&ExpertSums) -> f64| experts.iter().map(value).collect();
+        LayerStatistics {
+            num_experts,
+            width,
+            tokens: experts.iter().map(|e| e.tokens).collect(),
+            total_tokens: sums.total_tokens,
+            gate_sum: each(&|e| e.gate),
+            normalised_gate_sum: each(&|e| e.normalised_gate),
+            norm_sum: each(&|e| e.norm),
+            norm_sq_sum: each(&|e| e.norm_sq),
+            gated_norm_sum: each(&|e| e.gated_norm),
+            direction: each(&|e| e.direction),
+            residual_direction: each(&|e| e.residual_direction),
+            output_peak: each(&|e| e.output_peak),
+            contribution: table("contribution", &|i| neurons.contribution[i]),
+            contribution_abs: table("contribution_abs", &|i| neurons.contribution_abs[i]),
+            activation_norm: table("activation_norm", &|i| {
+                neurons.activation[i] * down[i].sqrt()
+            }),
+            energy: table("energy", &|i| neurons.gated_energy[i] * down[i]),
+            peak: table("peak", &|i| neurons.gated_peak[i] * down[i]),
+            mean: table("mean", &|i| neurons.mean[i]),
+            second_moment: table("second_moment", &|i| neurons.second_moment[i]),
+            neuron_weight_norm_sq: table("neuron_weight_norm_sq", &|i| whole[i]),
+            down_norm_sq: table("down_norm_sq", &|i| down[i]),
         }
-        out
-    };
-    let WeightNorms { whole, down } = &sums.weight_norms;
-    let each = |value: &dyn Fn(&ExpertSums) -> f64| experts.iter().map(value).collect();
-    LayerStatistics {
-        num_experts,
-        width,
-        tokens: experts.iter().map(|e| e.tokens).collect(),
-        total_tokens: sums.total_tokens[domain],
-        gate_sum: each(&|e| e.gate),
-        normalised_gate_sum: each(&|e| e.normalised_gate),
-        norm_sum: each(&|e| e.norm),
-        norm_sq_sum: each(&|e| e.norm_sq),
-        gated_norm_sum: each(&|e| e.gated_norm),
-        direction: each(&|e| e.direction),
-        residual_direction: each(&|e| e.residual_direction),
-        output_peak: each(&|e| e.output_peak),
-        contribution: table(&|i| neurons.contribution[i]),
-        contribution_abs: table(&|i| neurons.contribution_abs[i]),
-        activation_norm: table(&|i| neurons.activation[i] * down[i].sqrt()),
-        energy: table(&|i| neurons.gated_energy[i] * down[i]),
-        peak: table(&|i| neurons.gated_peak[i] * down[i]),
-        mean: table(&|i| neurons.mean[i]),
-        second_moment: table(&|i| neurons.second_moment[i]),
-        neuron_weight_norm_sq: table(&|i| whole[i]),
-        down_norm_sq: table(&|i| down[i]),
     }
 }

@@ -196,6 +196,11 @@ impl<'c> Model<'c> {
         }
     }
 
+    /// Tokens of a block on the CPU; samples are grouped by it, wherever they run.
+    pub(crate) fn block_tokens(&self) -> usize {
+        self.on_cpu().block_tokens()
+    }
+
     /// Hidden states, and one block's activations and statistics.
     fn cpu_working_bytes(&self, tokens: usize) -> usize {
         let config = self.config();

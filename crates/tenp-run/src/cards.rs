@@ -75,7 +75,7 @@ pub(crate) fn accounting_rows(plan: &Plan) -> Vec<Vec<String>> {
 pub(crate) fn report(
     checkpoint: &Checkpoint,
     plan: &Plan,
-    calibration: Option<Value>,
+    calibration: Map<String, Value>,
 ) -> Map<String, Value> {
     let config = checkpoint.config();
     let layers: Vec<Value> = plan
@@ -104,9 +104,8 @@ pub(crate) fn report(
     report.insert("accounting".into(), json!(plan.accounting));
     report.insert("layers".into(), json!(layers));
     report.insert("uncalibrated".into(), json!(plan.uncalibrated));
-    if let Some(calibration) = calibration {
-        report.insert("calibration".into(), calibration);
-    }
+    report.insert("expert_width".into(), json!(config.moe.expert_width));
+    report.extend(calibration);
     report
 }
 
@@ -170,7 +169,7 @@ pub(crate) fn model_card(checkpoint: &Checkpoint, plan: &Plan, form: OutputForm)
          | | |\n|---|---|\n{rows}\n\n\
          {loads}\n\n\
          ## Widths\n\n```text\n{picture}```\n\nMethod `{method}`: {options}.\n{uncalibrated}\
-         Kept neuron ids are in `tenp_plan.json`, all figures in `report.json`.\n",
+         Kept neuron ids are in `tenp_plan.json`, all figures in `report.json`, pictures in `report.html`.\n",
         // A JSON text is a YAML text.
         quoted = json!(base),
         method = plan.method,

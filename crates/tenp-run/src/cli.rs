@@ -110,7 +110,13 @@ pub(crate) struct DataArgs {
     /// Tokens per sample; longer ones are cut [default: 2048, or the model's positions if those are fewer].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) seq_len: Option<u32>,
+    /// Warn of experts that see fewer tokens than this.
+    #[arg(long, default_value_t = MIN_TOKENS, value_name = "N")]
+    pub(crate) min_tokens: u32,
 }
+
+/// Tokens below which an expert's scores are said to rest on little.
+pub(crate) const MIN_TOKENS: u32 = 32;
 
 impl DataArgs {
     /// The files that are read.
@@ -335,6 +341,10 @@ pub(crate) struct Prune {
     pub(crate) recover: RecoverArgs,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
+    /// Groups of calibration samples per domain, from which the report tells how much the plan depends on the samples; 1:
+    /// none [default: as many as cost no time, at most 8].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) folds: Option<u32>,
     /// Keep the statistics here, to plan other budgets without calibrating again.
     #[arg(long, value_name = "FILE")]
     pub(crate) save_stats: Option<PathBuf>,

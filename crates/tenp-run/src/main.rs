@@ -7,6 +7,7 @@ mod cards;
 mod cli;
 mod commands;
 mod console;
+mod coverage;
 mod failure;
 mod models;
 mod picture;
@@ -14,6 +15,7 @@ mod place;
 mod plots;
 mod progress;
 mod recovery;
+mod report_page;
 mod requests;
 
 use std::process::ExitCode;

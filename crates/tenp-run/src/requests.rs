@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use anyhow::Result;
-use tenp_checkpoint::{Checkpoint, LayerStatistics, Plan, Statistics};
-use tenp_prune::{Allocation, DernRequest, ModelSize, PlanRequest};
+use tenp_checkpoint::{Checkpoint, Folds, LayerStatistics, Plan, Statistics};
+use tenp_prune::{Allocation, DernRequest, ModelSize, PlanRequest, Stability};
 
 use crate::cli::{Normalise, PlanArgs};
 use crate::failure::usage;
@@ -128,6 +128,33 @@ pub(crate) fn plan(
             "{dir} is already pruned (from {original}); plan from the original checkpoint"
         )));
     }
+    Ok(tenp_prune::plan(
+        checkpoint.config(),
+        &model_size(checkpoint)?,
+        checkpoint.fingerprint(),
+        statistics,
+        request,
+    )?)
+}
+
+/// How much a plan depends on its samples, if they were kept in groups.
+pub(crate) fn stability(
+    checkpoint: &Checkpoint,
+    (statistics, folds): (&Statistics, &Folds),
+    request: &PlanRequest,
+    plan: &Plan,
+) -> Result<Option<Stability>> {
+    let size = model_size(checkpoint)?;
+    let model = (checkpoint.config(), &size, checkpoint.fingerprint());
+    Ok(tenp_prune::stability(
+        model,
+        (statistics, folds),
+        request,
+        plan,
+    )?)
+}
+
+fn model_size(checkpoint: &Checkpoint) -> Result<ModelSize> {
     let size = checkpoint.size();
     let config = checkpoint.config();
     let layer = config.moe_layers.first().copied().unwrap_or_default();
@@ -140,19 +167,12 @@ pub(crate) fn plan(
         None => 0,
     };
     let row = config.hidden_size as u64;
-    let model_size = ModelSize {
+    Ok(ModelSize {
         parameters_total: size.parameters_total,
         parameters_routed: size.parameters_routed,
         bytes_total: size.bytes_total,
         routed_bytes: size.bytes_routed,
         router_row_bytes: row * router.weight.dtype.size() as u64 + bias_bytes,
         router_row_parameters: row + u64::from(bias_bytes > 0),
-    };
-    Ok(tenp_prune::plan(
-        config,
-        &model_size,
-        checkpoint.fingerprint(),
-        statistics,
-        request,
-    )?)
+    })
 }

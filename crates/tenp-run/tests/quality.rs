@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -10,6 +11,9 @@ use serde_json::json;
 use support::fixtures::{DOMAINS, calibrate_demo, demo, demo_file, read_json};
 use support::json::{number, widths};
 use support::{Scratch, tenp};
+use tenp_checkpoint::{Checkpoint, Statistics};
+use tenp_prune::score::expert_scores;
+use tenp_prune::{Calibration, ExpertScore, rank_correlation};
 
 /// Expert dropping by a score; random dropping comes with seeds.
 const DROPPING: [&str; 7] = [
@@ -237,4 +241,26 @@ fn frequency_and_gating_are_above_the_mean_of_random_droppings() {
     for (method, dropped) in &scores().dropping[..2] {
         assert_above(dropped, method, &random, "random dropping");
     }
+}
+
+#[test]
+fn eight_samples_a_domain_rank_experts_as_128_do() {
+    let scratch = Scratch::new();
+    let scores = |samples: usize| {
+        let path = scratch.join(&format!("{samples}.safetensors"));
+        calibrate_demo(samples, &path);
+        let statistics = Statistics::read(&path).unwrap();
+        let demo = Checkpoint::open(&demo()).unwrap();
+        let (config, print) = (demo.config(), demo.fingerprint());
+        let weights = BTreeMap::new();
+        let calibration = Calibration::new(config, print, &statistics, &weights, &[]).unwrap();
+        expert_scores(&calibration, ExpertScore::Direction, 0)
+    };
+    let layers: Vec<f64> = scores(8)
+        .iter()
+        .zip(scores(128))
+        .map(|(few, many)| rank_correlation(few, &many))
+        .collect();
+    let mean = layers.iter().sum::<f64>() / layers.len() as f64;
+    assert!(mean >= 0.95, "mean {mean:.3} of {layers:.3?}");
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tenp_checkpoint::{
     ApplyOptions, ApplyOutcome, Checkpoint, LayerRewriter, OutputForm, Plan, apply_rewritten,
     check_form, check_output, output_bytes,
@@ -12,13 +12,15 @@ use tenp_checkpoint::{
 use tenp_kernels::Compute;
 use tenp_model::rewrite::{Dern, LeastSquares, Rescale};
 
-use crate::cli::{Apply, ComputeArg, DataArgs, DeviceArg, FormArg, OutputArgs, RecoverArg};
+use crate::cli::{
+    Apply, ComputeArg, DataArgs, DeviceArg, FormArg, MIN_TOKENS, OutputArgs, RecoverArg,
+};
 use crate::failure::usage;
 use crate::models::Domains;
 use crate::place::Place;
 use crate::progress::{Progress, Unit};
 use crate::recovery::{self, Recovery};
-use crate::{cards, console, models};
+use crate::{cards, console, models, report_page};
 
 pub(super) fn run(args: &Apply) -> Result<()> {
     recovery::check(args.recover)?;
@@ -54,7 +56,7 @@ pub(super) fn run(args: &Apply) -> Result<()> {
         }
     };
     let making = Making {
-        calibration: None,
+        calibration: Map::new(),
         recovery,
         compute,
     };
@@ -90,6 +92,7 @@ fn calibration(
         data: args.data.clone(),
         samples: args.samples,
         seq_len: args.seq_len,
+        min_tokens: MIN_TOKENS,
     };
     let domains = models::Texts::new(checkpoint).domains(&data)?;
     let weights = recovery::plan_weights(plan, &domains);
@@ -110,8 +113,8 @@ fn check_data(args: &Apply) -> Result<()> {
 
 /// What goes into an output beside checkpoint and plan.
 pub(super) struct Making<'a> {
-    /// For the report.
-    pub(super) calibration: Option<Value>,
+    /// What the report says of the calibration.
+    pub(super) calibration: Map<String, Value>,
     pub(super) recovery: Recovery<'a>,
     /// Of merging and fitting.
     pub(super) compute: Compute,
@@ -134,6 +137,7 @@ pub(super) fn write(
             cards::model_card(checkpoint, plan, form).into_bytes(),
         )],
         report: cards::report(checkpoint, plan, making.calibration),
+        page: Some(report_page::page),
     };
     let computing = OnceLock::new();
     let mut rewriter = rewriter(

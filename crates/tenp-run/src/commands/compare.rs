@@ -48,6 +48,7 @@ pub(super) fn run(args: &Compare) -> Result<()> {
             tasks,
             texts: samples,
             folder: &args.output,
+            min_tokens: args.data.min_tokens,
         };
         prepare(args, &checkpoint, &bench, &draws)?;
         let full = bench.full()?;

@@ -11,7 +11,7 @@ use tenp_model::text::{Data, Task};
 use tenp_prune::{Method, PlanRequest};
 
 use super::eval::{Measures, run_tasks};
-use crate::cli::{DataArgs, Demo};
+use crate::cli::{DataArgs, Demo, MIN_TOKENS};
 use crate::failure::usage;
 use crate::place::Place;
 use crate::{console, models, picture, requests};
@@ -54,6 +54,7 @@ pub(super) fn run(args: &Demo) -> Result<()> {
         data: calibration_files(&folder)?,
         samples: 128,
         seq_len: None,
+        min_tokens: MIN_TOKENS,
     };
     let domains = texts.domains(&data)?;
     let size = checkpoint.size();

@@ -12,7 +12,8 @@ pub(super) fn run(args: &PlanCommand) -> Result<()> {
     let request = requests::request(&args.plan)?;
     let checkpoint = models::open(&args.model)?;
     models::check_file("--output", &args.output, Some(&args.model), &[&args.stats])?;
-    let statistics = Statistics::read(&args.stats)?;
+    let tables = request.tables()?;
+    let statistics = Statistics::read_tables(&args.stats, &|name| tables.contains(&name))?;
     let plan = requests::plan(&checkpoint, &statistics, &request).map_err(|error| {
         match error.downcast_ref::<PruneError>() {
             Some(PruneError::Fingerprint { .. }) => error.context(args.stats.display().to_string()),

@@ -3,14 +3,16 @@
 use std::path::Path;
 
 use anyhow::Result;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tenp_checkpoint::{
     ApplyOutcome, Checkpoint, OutputForm, Plan, check_form, check_output, output_bytes,
 };
 use tenp_model::Model;
+use tenp_model::calibrate::FoldOptions;
 
 use super::apply::Making;
 use crate::cli::{Prune, RecoverArg};
+use crate::coverage::Coverage;
 use crate::failure::usage;
 use crate::place::Place;
 use crate::recovery::{self, Recovery};
@@ -57,6 +59,7 @@ pub(super) fn run(args: &Prune) -> Result<()> {
             format!("{request:?} {:?}", args.recover),
             form.name(),
             args.output.shard_size,
+            args.folds,
         ),
         env!("CARGO_PKG_VERSION"),
     ));
@@ -64,23 +67,40 @@ pub(super) fn run(args: &Prune) -> Result<()> {
         report(&checkpoint, args, &plan, ApplyOutcome::AlreadyFinished);
         return Ok(());
     }
-    let statistics = super::calibrate::run_domains(&checkpoint, &domains, &place)?;
+    let folds = FoldOptions {
+        num_folds: args.folds.map(|n| n as usize),
+        tables: request.tables()?,
+    };
+    let (statistics, folds) = place.with_model(&checkpoint, |model| {
+        super::calibrate::run_in_folds(&model, &domains, &folds)
+    })?;
+    let coverage = Coverage::of(&statistics);
+    coverage.warn(args.data.min_tokens);
     if let Some(path) = &args.save_stats {
         statistics.write(path)?;
         console::note(&format!("wrote {}", path.display()));
     }
     let plan = requests::plan(&checkpoint, &statistics, &request)?;
-    let calibration = json!({
+    let stability = requests::stability(&checkpoint, (&statistics, &folds), &request, &plan)?;
+    drop(folds);
+    let about = json!({
         "domains": domains.iter().map(|(name, samples)| {
             json!({"domain": name, "samples": samples.len(), "tokens": samples.iter().map(Vec::len).sum::<usize>()})
         }).collect::<Vec<_>>(),
         "compute": statistics.compute,
         "inputs": inputs,
     });
+    let mut calibration = Map::new();
+    calibration.insert("calibration".to_owned(), about);
+    let few = coverage.json(args.data.min_tokens);
+    calibration.insert("coverage".to_owned(), few);
+    if let Some(stability) = stability {
+        calibration.insert("stability".to_owned(), json!(stability));
+    }
     let weights = &request.domain_weights;
     let sequences = recovery::sequences(&domains, weights);
     let making = Making {
-        calibration: Some(calibration),
+        calibration,
         recovery: match args.recover.recover {
             RecoverArg::None => Recovery::None,
             RecoverArg::Rescale => recovery::rescale(&checkpoint, &plan, &statistics, weights)?,

@@ -37,7 +37,7 @@ fn merge(files: &[PathBuf], output: &Path) -> Result<()> {
 }
 
 fn show(file: &Path, as_json: bool) -> Result<()> {
-    let statistics = Statistics::read(file)?;
+    let statistics = Statistics::read_tables(file, &|_| false)?;
     let domains: Vec<Value> = statistics
         .domains
         .iter()

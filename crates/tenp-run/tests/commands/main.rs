@@ -9,5 +9,6 @@ mod families;
 mod outputs;
 mod plans;
 mod recovery;
+mod reports;
 #[path = "../support/mod.rs"]
 mod support;

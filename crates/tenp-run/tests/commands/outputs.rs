@@ -45,6 +45,7 @@ fn a_ragged_folder_explains_itself() {
             "generation_config.json",
             "model-00001-of-00001.safetensors",
             "model.safetensors.index.json",
+            "report.html",
             "report.json",
             "tenp_plan.json",
             "tokenizer.json",

@@ -18,6 +18,7 @@ use super::grid::Key;
 use crate::cli::RecoverArg;
 use crate::commands::apply::rewriter;
 use crate::commands::{calibrate, eval};
+use crate::coverage::Coverage;
 use crate::models::{self, Domains};
 use crate::place::Place;
 use crate::recovery::{self, Recovery};
@@ -32,6 +33,7 @@ pub(super) struct Bench<'a> {
     pub(super) tasks: Vec<Task>,
     pub(super) texts: Domains,
     pub(super) folder: &'a Path,
+    pub(super) min_tokens: u32,
 }
 
 /// Figures of one model.
@@ -217,6 +219,7 @@ impl Bench<'_> {
             return Ok(Statistics::read(&path)?);
         }
         let statistics = calibrate::run_domains_on(&self.model, domains)?;
+        Coverage::of(&statistics).warn(self.min_tokens);
         statistics.write(&path)?;
         Ok(statistics)
     }
