@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::ModelConfig;
 
-pub use dern::{Dern, Initialisation, MergeWeights, RouterRule};
+pub use dern::{Dern, Initialisation, MergeWeights, RouterRule, Scope};
 pub use file::{FORMAT, VERSION};
 
 /// A plan as written to `plan.json` and to `tenp_plan.json` inside an output folder.
@@ -24,7 +24,7 @@ pub struct Plan {
     pub options: serde_json::Map<String, serde_json::Value>,
     /// Fingerprint of the checkpoint the plan is for.
     pub fingerprint: String,
-    /// How dropped experts are merged into the others; absent where they are only dropped.
+    /// How what is dropped is merged into what stays; absent where it is only dropped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dern: Option<Dern>,
     /// MoE layers in depth order.

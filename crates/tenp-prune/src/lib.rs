@@ -41,7 +41,8 @@ pub use error::PruneError;
 pub use names::{ExpertScore, Method, NeuronScore};
 pub use plan::plan;
 pub use request::{
-    Allocation, DEFAULT_LAMBDA, DEFAULT_SLOPE, DEFAULT_THRESHOLD, DernRequest, PlanRequest,
+    Allocation, DEFAULT_LAMBDA, DEFAULT_SLOPE, DEFAULT_THRESHOLD, DEFAULT_THRESHOLD_WITHIN,
+    DernRequest, PlanRequest,
 };
 pub use rescale::rescale_factors;
 pub use stability::{LayerStability, Stability, rank_correlation, stability};

@@ -45,8 +45,8 @@ macro_rules! named {
 }
 
 named! {
-    /// A pruning method: a preset of allocation, expert score and neuron score. `tenp`, `enp` and `random-neurons`
-    /// make experts narrower; the others drop whole experts.
+    /// A pruning method: a preset of allocation, expert score and neuron score. `tenp`, `enp`, `tenp+dern` and
+    /// `random-neurons` make experts narrower; the others drop whole experts.
     "method" Method {
         /// TENP (arXiv 2606.09885): trapezoid of whole experts, `direction`, `contribution`.
         Tenp = "tenp",
@@ -68,6 +68,8 @@ named! {
         EasyEp = "easy-ep",
         /// DERN (arXiv 2509.10377): drop the experts the router favours least, and merge their neurons into the others.
         Dern = "dern",
+        /// TENP, and what each narrow expert loses is merged into what it keeps, as DERN does.
+        TenpDern = "tenp+dern",
         /// Drop random experts (control).
         RandomExperts = "random-experts",
         /// Uniform widths, random neurons (control).

@@ -1,7 +1,9 @@
 //! From statistics and a request to a plan.
 
 use tenp_checkpoint::config::ModelConfig;
-use tenp_checkpoint::plan::{Dern, ExpertPlan, LayerPlan, Plan};
+use tenp_checkpoint::plan::{
+    Dern, ExpertPlan, Initialisation, LayerPlan, MergeWeights, Plan, RouterRule, Scope,
+};
 use tenp_checkpoint::statistics::Statistics;
 
 use crate::accounting::{ModelSize, accounting};
@@ -11,12 +13,12 @@ use crate::allocate::{
 };
 use crate::calibration::Calibration;
 use crate::record;
-use crate::request::{Choice, DEFAULT_THRESHOLD, PlanRequest, Target};
+use crate::request::{Choice, PlanRequest, Target};
 use crate::score::{
     NeuronScoring, best_neurons, expert_neuron_scores, expert_scores, global_scores, super_experts,
     uncalibrated,
 };
-use crate::{ExpertScore, PruneError};
+use crate::{ExpertScore, NeuronScore, PruneError};
 
 /// Rounds of DERN's k-means, at most.
 const DERN_ROUNDS: usize = 30;
@@ -55,7 +57,7 @@ pub fn plan(
         options: record::options(&calibration, request, &choice, &decision, &planner.guarded),
         fingerprint: fingerprint.to_owned(),
         accounting: accounting(&calibration, size, &layers),
-        dern: choice.merges.then(|| planner.dern()),
+        dern: choice.merges.map(|scope| planner.dern(scope, &layers)),
         layers,
         uncalibrated: positions(&uncalibrated(&calibration), calibration.layer_ids()),
     })
@@ -128,26 +130,69 @@ impl<'a> Planner<'a> {
         )
     }
 
-    /// What the merging of dropped experts needs to know.
-    fn dern(&self) -> Dern {
+    /// What the merging needs to know.
+    fn dern(&self, scope: Scope, layers: &[LayerPlan]) -> Dern {
         let asked = &self.request.dern;
+        let within = scope == Scope::Neurons;
+        let (router, weights, start) = if within {
+            (RouterRule::Keep, MergeWeights::Energy, Initialisation::Kept)
+        } else {
+            Default::default()
+        };
+        let merge_weights = asked.merge_weights.unwrap_or(weights);
+        Dern {
+            scope,
+            lambda: asked.lambda(),
+            threshold: asked.threshold(self.request.method),
+            sign_canonical: asked.sign_canonical,
+            router: asked.router.unwrap_or(router),
+            initialisation: asked.initialisation.unwrap_or(start),
+            seed: asked.starts_at_random().then_some(self.request.seed),
+            merge_weights,
+            rounds: DERN_ROUNDS,
+            scores: if within {
+                Vec::new()
+            } else {
+                self.router_shares()
+            },
+            weights: if merge_weights == MergeWeights::Energy {
+                self.energies(layers)
+            } else {
+                Vec::new()
+            },
+        }
+    }
+
+    /// What the neurons of narrow experts weigh where those are merged.
+    fn energies(&self, layers: &[LayerPlan]) -> Vec<Vec<Vec<f32>>> {
+        let scoring = NeuronScoring {
+            score: NeuronScore::Energy,
+            ..self.neuron_scoring()
+        };
+        let of = |layer: usize, expert: &ExpertPlan| {
+            if expert.neurons.is_none() {
+                return Vec::new();
+            }
+            let energies = expert_neuron_scores(self.calibration, layer, expert.id, scoring);
+            let largest = energies.iter().copied().fold(0.0, f64::max);
+            let share = |&energy: &f64| divided(energy, largest) as f32;
+            energies.iter().map(share).collect()
+        };
+        let layers = layers.iter().enumerate();
+        layers
+            .map(|(index, layer)| layer.experts.iter().map(|e| of(index, e)).collect())
+            .collect()
+    }
+
+    /// S of every expert.
+    fn router_shares(&self) -> Vec<Vec<f64>> {
         // One domain's scores add up to 1 as they are; merged ones are scaled to, so that they read the same.
         let share = |scores: Vec<f64>| {
             let sum: f64 = scores.iter().sum();
             scores.iter().map(|&score| divided(score, sum)).collect()
         };
         let scores = expert_scores(self.calibration, ExpertScore::GatingShare, 0);
-        Dern {
-            lambda: asked.lambda(),
-            threshold: asked.threshold.unwrap_or(DEFAULT_THRESHOLD),
-            sign_canonical: asked.sign_canonical,
-            router: asked.router.unwrap_or_default(),
-            initialisation: asked.initialisation.unwrap_or_default(),
-            seed: asked.starts_at_random().then_some(self.request.seed),
-            merge_weights: asked.merge_weights.unwrap_or_default(),
-            rounds: DERN_ROUNDS,
-            scores: scores.into_iter().map(share).collect(),
-        }
+        scores.into_iter().map(share).collect()
     }
 
     fn neuron_scoring(&self) -> NeuronScoring {

@@ -60,7 +60,7 @@ pub(crate) fn options(
             json!(positions(guarded, calibration.layer_ids())),
         );
     }
-    if choice.uses_seed() || (choice.merges && request.dern.starts_at_random()) {
+    if choice.uses_seed() || (choice.merges.is_some() && request.dern.starts_at_random()) {
         record("seed", json!(request.seed));
     }
     options

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use tenp_checkpoint::plan::{Initialisation, MergeWeights, RouterRule};
+use tenp_checkpoint::plan::{Initialisation, MergeWeights, RouterRule, Scope};
 
 use crate::allocate::default_alpha;
 use crate::{ExpertScore, Method, NeuronScore, PruneError};
@@ -14,6 +14,8 @@ pub const DEFAULT_SLOPE: f64 = 1.0 / 3.0;
 pub const DEFAULT_LAMBDA: [f64; 3] = [0.0, 0.5, 0.5];
 /// Threshold of DERN's similarity when none is given (arXiv 2509.10377).
 pub const DEFAULT_THRESHOLD: f64 = 0.4;
+/// The same within experts: whatever is alike at all is merged (a choice of this project, `docs/methods.md`).
+pub const DEFAULT_THRESHOLD_WITHIN: f64 = 0.0;
 
 /// How the budget is spread over layers and experts when experts become narrower.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,12 +84,13 @@ pub struct PlanRequest {
     pub dern: DernRequest,
 }
 
-/// How [`Method::Dern`] merges dropped experts into the others; `None` everywhere is the paper's way.
+/// How [`Method::Dern`] merges dropped experts into the others, and [`Method::TenpDern`] dropped neurons into the others
+/// of their expert; `None` everywhere is the method's own way.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct DernRequest {
     /// Weights of the cosines of gate row, up row and down column; default [`DEFAULT_LAMBDA`].
     pub lambda: Option<[f64; 3]>,
-    /// Similarity above which a neuron moves; default [`DEFAULT_THRESHOLD`].
+    /// Similarity above which a neuron moves; default [`DEFAULT_THRESHOLD`], or [`DEFAULT_THRESHOLD_WITHIN`].
     pub threshold: Option<f64>,
     /// What becomes of the kept router rows.
     pub router: Option<RouterRule>,
@@ -103,6 +106,14 @@ impl DernRequest {
     /// λ, the given one or the default.
     pub(crate) fn lambda(&self) -> [f64; 3] {
         self.lambda.unwrap_or(DEFAULT_LAMBDA)
+    }
+
+    /// The threshold, the given one or the method's.
+    pub(crate) fn threshold(&self, method: Method) -> f64 {
+        self.threshold.unwrap_or(match method {
+            Method::TenpDern => DEFAULT_THRESHOLD_WITHIN,
+            _ => DEFAULT_THRESHOLD,
+        })
     }
 
     /// The start is by lot, so the seed decides something.
@@ -155,8 +166,8 @@ pub(crate) struct Choice<'a> {
     pub(crate) target: Target<'a>,
     pub(crate) expert_score: ExpertScore,
     pub(crate) neuron_score: NeuronScore,
-    /// Dropped experts are merged into the others.
-    pub(crate) merges: bool,
+    /// What is dropped is merged into what stays.
+    pub(crate) merges: Option<Scope>,
 }
 
 impl<'a> Choice<'a> {
@@ -180,7 +191,11 @@ impl<'a> Choice<'a> {
             target,
             expert_score: request.expert_score.unwrap_or(preset.expert_score),
             neuron_score: request.neuron_score.unwrap_or(preset.neuron_score),
-            merges: request.method == Method::Dern,
+            merges: match request.method {
+                Method::Dern => Some(Scope::Experts),
+                Method::TenpDern => Some(Scope::Neurons),
+                _ => None,
+            },
         };
         choice.refuse_idle_options(request)?;
         Ok(choice)
@@ -227,8 +242,13 @@ impl<'a> Choice<'a> {
         let narrows = self.uses_neuron_score();
         match option {
             "--experts" => (!narrows, "a method that drops experts"),
-            "--lambda" | "--threshold" | "--router" | "--init" | "--merge-weights"
-            | "--sign-canonical" => (self.merges, "--method dern"),
+            "--lambda" | "--threshold" | "--init" | "--merge-weights" | "--sign-canonical" => {
+                (self.merges.is_some(), "--method dern or tenp+dern")
+            }
+            "--router" | "--merge-weights router" => {
+                (self.merges == Some(Scope::Experts), "--method dern")
+            }
+            "--merge-weights energy" => (self.merges == Some(Scope::Neurons), "--method tenp+dern"),
             "--alpha" | "--slope" => (trapezoid, "--allocation trapezoid"),
             "--width-multiple" => (
                 trapezoid || uniform || global,
@@ -275,7 +295,7 @@ impl Target<'_> {
 }
 
 /// Every option that some methods do not look at, and whether the request has it.
-fn given_options(request: &PlanRequest) -> [(&'static str, bool); 17] {
+fn given_options(request: &PlanRequest) -> [(&'static str, bool); 19] {
     let dern = &request.dern;
     [
         ("--allocation", request.allocation.is_some()),
@@ -294,6 +314,14 @@ fn given_options(request: &PlanRequest) -> [(&'static str, bool); 17] {
         ("--router", dern.router.is_some()),
         ("--init", dern.initialisation.is_some()),
         ("--merge-weights", dern.merge_weights.is_some()),
+        (
+            "--merge-weights router",
+            dern.merge_weights == Some(MergeWeights::Router),
+        ),
+        (
+            "--merge-weights energy",
+            dern.merge_weights == Some(MergeWeights::Energy),
+        ),
         ("--sign-canonical", dern.sign_canonical),
     ]
 }
@@ -317,7 +345,9 @@ fn preset(method: Method) -> Preset {
         neuron_score: NeuronScore::Contribution,
     };
     match method {
-        Method::Tenp => narrow(&Allocation::Trapezoid, NeuronScore::Contribution),
+        Method::Tenp | Method::TenpDern => {
+            narrow(&Allocation::Trapezoid, NeuronScore::Contribution)
+        }
         Method::Enp => narrow(&Allocation::Uniform, NeuronScore::Contribution),
         Method::RandomNeurons => narrow(&Allocation::Uniform, NeuronScore::Random),
         Method::Frequency => drop(ExpertScore::Frequency),
@@ -345,11 +375,11 @@ fn check_ranges(request: &PlanRequest) -> Result<(), PruneError> {
     if !(-1.0..=1.0).contains(&request.slope) {
         return Err(PruneError::Slope { got: request.slope });
     }
-    check_dern(&request.dern)
+    check_dern(&request.dern, request.method)
 }
 
 /// The similarity lies in [−Σλ, Σλ]: a threshold outside [0, Σλ) would move everything, even what is opposite, or nothing.
-fn check_dern(dern: &DernRequest) -> Result<(), PruneError> {
+fn check_dern(dern: &DernRequest, method: Method) -> Result<(), PruneError> {
     let lambda = dern.lambda();
     let largest: f64 = lambda.iter().sum();
     if lambda
@@ -359,12 +389,9 @@ fn check_dern(dern: &DernRequest) -> Result<(), PruneError> {
     {
         return Err(PruneError::Lambda { got: lambda });
     }
-    match dern.threshold {
-        Some(got) if !(got >= 0.0 && got < largest) => Err(PruneError::Threshold { got, largest }),
-        None if largest <= DEFAULT_THRESHOLD => Err(PruneError::Threshold {
-            got: DEFAULT_THRESHOLD,
-            largest,
-        }),
-        _ => Ok(()),
+    let got = dern.threshold(method);
+    if !(got >= 0.0 && got < largest) {
+        return Err(PruneError::Threshold { got, largest });
     }
+    Ok(())
 }

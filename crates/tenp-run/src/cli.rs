@@ -166,7 +166,8 @@ pub(crate) enum Stats {
 #[derive(Clone, Debug, Args)]
 pub(crate) struct PlanArgs {
     /// What decides: tenp, enp; experts dropped by frequency, gating, ean, reap, man, msan, easy-ep, random-experts;
-    /// experts dropped and merged into the others by dern; or random-neurons.
+    /// experts dropped and merged into the others by dern; tenp with what goes merged into what stays: tenp+dern; or
+    /// random-neurons.
     #[arg(long, default_value = "tenp")]
     pub(crate) method: Method,
     /// Share of the routed-expert neurons to keep, above 0 and at most 1. Needed by every allocation but file:PATH.

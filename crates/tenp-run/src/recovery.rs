@@ -41,11 +41,18 @@ pub(crate) fn check(args: RecoverArgs) -> Result<()> {
 /// Refuses recovery of a plan that narrows no expert. One that keeps everything passes: its output is a copy.
 pub(crate) fn check_plan(args: RecoverArgs, checkpoint: &Checkpoint, plan: &Plan) -> Result<()> {
     let config = checkpoint.config();
-    if args.recover == RecoverArg::None
-        || plan.keeps_everything(config)
-        || !plan.narrows_nothing(config)
-    {
+    if args.recover == RecoverArg::None || plan.keeps_everything(config) {
         return Ok(());
+    }
+    if !plan.narrows_nothing(config) {
+        if plan.dern.is_none() {
+            return Ok(());
+        }
+        return Err(usage(format!(
+            "--recover does not go with --method {}: both say what the kept neurons become, and recovery takes them to \
+             compute what they did; use --method tenp with --recover, or leave --recover out",
+            plan.method
+        )));
     }
     Err(usage(format!(
         "--recover has no effect with --method {}, which narrows no expert; it needs a method such as tenp or enp",

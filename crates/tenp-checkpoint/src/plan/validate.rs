@@ -44,7 +44,7 @@ impl Plan {
             check_layer(layer, config)?;
         }
         if let Some(dern) = &self.dern {
-            dern.check(config)?;
+            dern.check(config, &self.layers)?;
         }
         self.check_counts(config)
     }

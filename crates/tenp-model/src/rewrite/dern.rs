@@ -1,19 +1,20 @@
 //! DERN (arXiv 2509.10377, `docs/methods.md`): neurons of dropped experts are reassigned to the kept experts that they are
-//! most alike, and each kept expert's neurons are merged back to its width.
+//! most alike, and each kept expert's neurons are merged back to its width. Or the same within each narrow expert.
 
 mod merge;
 mod start;
+mod within;
 
 use std::error::Error;
 
 use serde_json::{Map, Value, json};
-use tenp_checkpoint::plan::{self, MergeWeights, RouterRule};
+use tenp_checkpoint::plan::{self, MergeWeights, RouterRule, Scope};
 use tenp_checkpoint::{
     Checkpoint, LayerPlan, LayerRewriter, Matrix, Notes, Plan, RewrittenExpert, RewrittenLayer,
 };
 use tenp_kernels::Compute;
 use tenp_kernels::cpu::moe::ExpertWeights;
-use tenp_kernels::cpu::segments::{MeasuredExpert, Segments, Similarity, best_matches};
+use tenp_kernels::cpu::segments::{Match, MeasuredExpert, Segments, Similarity, best_matches};
 
 use super::encode::encode;
 use crate::ModelError;
@@ -28,7 +29,7 @@ pub struct Dern<'c> {
     settings: &'c plan::Dern,
     compute: Compute,
     layers: Vec<LayerOutcome>,
-    progress: Box<dyn Fn(usize) + 'c>,
+    progress: Box<dyn Fn(usize) + Sync + 'c>,
 }
 
 /// What happened to a layer.
@@ -37,7 +38,7 @@ struct LayerOutcome {
     layer: usize,
     moved: usize,
     discarded: usize,
-    /// Kept experts with new neurons.
+    /// Experts with new neurons.
     merged: usize,
     /// Rounds of the longest k-means.
     rounds: usize,
@@ -78,7 +79,7 @@ impl<'c> Dern<'c> {
         checkpoint: &'c Checkpoint,
         plan: &'c Plan,
         compute: Compute,
-        progress: Box<dyn Fn(usize) + 'c>,
+        progress: Box<dyn Fn(usize) + Sync + 'c>,
     ) -> Option<Self> {
         Some(Self {
             checkpoint,
@@ -90,6 +91,19 @@ impl<'c> Dern<'c> {
     }
 
     fn rewrite(&mut self, plan: &LayerPlan) -> Result<RewrittenLayer, ModelError> {
+        let (new, outcome) = match self.settings.scope {
+            Scope::Experts => self.merge_dropped(plan)?,
+            Scope::Neurons => self.fold(plan)?,
+        };
+        self.layers.push(outcome);
+        (self.progress)(plan.layer);
+        Ok(new)
+    }
+
+    fn merge_dropped(
+        &self,
+        plan: &LayerPlan,
+    ) -> Result<(RewrittenLayer, LayerOutcome), ModelError> {
         let layer = plan.layer;
         let config = self.checkpoint.config();
         let experts = (0..config.moe.num_experts)
@@ -120,9 +134,22 @@ impl<'c> Dern<'c> {
         if self.settings.router == RouterRule::Transfer && outcome.moved > 0 {
             new.router = Some(self.router(layer, &kept, &reassigned)?);
         }
-        self.layers.push(outcome);
-        (self.progress)(layer);
-        Ok(new)
+        Ok((new, outcome))
+    }
+
+    fn similarity(&self) -> Similarity {
+        let [lambda_gate, lambda_up, lambda_down] = self.settings.lambda.map(|l| l as f32);
+        Similarity {
+            lambda_gate,
+            lambda_up,
+            lambda_down,
+            sign_canonical: self.settings.sign_canonical,
+        }
+    }
+
+    /// The match that a neuron moves to, if it moves.
+    fn above_threshold(&self, found: Option<Match>) -> Option<Match> {
+        found.filter(|m| f64::from(m.value) > self.settings.threshold)
     }
 
     /// The segments of one dropped expert at a time are compared with all kept ones.
@@ -134,13 +161,6 @@ impl<'c> Dern<'c> {
     ) -> Result<Reassigned, ModelError> {
         let kept_weights: Vec<_> = kept.iter().map(|&e| experts[e]).collect();
         let measured = MeasuredExpert::all(&kept_weights).at(layer)?;
-        let [lambda_gate, lambda_up, lambda_down] = self.settings.lambda.map(|l| l as f32);
-        let similarity = Similarity {
-            lambda_gate,
-            lambda_up,
-            lambda_down,
-            sign_canonical: self.settings.sign_canonical,
-        };
         let mut reassigned = Reassigned {
             received: vec![Vec::new(); kept.len()],
             discarded: 0,
@@ -150,9 +170,10 @@ impl<'c> Dern<'c> {
                 continue;
             }
             let rows = Segments::of_expert(weights).at(layer)?;
-            let matches = best_matches(self.compute, &rows, &measured, similarity).at(layer)?;
+            let matches =
+                best_matches(self.compute, &rows, &measured, self.similarity()).at(layer)?;
             for (neuron, found) in matches.into_iter().enumerate() {
-                match found.filter(|m| f64::from(m.value) > self.settings.threshold) {
+                match self.above_threshold(found) {
                     Some(found) => reassigned.received[found.expert].push(Received {
                         expert,
                         neuron,
@@ -174,7 +195,7 @@ impl<'c> Dern<'c> {
     ) -> Result<Points, tenp_kernels::KernelError> {
         let weight = |expert: usize| match self.settings.merge_weights {
             MergeWeights::Router => self.settings.scores[index][expert] as f32,
-            MergeWeights::Uniform => 1.0,
+            MergeWeights::Uniform | MergeWeights::Energy => 1.0,
         };
         let own = experts[id].width();
         if received.is_empty() {
@@ -204,20 +225,7 @@ impl<'c> Dern<'c> {
         neurons: &Segments,
     ) -> Result<RewrittenExpert, ModelError> {
         let old = self.checkpoint.expert(layer, id)?;
-        let (width, hidden) = (neurons.len(), neurons.hidden());
-        let mut tables = [0; 3].map(|_| Vec::with_capacity(width * hidden));
-        for neuron in 0..width {
-            for (table, part) in tables.iter_mut().zip(neurons.parts(neuron)) {
-                table.extend_from_slice(part);
-            }
-        }
-        let [gate, up, columns] = tables;
-        let mut down = vec![0f32; width * hidden];
-        for (neuron, column) in columns.chunks_exact(hidden).enumerate() {
-            for (row, value) in column.iter().enumerate() {
-                down[row * width + neuron] = *value;
-            }
-        }
+        let [gate, up, down] = tables(neurons);
         Ok(RewrittenExpert {
             id,
             gate: Some(encode(layer, old.gate.dtype, &gate)?),
@@ -258,6 +266,25 @@ impl<'c> Dern<'c> {
     }
 }
 
+/// Gate, up and down as an expert of these neurons has them.
+fn tables(neurons: &Segments) -> [Vec<f32>; 3] {
+    let (width, hidden) = (neurons.len(), neurons.hidden());
+    let mut tables = [0; 3].map(|_| Vec::with_capacity(width * hidden));
+    for neuron in 0..width {
+        for (table, part) in tables.iter_mut().zip(neurons.parts(neuron)) {
+            table.extend_from_slice(part);
+        }
+    }
+    let [gate, up, columns] = tables;
+    let mut down = vec![0f32; width * hidden];
+    for (neuron, column) in columns.chunks_exact(hidden).enumerate() {
+        for (row, value) in column.iter().enumerate() {
+            down[row * width + neuron] = *value;
+        }
+    }
+    [gate, up, down]
+}
+
 impl LayerRewriter for Dern<'_> {
     fn settings(&self) -> String {
         let compute = match self.compute {
@@ -279,8 +306,12 @@ impl LayerRewriter for Dern<'_> {
         let value =
             json!({"moved": moved, "discarded": discarded, "layers": layers.collect::<Vec<_>>()});
         report.insert("dern".to_owned(), value);
+        let (of, into) = match self.settings.scope {
+            Scope::Experts => ("neurons of dropped experts", "kept experts"),
+            Scope::Neurons => ("dropped neurons", "kept neurons of their experts"),
+        };
         let card = format!(
-            "\nOf {} neurons of dropped experts, {moved} were merged into kept experts and {discarded} were discarded.\n",
+            "\nOf {} {of}, {moved} were merged into {into} and {discarded} were discarded.\n",
             moved + discarded
         );
         Notes { report, card }

@@ -4,23 +4,25 @@ use clap::{Args, ValueEnum};
 use tenp_checkpoint::plan::{Initialisation, MergeWeights, RouterRule};
 
 #[derive(Clone, Debug, Args)]
-#[command(next_help_heading = "DERN (--method dern)")]
+#[command(next_help_heading = "DERN (--method dern, tenp+dern)")]
 pub(crate) struct DernArgs {
     /// What two neurons' similarity is made of: weights of the cosines of gate row, up row and down column
     /// [default: 0,0.5,0.5].
     #[arg(long, value_name = "G,U,D", value_parser = lambda)]
     pub(crate) lambda: Option<[f64; 3]>,
-    /// A dropped expert's neuron moves to a kept expert where their similarity is above this, else it is discarded
-    /// [default: 0.4].
+    /// A dropped neuron is merged into a kept one where their similarity is above this, else it is discarded
+    /// [default: 0.4; 0 with tenp+dern].
     #[arg(long, value_name = "SIMILARITY")]
     pub(crate) threshold: Option<f64>,
     /// Kept router rows: gain a share of the dropped ones (default), or stay as they are.
     #[arg(long, value_enum, value_name = "RULE")]
     pub(crate) router: Option<RouterArg>,
-    /// Where the clustering starts: neurons with the largest gate entries (default), or by lot.
+    /// Where the clustering starts: neurons with the largest gate entries (default of dern), by lot, or those that the
+    /// expert has of its own (default of tenp+dern).
     #[arg(long, value_enum, value_name = "START")]
     pub(crate) init: Option<InitArg>,
-    /// Weight of a neuron in a merge: how much the router favours its expert (default), or all the same.
+    /// Weight of a neuron in a merge: how much the router favours its expert (dern, default), its own energy (tenp+dern,
+    /// default), or all the same.
     #[arg(long, value_enum, value_name = "WEIGHTS")]
     pub(crate) merge_weights: Option<MergeWeightsArg>,
     /// Neurons that differ in the sign of both up and down count as the same.
@@ -58,7 +60,9 @@ value_arg! {
         /// Neurons with the largest entry of a gate row.
         Peak,
         /// By lot.
-        Random
+        Random,
+        /// The neurons that the expert has or keeps of its own.
+        Kept
     }
 }
 value_arg! {
@@ -67,7 +71,9 @@ value_arg! {
         /// The router's favour of the expert a neuron comes from.
         Router,
         /// All the same.
-        Uniform
+        Uniform,
+        /// The neuron's own energy.
+        Energy
     }
 }
 

@@ -61,6 +61,37 @@ fn counts() {
 }
 
 #[test]
+fn within_experts_there_is_no_router_to_change() {
+    for (options, needles) in [
+        ("--router keep", ["--router", "--method dern"]),
+        (
+            "--merge-weights router",
+            ["--merge-weights router", "--method dern"],
+        ),
+        ("--experts 12", ["--experts", "--keep"]),
+        ("--threshold 1", ["--threshold 1", "below 1"]),
+        ("--lambda 0,0,0", ["--lambda 0,0,0", "not all 0"]),
+    ] {
+        refused(
+            &format!("--method tenp+dern --keep 0.6 {options}"),
+            &needles,
+        );
+    }
+    refused(
+        "--method tenp+dern --experts 12",
+        &["--experts", "drops experts"],
+    );
+    refused(
+        "--method dern --experts 12 --merge-weights energy",
+        &["--merge-weights energy", "--method tenp+dern"],
+    );
+    refused(
+        "--keep 0.6 --merge-weights uniform",
+        &["--merge-weights", "dern or tenp+dern"],
+    );
+}
+
+#[test]
 fn groups_are_kept_even() {
     let scratch = Scratch::new();
     let model = copy(&golden("deepseek_v3"), &scratch.join("model"));
@@ -102,6 +133,26 @@ fn plans_that_were_tampered_with() {
         ("initialisation", json!("random"), "no seed"),
         ("S", json!([[0.5]]), "7 lists of 16"),
         ("router", json!("swap"), "swap"),
+    ];
+    for (field, value, needle) in cases {
+        std::fs::copy(&plan, &bad).unwrap();
+        edit_json(&bad, |plan| plan["dern"][field] = value);
+        place.refuses(
+            "apply {} --plan {} -o {}",
+            &[&place.model, &bad, &out],
+            FAILED,
+            &[needle],
+        );
+    }
+    let line = "plan {} --stats {} --method tenp+dern --keep 0.6 -o {}";
+    tenp(line, &[&place.model, statistics(), &plan]).ok();
+    let cases: [(&str, Value, &str); 6] = [
+        ("router", json!("transfer"), "the router stays"),
+        ("merge_weights", json!("router"), "weighs nothing"),
+        ("merge_weights", json!("uniform"), "need no list"),
+        ("weights", json!([[[1.0]]]), "a list of 96 numbers"),
+        ("weights", json!([]), "a list of 96 numbers"),
+        ("scope", json!("experts"), "only have a part within"),
     ];
     for (field, value, needle) in cases {
         std::fs::copy(&plan, &bad).unwrap();

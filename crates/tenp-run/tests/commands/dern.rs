@@ -13,18 +13,18 @@ use crate::support::json::{list, number};
 use crate::support::{Scratch, tenp};
 
 /// Files that say how a checkpoint was made, not what it computes.
-const ABOUT: [&str; 4] = ["README.md", "report.json", "tenp_plan.json", "config.json"];
+pub(crate) const ABOUT: [&str; 4] = ["README.md", "report.json", "tenp_plan.json", "config.json"];
 
 /// A checkpoint with statistics.
-struct Case {
-    scratch: Scratch,
-    model: PathBuf,
+pub(crate) struct Case {
+    pub(crate) scratch: Scratch,
+    pub(crate) model: PathBuf,
     stats: PathBuf,
 }
 
 impl Case {
     /// A golden checkpoint, its config changed.
-    fn golden(name: &str, change: &[(&str, u64)]) -> Self {
+    pub(crate) fn golden(name: &str, change: &[(&str, u64)]) -> Self {
         let scratch = Scratch::new();
         let model = copy(&golden(name), &scratch.join("model"));
         if !change.is_empty() {
@@ -44,7 +44,7 @@ impl Case {
         }
     }
 
-    fn plan(&self, options: &str) -> PathBuf {
+    pub(crate) fn plan(&self, options: &str) -> PathBuf {
         let plan = self
             .scratch
             .join(&format!("{options}.json").replace(' ', "_"));
@@ -53,7 +53,7 @@ impl Case {
         plan
     }
 
-    fn apply(&self, plan: &Path, threads: u32) -> PathBuf {
+    pub(crate) fn apply(&self, plan: &Path, threads: u32) -> PathBuf {
         let name = plan.file_stem().unwrap().to_string_lossy();
         let out = self.scratch.join(&format!("{name}-{threads}"));
         let line = format!("apply {{}} --plan {{}} -o {{}} --threads {threads}");
@@ -61,7 +61,7 @@ impl Case {
         out
     }
 
-    fn prune(&self, options: &str) -> PathBuf {
+    pub(crate) fn prune(&self, options: &str) -> PathBuf {
         self.apply(&self.plan(options), 2)
     }
 
@@ -72,6 +72,22 @@ impl Case {
         );
         tenp("logits {} --input {} --output {}", &[model, &ids, &out]).ok();
         std::fs::read(out).unwrap()
+    }
+
+    /// Norm of the difference of two models' logits, relative to the second's.
+    pub(crate) fn distance(&self, model: &Path, reference: &Path) -> f64 {
+        let logits = |model: &Path| {
+            let bytes = self.logits(model);
+            let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            let data = file.tensor("logits").unwrap().data().to_vec();
+            let values = data.as_chunks::<4>().0.iter();
+            values
+                .map(|b| f64::from(f32::from_le_bytes(*b)))
+                .collect::<Vec<_>>()
+        };
+        let (a, b) = (logits(model), logits(reference));
+        let difference: f64 = a.iter().zip(&b).map(|(a, b)| (a - b).powi(2)).sum();
+        (difference / b.iter().map(|b| b * b).sum::<f64>()).sqrt()
     }
 }
 
@@ -250,18 +266,7 @@ fn a_duplicate_of_a_kept_expert_changes_nothing() {
         let (merged, dropped) = (case.apply(&plan, 2), case.apply(&drop, 2));
         let report = read_json(&merged.join("report.json"));
         assert!(number(&report["dern"]["moved"]) > 0.0, "{name}: {report}");
-        let logits = |model: &Path| {
-            let bytes = case.logits(model);
-            let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-            let data = file.tensor("logits").unwrap().data().to_vec();
-            let values = data.as_chunks::<4>().0.iter();
-            values
-                .map(|b| f64::from(f32::from_le_bytes(*b)))
-                .collect::<Vec<_>>()
-        };
-        let (a, b) = (logits(&merged), logits(&dropped));
-        let difference: f64 = a.iter().zip(&b).map(|(a, b)| (a - b).powi(2)).sum();
-        let error = (difference / b.iter().map(|b| b * b).sum::<f64>()).sqrt();
+        let error = case.distance(&merged, &dropped);
         assert!(error < 1e-5, "{name}: {error:e}");
     }
 }

@@ -6,6 +6,7 @@ mod comparison;
 mod dern;
 mod evaluation;
 mod families;
+mod folding;
 mod outputs;
 mod plans;
 mod recovery;

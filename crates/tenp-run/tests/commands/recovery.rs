@@ -277,6 +277,10 @@ fn options_that_do_not_go_together() {
         "--method dern --keep 0.75 --recover least-squares",
         &["narrows no expert", "dern"],
     );
+    prune(
+        "--method tenp+dern --keep 0.6 --recover least-squares",
+        &["--recover", "tenp+dern", "--method tenp with --recover"],
+    );
     tenp(
         "apply {} --plan {} --recover rescale -o {}",
         &[&model, &plan, &out],

@@ -223,7 +223,7 @@ mod tests {
         // Neurons that are alike within the expert, or zero, must both stay.
         own.push(own[2].clone());
         own.push([0; 3].map(|_| vec![0.0; HIDDEN]));
-        for start in [Start::Peak, Start::Random(3, 0)] {
+        for start in [Start::Peak, Start::Random(3, 0), Start::Kept] {
             for (moved, flipped) in [(own[4].clone(), false), (negated(&own[4]), true)] {
                 let points = points(&own, &[(moved, 0.25, flipped)]);
                 let merged = run(&points, start).unwrap();

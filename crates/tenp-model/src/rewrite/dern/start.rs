@@ -16,6 +16,8 @@ pub(super) enum Start {
     Peak,
     /// By lot: seed and stream.
     Random(u64, u64),
+    /// No ranking: the expert's own neurons are the centres.
+    Kept,
 }
 
 impl Start {
@@ -23,6 +25,7 @@ impl Start {
     pub(super) fn new(settings: &Dern, stream: usize) -> Self {
         match settings.initialisation {
             Initialisation::Peak => Self::Peak,
+            Initialisation::Kept => Self::Kept,
             Initialisation::Random => {
                 Self::Random(settings.seed.unwrap_or_default(), stream as u64)
             }
@@ -32,6 +35,7 @@ impl Start {
     fn ranks(self, points: &Points) -> Vec<f64> {
         let len = points.segments.len();
         match self {
+            Self::Kept => Vec::new(),
             Self::Peak => (0..len)
                 .map(|i| {
                     let [gate, ..] = points.segments.parts(i);
@@ -56,6 +60,9 @@ impl Start {
     /// without those that are the same as one before. Seats left over go to the expert's own neurons that were passed over,
     /// those that count first. An own neuron has its old place, the others fill the gaps.
     pub(super) fn seats(self, points: &Points) -> Vec<usize> {
+        if matches!(self, Self::Kept) {
+            return (0..points.own).collect();
+        }
         let ranks = self.ranks(points);
         let mut order: Vec<usize> = (0..ranks.len()).filter(|&i| points.counts(i)).collect();
         order.sort_by(|&a, &b| ranks[b].total_cmp(&ranks[a]).then(a.cmp(&b)));
