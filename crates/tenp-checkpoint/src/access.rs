@@ -142,7 +142,7 @@ impl Checkpoint {
     ) -> Result<ExpertTensors<'_>, CheckpointError> {
         let index = self.moe_index(layer)?;
         let config = self.config();
-        let num_experts = config.moe.num_experts;
+        let num_experts = config.num_experts(index);
         if expert >= num_experts {
             return Err(CheckpointError::NoSuchExpert {
                 layer,
@@ -196,17 +196,17 @@ impl Checkpoint {
     /// # Errors
     /// `layer` has no router, or as [`Self::matrix`].
     pub fn router(&self, layer: usize) -> Result<RouterTensors<'_>, CheckpointError> {
-        self.moe_index(layer)?;
+        let num_experts = self.config().num_experts(self.moe_index(layer)?);
         let (moe, spelling) = (&self.config().moe, self.spelling());
         let correction_bias = if moe.router.correction_bias {
-            Some(self.vector_f32(&spelling.correction_bias(layer), moe.num_experts)?)
+            Some(self.vector_f32(&spelling.correction_bias(layer), num_experts)?)
         } else {
             None
         };
         Ok(RouterTensors {
             weight: self.matrix(
                 &spelling.router(layer),
-                moe.num_experts,
+                num_experts,
                 self.config().hidden_size,
             )?,
             correction_bias,

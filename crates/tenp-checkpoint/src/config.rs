@@ -52,7 +52,7 @@ pub struct ModelConfig {
     pub moe: Moe,
     /// Indices of the MoE layers, ascending; the others are dense.
     pub moe_layers: Vec<usize>,
-    /// Ragged checkpoints: width of every expert, `[moe layer in depth order][expert]`.
+    /// Ragged checkpoints: width of every expert, `[moe layer in depth order][expert]`; the lists may differ in length.
     pub widths: Option<Vec<Vec<usize>>>,
     /// Multi-token-prediction layers that the config announces (tensors may be absent).
     pub num_mtp_layers: usize,
@@ -67,7 +67,8 @@ pub struct ModelConfig {
 /// Shape and router of the MoE layers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Moe {
-    /// Routed experts per layer, N.
+    /// Routed experts per layer, N; the most of any layer where a ragged checkpoint's layers differ
+    /// ([`ModelConfig::num_experts`]).
     pub num_experts: usize,
     /// Experts chosen per token.
     pub top_k: usize,

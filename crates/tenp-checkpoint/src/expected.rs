@@ -161,16 +161,12 @@ fn attention(list: &mut List, config: &ModelConfig, prefix: &str) {
 
 fn moe(list: &mut List, config: &ModelConfig, spelling: Spelling, layer: usize, index: usize) {
     let hidden = config.hidden_size;
-    let moe = &config.moe;
-    list.add(
-        spelling.router(layer),
-        &[moe.num_experts, hidden],
-        Role::Router,
-    );
+    let (moe, num_experts) = (&config.moe, config.num_experts(index));
+    list.add(spelling.router(layer), &[num_experts, hidden], Role::Router);
     if moe.router.correction_bias {
         list.add(
             spelling.correction_bias(layer),
-            &[moe.num_experts],
+            &[num_experts],
             Role::CorrectionBias,
         );
     }
@@ -178,16 +174,16 @@ fn moe(list: &mut List, config: &ModelConfig, spelling: Spelling, layer: usize, 
         let width = moe.expert_width;
         list.add(
             spelling.fused_gate_up(layer),
-            &[moe.num_experts, 2 * width, hidden],
+            &[num_experts, 2 * width, hidden],
             Role::Projection,
         );
         list.add(
             spelling.fused_down(layer),
-            &[moe.num_experts, hidden, width],
+            &[num_experts, hidden, width],
             Role::Projection,
         );
     } else {
-        for expert in 0..moe.num_experts {
+        for expert in 0..num_experts {
             for part in Part::ALL {
                 let name = spelling.expert(layer, expert, part);
                 list.mlp(name, part, config.width(index, expert), hidden);

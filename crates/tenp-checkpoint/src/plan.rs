@@ -97,6 +97,24 @@ impl Plan {
             .any(|expert| expert.dropped)
     }
 
+    /// How many experts each MoE layer keeps.
+    pub fn num_experts(&self) -> Vec<usize> {
+        let count = |layer: &LayerPlan| layer.kept().count();
+        self.layers.iter().map(count).collect()
+    }
+
+    /// Whether a stock architecture can say what the plan leaves: experts of full width, as many in every layer.
+    pub fn is_stock(&self, config: &ModelConfig) -> bool {
+        self.narrows_nothing(config) && self.same_num_experts().is_some()
+    }
+
+    /// How many experts every layer keeps, if it is the same number.
+    pub fn same_num_experts(&self) -> Option<usize> {
+        let counts = self.num_experts();
+        let first = *counts.first()?;
+        counts.iter().all(|count| *count == first).then_some(first)
+    }
+
     /// The width that all experts that stay share, if they do.
     pub fn uniform_width(&self) -> Option<usize> {
         let mut widths = self.kept_experts().map(|expert| expert.width);

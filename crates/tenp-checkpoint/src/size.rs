@@ -98,12 +98,12 @@ impl Checkpoint {
         }
         let mut active_routed = 0_u64;
         for index in 0..config.moe_layers.len() {
-            let width: usize = (0..config.moe.num_experts)
+            let num_experts = config.num_experts(index);
+            let width: usize = (0..num_experts)
                 .map(|expert| config.width(index, expert))
                 .sum();
             let layer = count(&[3, width, config.hidden_size]);
-            let share =
-                layer.saturating_mul(config.moe.top_k as u64) / config.moe.num_experts as u64;
+            let share = layer.saturating_mul(config.moe.top_k as u64) / num_experts.max(1) as u64;
             size.parameters_routed = size.parameters_routed.saturating_add(layer);
             active_routed = active_routed.saturating_add(share);
         }

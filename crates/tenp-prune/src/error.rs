@@ -74,6 +74,16 @@ pub enum PruneError {
         /// Counts that are possible.
         possible: Vec<usize>,
     },
+    /// `--experts` with a number of counts that is not that of the layers.
+    #[error(
+        "--experts lists {got} counts; expected one for all layers, or one for each of the {expected} MoE layers"
+    )]
+    ExpertLayers {
+        /// MoE layers of the model.
+        expected: usize,
+        /// Counts given.
+        got: usize,
+    },
     /// An option that the chosen method or allocation does not look at.
     #[error(
         "{option} has no effect with {with}; it needs {needs}: leave it out or change the method"

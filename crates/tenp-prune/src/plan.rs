@@ -70,7 +70,8 @@ pub(crate) struct Decision {
     pub(crate) quantum: Option<usize>,
     /// Experts kept whole in each layer before narrow ones that came out at full width.
     pub(crate) whole_experts: Option<Vec<usize>>,
-    pub(crate) kept: Option<KeptExperts>,
+    /// Experts kept in each layer.
+    pub(crate) kept: Option<Vec<usize>>,
 }
 
 /// `[model layer, expert]` of every true entry.
@@ -204,18 +205,16 @@ impl<'a> Planner<'a> {
     }
 
     fn drop_experts(&self, config: &ModelConfig) -> Result<Decision, PruneError> {
-        let kept = match self.request.experts {
-            Some(count) => kept_count(&config.moe, count)?,
-            None => kept_experts(&config.moe, self.request.keep)?,
-        };
+        let kept = self.kept_experts(config)?;
         let width = self.calibration.shape().expert_width;
         let mut widths = Vec::new();
         let layers = self
             .expert_scores()
             .into_iter()
             .zip(&self.guarded)
-            .zip(self.calibration.layer_ids());
-        for ((scores, guarded), &layer) in layers {
+            .zip(self.calibration.layer_ids())
+            .zip(&kept);
+        for (((scores, guarded), &layer), kept) in layers {
             let selected = kept.select(&scores, guarded);
             if let Some(expert) =
                 (0..selected.len()).find(|&expert| guarded[expert] && !selected[expert])
@@ -235,9 +234,43 @@ impl<'a> Planner<'a> {
         }
         Ok(Decision {
             widths,
-            kept: Some(kept),
+            kept: Some(kept.iter().map(KeptExperts::per_layer).collect()),
             ..Decision::default()
         })
+    }
+
+    /// Of every layer.
+    fn kept_experts(&self, config: &ModelConfig) -> Result<Vec<KeptExperts>, PruneError> {
+        let layers = self.calibration.layer_ids();
+        let counts = match self.request.experts.as_deref() {
+            None => {
+                let kept = kept_experts(&config.moe, self.request.keep)?;
+                return Ok(vec![kept; layers.len()]);
+            }
+            Some(&[count]) => return Ok(vec![kept_count(&config.moe, count)?; layers.len()]),
+            Some(counts) => counts,
+        };
+        if counts.len() != layers.len() {
+            return Err(PruneError::ExpertLayers {
+                expected: layers.len(),
+                got: counts.len(),
+            });
+        }
+        let of = |(&count, &layer): (&usize, &usize)| {
+            kept_count(&config.moe, count).map_err(|error| match error {
+                PruneError::Experts {
+                    got,
+                    problem,
+                    possible,
+                } => PruneError::Experts {
+                    got,
+                    problem: format!("for layer {layer}: {problem}"),
+                    possible,
+                },
+                other => other,
+            })
+        };
+        counts.iter().zip(layers).map(of).collect()
     }
 
     fn trapezoid(&self, alpha: f64, slope: f64) -> Result<Decision, PruneError> {

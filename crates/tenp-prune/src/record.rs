@@ -18,8 +18,8 @@ pub(crate) fn options(
     let mut record = |name: &str, value: Value| {
         options.insert(name.to_owned(), value);
     };
-    if let Some(experts) = request.experts {
-        record("experts", json!(experts));
+    if let Some(experts) = &request.experts {
+        record("experts", one_or_all(experts));
     } else if !matches!(choice.target, Target::File(_)) {
         record("keep", json!(request.keep));
     }
@@ -39,8 +39,8 @@ pub(crate) fn options(
     if let Some(whole) = &decision.whole_experts {
         record("whole_experts", json!(whole));
     }
-    if let Some(kept) = decision.kept {
-        record("experts_kept", json!(kept.per_layer()));
+    if let Some(kept) = &decision.kept {
+        record("experts_kept", one_or_all(kept));
     }
     if choice.uses_expert_score() {
         record("expert_score", json!(choice.expert_score.name()));
@@ -64,6 +64,14 @@ pub(crate) fn options(
         record("seed", json!(request.seed));
     }
     options
+}
+
+/// One number where it is the same for all layers.
+fn one_or_all(counts: &[usize]) -> Value {
+    match counts.split_first() {
+        Some((first, others)) if others.iter().all(|other| other == first) => json!(first),
+        _ => json!(counts),
+    }
 }
 
 /// The weights that counted, and the domains that were left out.

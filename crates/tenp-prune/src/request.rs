@@ -79,7 +79,7 @@ pub struct PlanRequest {
     /// Seed of the random scores, and of DERN's random start.
     pub seed: u64,
     /// Experts to keep in every layer, instead of round(ρN), for methods that drop experts.
-    pub experts: Option<usize>,
+    pub experts: Option<Vec<usize>>,
     /// How dropped experts are merged.
     pub dern: DernRequest,
 }

@@ -114,7 +114,7 @@ pub(crate) fn model_card(checkpoint: &Checkpoint, plan: &Plan, form: OutputForm)
     let config = checkpoint.config();
     let base = base_name(checkpoint);
     let identical = plan.keeps_everything(config);
-    let stock = identical || plan.narrows_nothing(config);
+    let stock = identical || plan.is_stock(config);
     let loads = if identical {
         "Everything is kept: this is an identical copy of the base model and loads wherever it does."
     } else if stock {
@@ -122,6 +122,11 @@ pub(crate) fn model_card(checkpoint: &Checkpoint, plan: &Plan, form: OutputForm)
          accept this number of experts."
     } else {
         match form {
+            OutputForm::Ragged if plan.same_num_experts().is_none() => {
+                "A different number of experts in different layers: runs in `tenp-run` and in engines built on the \
+                 `tenp-kernels` crate. Stock loaders refuse it by its architecture name; keep as many experts in every \
+                 layer for an output that they load."
+            }
             OutputForm::Ragged => {
                 "Experts of different width: runs in `tenp-run` and in engines built on the `tenp-kernels` crate. Stock \
                  loaders refuse it by its architecture name; write `--form padded` for a copy that loads everywhere."

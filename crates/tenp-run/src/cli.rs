@@ -173,9 +173,15 @@ pub(crate) struct PlanArgs {
     /// Share of the routed-expert neurons to keep, above 0 and at most 1. Needed by every allocation but file:PATH.
     #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
     pub(crate) keep: Option<f64>,
-    /// Experts to keep in every layer instead of a share, for methods that drop experts.
-    #[arg(long, value_name = "COUNT", conflicts_with = "keep")]
-    pub(crate) experts: Option<usize>,
+    /// Experts to keep in every layer instead of a share, for methods that drop experts; or one count for each MoE layer
+    /// in depth order, such as 8,8,6 (the output then runs in tenp-run only).
+    #[arg(
+        long,
+        value_name = "COUNT[,COUNT…]",
+        conflicts_with = "keep",
+        value_delimiter = ','
+    )]
+    pub(crate) experts: Option<Vec<usize>>,
     /// Share of the experts that stay whole [default: 5/9 of the square of --keep].
     #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
     pub(crate) alpha: Option<f64>,

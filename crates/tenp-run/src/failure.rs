@@ -96,6 +96,7 @@ fn is_usage(error: &PruneError) -> bool {
             | PruneError::Lambda { .. }
             | PruneError::Threshold { .. }
             | PruneError::Experts { .. }
+            | PruneError::ExpertLayers { .. }
             | PruneError::WidthMultiple { .. }
             | PruneError::NoEffect { .. }
             | PruneError::UnknownDomain { .. }

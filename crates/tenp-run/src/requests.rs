@@ -52,7 +52,7 @@ pub(crate) fn request(args: &PlanArgs) -> Result<PlanRequest> {
         normalise_domains: args.normalise.contains(&Normalise::Domains),
         domain_weights: args.domain_weight.iter().cloned().collect(),
         seed: args.seed,
-        experts: args.experts,
+        experts: args.experts.clone(),
         dern: DernRequest {
             lambda: args.dern.lambda,
             threshold: args.dern.threshold,

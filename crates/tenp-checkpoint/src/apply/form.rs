@@ -24,7 +24,7 @@ pub(super) enum Kind {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Output {
     pub(super) kind: Kind,
-    /// Experts per layer.
+    /// Experts per layer; the most of any layer where they differ.
     pub(super) num_experts: usize,
     /// Width of the shared expert.
     pub(super) shared_width: usize,
@@ -39,9 +39,10 @@ pub(super) fn decide(
     let config = checkpoint.config();
     let kind = if plan.keeps_everything(config) {
         Kind::Identical
-    } else if plan.narrows_nothing(config) {
+    } else if plan.is_stock(config) {
         Kind::Stock
     } else {
+        check_counts(plan, form)?;
         match form {
             OutputForm::Ragged => Kind::Ragged,
             OutputForm::Padded => Kind::Padded,
@@ -52,9 +53,10 @@ pub(super) fn decide(
     Ok(Output {
         kind,
         num_experts: plan
-            .layers
-            .first()
-            .map_or(config.moe.num_experts, |layer| layer.kept().count()),
+            .num_experts()
+            .into_iter()
+            .max()
+            .unwrap_or(config.moe.num_experts),
         shared_width: match kind {
             Kind::Uniform(width) if config.family.is_deepseek() => shared.next_multiple_of(width),
             _ => shared,
@@ -63,6 +65,24 @@ pub(super) fn decide(
             Kind::Ragged => Spelling::classic(config.family),
             _ => checkpoint.spelling(),
         },
+    })
+}
+
+/// Stock configs have one field for the number of experts, and no form brings a dropped one back.
+fn check_counts(plan: &Plan, form: OutputForm) -> Result<(), CheckpointError> {
+    if form == OutputForm::Ragged || plan.same_num_experts().is_some() {
+        return Ok(());
+    }
+    let counts = plan.num_experts();
+    let (least, most) = (counts.iter().min(), counts.iter().max());
+    Err(CheckpointError::Form {
+        form: form.name(),
+        problem: format!(
+            "its layers keep {} to {} experts, and a stock architecture has one number for all; no form brings a dropped \
+             expert back: keep as many in every layer, or use the ragged form",
+            least.unwrap_or(&0),
+            most.unwrap_or(&0)
+        ),
     })
 }
 

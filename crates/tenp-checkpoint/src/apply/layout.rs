@@ -166,10 +166,10 @@ impl Builder<'_> {
                 list.push(planned(source, shape, Recipe::FusedDown { plan, width }));
             }
             Slot::Router(layer) => {
-                self.per_expert(list, source, layer, spelling.router(layer.layer));
+                per_expert(list, source, layer, spelling.router(layer.layer));
             }
             Slot::CorrectionBias(layer) => {
-                self.per_expert(list, source, layer, spelling.correction_bias(layer.layer));
+                per_expert(list, source, layer, spelling.correction_bias(layer.layer));
             }
             Slot::Shared(layer, part) => {
                 let width = self.output.shared_width;
@@ -219,31 +219,6 @@ impl Builder<'_> {
         });
     }
 
-    fn per_expert<'a>(
-        &self,
-        list: &mut Vec<OutputTensor<'a>>,
-        source: TensorView<'a>,
-        layer: &'a LayerPlan,
-        name: String,
-    ) {
-        if self.output.num_experts == layer.experts.len() {
-            list.push(copy(source, name));
-            return;
-        }
-        let mut shape = source.shape.to_vec();
-        if let Some(axis) = shape.first_mut() {
-            *axis = self.output.num_experts;
-        }
-        list.push(OutputTensor {
-            tensor: PlannedTensor {
-                name,
-                dtype: source.dtype,
-                shape,
-            },
-            recipe: Recipe::KeptExperts(source, layer),
-        });
-    }
-
     /// Width of every expert in the forms that have one.
     fn fused_width(&self) -> usize {
         match self.output.kind {
@@ -258,6 +233,32 @@ impl Builder<'_> {
             Part::Down => vec![self.hidden, width],
         }
     }
+}
+
+/// Rows of the experts that stay.
+fn per_expert<'a>(
+    list: &mut Vec<OutputTensor<'a>>,
+    source: TensorView<'a>,
+    layer: &'a LayerPlan,
+    name: String,
+) {
+    let num_experts = layer.kept().count();
+    if num_experts == layer.experts.len() {
+        list.push(copy(source, name));
+        return;
+    }
+    let mut shape = source.shape.to_vec();
+    if let Some(axis) = shape.first_mut() {
+        *axis = num_experts;
+    }
+    list.push(OutputTensor {
+        tensor: PlannedTensor {
+            name,
+            dtype: source.dtype,
+            shape,
+        },
+        recipe: Recipe::KeptExperts(source, layer),
+    });
 }
 
 fn planned<'a>(source: TensorView<'_>, shape: Vec<usize>, recipe: Recipe<'a>) -> OutputTensor<'a> {

@@ -225,17 +225,31 @@ pub(super) fn widths(
         .enumerate()
         .map(|(index, layer)| {
             sizes(layer)
-                .filter(|widths| widths.len() == moe.num_experts)
+                .filter(|widths| moe.reaches_top_k(widths.len()))
                 .filter(|widths| widths.iter().all(|width| *width <= moe.expert_width))
                 .ok_or_else(|| {
                     section.error(
                         "tenp.widths",
                         format!(
-                            "of MoE layer number {index} are not {} widths of at most {}",
-                            moe.num_experts, moe.expert_width
+                            "of MoE layer number {index} are not {} widths of at most {}, or fewer that the router can choose its {} from",
+                            moe.num_experts, moe.expert_width, moe.top_k
                         ),
                     )
                 })
         })
         .collect()
+}
+
+impl Moe {
+    /// Whether the router can do its work in a layer of this many experts, evenly over the groups.
+    fn reaches_top_k(&self, count: usize) -> bool {
+        let Some(groups) = self.router.groups else {
+            return (self.top_k..=self.num_experts).contains(&count);
+        };
+        let size = count / groups.num_groups;
+        count <= self.num_experts
+            && count.is_multiple_of(groups.num_groups)
+            && size * groups.top_groups >= self.top_k
+            && (groups.score == GroupScore::Max || size >= 2)
+    }
 }

@@ -74,6 +74,14 @@ impl ModelConfig {
         self.moe_layers.binary_search(&layer).ok()
     }
 
+    /// Routed experts of an MoE layer, numbered in depth order.
+    pub fn num_experts(&self, index: usize) -> usize {
+        match &self.widths {
+            Some(widths) => widths.get(index).map_or(0, Vec::len),
+            None => self.moe.num_experts,
+        }
+    }
+
     /// Width of a routed expert, ragged or not; `index` is the layer's position among the MoE layers.
     pub fn width(&self, index: usize, expert: usize) -> usize {
         match &self.widths {

@@ -49,30 +49,13 @@ impl Plan {
         self.check_counts(config)
     }
 
-    /// One count of experts for all layers: configs have one field for it.
     fn check_counts(&self, config: &ModelConfig) -> Result<(), CheckpointError> {
-        let Some(first) = self.layers.first() else {
-            return Ok(());
-        };
-        let count = first.kept().count();
         for layer in &self.layers {
-            let own = layer.kept().count();
-            if own != count {
-                return Err(error(
-                    format!(", layer {}", layer.layer),
-                    format!(
-                        "keeps {own} experts, layer {} keeps {count}; drop the same number in every layer",
-                        first.layer
-                    ),
-                ));
+            let count = layer.kept().count();
+            if count < config.moe.num_experts {
+                check_reachable(layer, config, count)
+                    .map_err(|problem| error(format!(", layer {}", layer.layer), problem))?;
             }
-        }
-        if count == config.moe.num_experts {
-            return Ok(());
-        }
-        for layer in &self.layers {
-            check_reachable(layer, config, count)
-                .map_err(|problem| error(format!(", layer {}", layer.layer), problem))?;
         }
         Ok(())
     }

@@ -193,7 +193,6 @@ fn one_pass(
     total: &mut Sums,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<(), ModelError> {
-    let same_experts = model.config().moe.num_experts == reference.config().moe.num_experts;
     let (mut run, mut reference_run) = (model.begin(sequences)?, reference.begin(sequences)?);
     let mut index = 0;
     loop {
@@ -222,7 +221,8 @@ fn one_pass(
             sums.norm_sq += b * b;
         }
         let kept = kept_experts.and_then(|k| k.get(index)).map(Vec::as_slice);
-        if kept.is_some() || same_experts {
+        let [own, other] = [model, reference].map(|m| m.config().num_experts(index));
+        if kept.is_some() || own == other {
             let (shared, all) = sums.routing.unwrap_or_default();
             let top_k = [model, reference].map(|m| m.config().moe.top_k);
             let (more, of) = experts_in_common((&our_ids, &their_ids), top_k, kept);

@@ -30,6 +30,9 @@ fn as_json(checkpoint: &Checkpoint) -> Value {
     out.insert("experts".into(), json!(config.moe.num_experts));
     out.insert("top_k".into(), json!(config.moe.top_k));
     out.insert("expert_width".into(), json!(config.moe.expert_width));
+    if let Some(counts) = differing_counts(checkpoint) {
+        out.insert("experts_per_layer".into(), json!(counts));
+    }
     if let Some(widths) = &config.widths {
         out.insert("widths".into(), json!(widths));
     }
@@ -39,6 +42,15 @@ fn as_json(checkpoint: &Checkpoint) -> Value {
     out.insert("bytes".into(), json!(size.bytes_total));
     out.insert("missing_shards".into(), json!(checkpoint.missing_shards()));
     Value::Object(out)
+}
+
+/// Experts of every MoE layer, where they differ.
+fn differing_counts(checkpoint: &Checkpoint) -> Option<Vec<usize>> {
+    let config = checkpoint.config();
+    let layers = 0..config.moe_layers.len();
+    let counts: Vec<usize> = layers.map(|index| config.num_experts(index)).collect();
+    let differ = counts.iter().any(|count| *count != counts[0]);
+    differ.then_some(counts)
 }
 
 fn as_text(checkpoint: &Checkpoint) -> String {
@@ -55,6 +67,13 @@ fn as_text(checkpoint: &Checkpoint) -> String {
             )
         }
     };
+    let experts = match differing_counts(checkpoint) {
+        None => moe.num_experts.to_string(),
+        Some(counts) => {
+            let (min, max) = (counts.iter().min(), counts.iter().max());
+            format!("{} to {}", min.unwrap_or(&0), max.unwrap_or(&0))
+        }
+    };
     let routed_share = size.parameters_routed as f64 / size.parameters_total.max(1) as f64;
     let mut rows = vec![
         ("family", config.family.model_type().to_owned()),
@@ -64,7 +83,7 @@ fn as_text(checkpoint: &Checkpoint) -> String {
         ),
         (
             "routed experts",
-            format!("{} per layer, top-{}", moe.num_experts, moe.top_k),
+            format!("{experts} per layer, top-{}", moe.top_k),
         ),
         ("expert width", widths),
         (

@@ -61,6 +61,50 @@ fn counts() {
 }
 
 #[test]
+fn counts_of_layers() {
+    for (counts, needles) in [
+        (
+            "12,12",
+            ["--experts lists 2 counts", "each of the 7 MoE layers"],
+        ),
+        (
+            "12,12,12,12,12,12,12,12",
+            ["--experts lists 8 counts", "7 MoE layers"],
+        ),
+        (
+            "12,12,12,3,12,12,12",
+            ["--experts 3: for layer 4", "could not choose its 4"],
+        ),
+        (
+            "17,12,12,12,12,12,12",
+            ["--experts 17: for layer 1", "a layer has 16 experts"],
+        ),
+        ("12,,12", ["--experts", "invalid value"]),
+        ("12,x", ["--experts", "invalid value 'x'"]),
+    ] {
+        for method in ["dern", "reap"] {
+            refused(&format!("--method {method} --experts {counts}"), &needles);
+        }
+    }
+    let place = Place::demo();
+    let (plan, out) = (place.join("plan.json"), place.join("out"));
+    let line = "plan {} --stats {} --method reap --experts 16,12,12,12,12,12,8 -o {}";
+    tenp(line, &[&place.model, statistics(), &plan]).ok();
+    for form in ["padded", "uniform"] {
+        place.refuses(
+            &format!("apply {{}} --plan {{}} --form {form} -o {{}}"),
+            &[&place.model, &plan, &out],
+            USAGE,
+            &[
+                form,
+                "8 to 16 experts",
+                "no form brings a dropped expert back",
+            ],
+        );
+    }
+}
+
+#[test]
 fn within_experts_there_is_no_router_to_change() {
     for (options, needles) in [
         ("--router keep", ["--router", "--method dern"]),

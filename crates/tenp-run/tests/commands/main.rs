@@ -3,6 +3,7 @@
 
 mod calibration;
 mod comparison;
+mod counts;
 mod dern;
 mod evaluation;
 mod families;
