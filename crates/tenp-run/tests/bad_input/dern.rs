@@ -145,11 +145,21 @@ fn groups_are_kept_even() {
     let ids = model.join("golden.safetensors");
     let out = scratch.join("out");
     for (model, count, needles) in [
-        (&model, 5, ["each of the 2 router groups", "4, 6, 8"]),
-        (&model, 2, ["could not choose its 3", "4, 6, 8"]),
+        (&model, "5", ["each of the 2 router groups", "4, 6, 8"]),
+        (&model, "2", ["could not choose its 3", "4, 6, 8"]),
+        (
+            &model,
+            "6,5",
+            ["for layer 2: each of the 2 router groups", "4, 6, 8"],
+        ),
+        (
+            &model,
+            "2,6",
+            ["for layer 1: the router could not choose its 3", "4, 6, 8"],
+        ),
         (
             &golden("deepseek_v3"),
-            4,
+            "4",
             ["could not choose its 3", "possible here: 8"],
         ),
     ] {

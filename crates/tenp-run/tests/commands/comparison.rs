@@ -88,6 +88,31 @@ fn every_cell_is_measured_once() {
 }
 
 #[test]
+fn merging_within_experts_is_a_method_like_others() {
+    let scratch = Scratch::new();
+    let (tasks, out) = (few_questions(&scratch), scratch.join("out"));
+    let (demo, data) = (demo(), demo_file("calibration", "arith"));
+    let run = tenp(
+        "compare {} --data {} --samples 8 --tasks {} --methods tenp,tenp+dern,tenp+dern:threshold=0.999 --keep 0.5 \
+         --seeds 1 --device cpu --json -o {}",
+        &[&demo, &data, &tasks, &out],
+    )
+    .ok();
+    let results = run.json();
+    let [plain, merged, nothing] = list(&results["cells"]) else {
+        panic!("three cells: {results}");
+    };
+    assert_eq!(plain["widths"], merged["widths"]);
+    assert_eq!(plain["accounting"], merged["accounting"]);
+    assert_eq!(
+        plain["kl"], nothing["kl"],
+        "nothing is so alike, so nothing changes"
+    );
+    assert_ne!(plain["kl"], merged["kl"]);
+    assert!(out.join("plots/widths-tenp_dern-0.5-0.svg").exists());
+}
+
+#[test]
 fn what_cannot_be_compared_is_refused_before_any_work() {
     let scratch = Scratch::new();
     let (tasks, out) = (few_questions(&scratch), scratch.join("out"));
@@ -101,6 +126,10 @@ fn what_cannot_be_compared_is_refused_before_any_work() {
         ),
         ("--methods tenp,enp,tenp", &["--methods", "twice"]),
         ("--methods reap:recover=rescale", &["--recover", "reap"]),
+        (
+            "--methods tenp+dern:recover=rescale",
+            &["--recover", "tenp+dern"],
+        ),
         ("--methods enp --keep 0.5,1.5", &["--keep", "1.5"]),
     ] {
         let line = format!("compare {{}} --data {{}} --tasks {{}} -o {{}} {change}");
