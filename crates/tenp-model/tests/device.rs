@@ -41,3 +41,8 @@ fn calibration_has_the_same_bits() {
 fn continuations_are_the_same() {
     passes::continuations_are_the_same(&place);
 }
+
+#[test]
+fn layers_with_fewer_experts() {
+    passes::layers_with_fewer_experts(&place);
+}

@@ -105,6 +105,7 @@ passes! {
     calibration_has_the_sums_of_the_cpu(),
     branches_and_cached_tokens_have_the_logits_of_the_whole_sequence(),
     damaged_weights_are_named(),
+    layers_with_fewer_experts(),
     continuations_are_the_same(),
     calibration_has_the_same_bits(repeats()),
 }

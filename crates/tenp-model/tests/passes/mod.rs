@@ -7,7 +7,10 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Mutex;
 
-use tenp_checkpoint::{Checkpoint, LayerStatistics, Statistics};
+use tenp_checkpoint::{
+    Accounting, ApplyOptions, Checkpoint, ExpertPlan, LayerPlan, LayerStatistics, Plan, Statistics,
+    apply,
+};
 use tenp_kernels::Compute;
 use tenp_kernels::device::Backend;
 use tenp_model::calibrate::calibrate;
@@ -303,5 +306,72 @@ pub(crate) fn continuations_are_the_same<B: Backend + 'static>(place: Place<'_, 
             tokens
         };
         assert_eq!(run(), run(), "{family}");
+    }
+}
+
+/// A checkpoint whose layers keep different numbers of experts, of different widths.
+pub(crate) fn layers_with_fewer_experts<B: Backend + 'static>(place: Place<'_, B>) {
+    for (i, family) in ["olmoe", "deepseek_v2_lite"].into_iter().enumerate() {
+        let (checkpoint, ids, _) = open(family);
+        let scratch = tempfile::tempdir().expect("a folder");
+        let out = scratch.path().join("pruned");
+        let plan = fewer_experts(&checkpoint);
+        let options = ApplyOptions::default();
+        apply(&checkpoint, &plan, &out, &options, &mut |_, _| ()).expect("a sound plan");
+        let pruned = Checkpoint::open(&out).expect("opens");
+        let counts: Vec<usize> = (0..plan.layers.len())
+            .map(|layer| pruned.config().num_experts(layer))
+            .collect();
+        assert!(
+            counts.windows(2).any(|pair| pair[0] != pair[1]),
+            "{counts:?}"
+        );
+        let want = logits(&Model::new(&pruned, Compute::Bf16), &whole(&ids));
+        let device = DeviceModel::new(&pruned, place(i)).expect("found");
+        let got = logits(&Model::on(&device), &whole(&ids));
+        let median = median_token_error(&got, &want, pruned.config().vocab_size);
+        println!("{family:20} {counts:?} median token {median:.2e}");
+        assert!(
+            median <= transformers_bf16_error(family),
+            "{family}: {median:.2e}"
+        );
+    }
+}
+
+/// Layer l loses its first l experts, and the last one half its neurons.
+fn fewer_experts(checkpoint: &Checkpoint) -> Plan {
+    let moe = &checkpoint.config().moe;
+    let (experts, full) = (moe.num_experts, moe.expert_width);
+    let expert = |layer: usize, id: usize| {
+        let dropped = id < layer;
+        let narrow = id + 1 == experts;
+        let neurons: Vec<u32> = (0..full as u32).step_by(2).collect();
+        ExpertPlan {
+            id,
+            width: match (dropped, narrow) {
+                (true, _) => 0,
+                (_, true) => neurons.len(),
+                _ => full,
+            },
+            neurons: narrow.then_some(neurons),
+            dropped,
+        }
+    };
+    let layers = checkpoint.config().moe_layers.iter().enumerate();
+    Plan {
+        format: "tenp-plan".to_owned(),
+        version: 1,
+        method: "by hand".to_owned(),
+        options: serde_json::Map::new(),
+        fingerprint: checkpoint.fingerprint().to_owned(),
+        dern: None,
+        layers: layers
+            .map(|(index, &layer)| LayerPlan {
+                layer,
+                experts: (0..experts).map(|id| expert(index, id)).collect(),
+            })
+            .collect(),
+        accounting: Accounting::default(),
+        uncalibrated: Vec::new(),
     }
 }
