@@ -96,9 +96,9 @@ pub fn calibrate_in_folds(
             tables.insert(layer, sums.statistics(&sums.domains[d], &|_| true));
         }
         for ((d, fold), sums) in sums.folds {
-            let name = &domains[d].0;
-            let groups = folds.get_mut(name).expect("every domain has its groups");
-            groups[fold].insert(layer, sums);
+            if let Some(groups) = folds.get_mut(&domains[d].0) {
+                groups[fold].insert(layer, sums);
+            }
         }
     }
     Ok((statistics, folds))

@@ -1,5 +1,7 @@
 //! Which tables of a statistics file a plan is made from, so that no other has to be read.
 
+use tenp_checkpoint::plan::Scope;
+
 use crate::request::{Choice, PlanRequest};
 use crate::{NeuronScore, PruneError};
 
@@ -19,6 +21,12 @@ impl PlanRequest {
         if choice.neuron_score != NeuronScore::WeightNorm {
             tables.push("neuron_weight_norm_sq");
         }
+        // What neurons weigh where those of an expert are merged.
+        if choice.merges == Some(Scope::Neurons) {
+            tables.extend(NeuronScore::Energy.tables());
+        }
+        tables.sort_unstable();
+        tables.dedup();
         Ok(tables)
     }
 }
@@ -59,7 +67,11 @@ mod tests {
         );
         assert_eq!(
             tables(Method::Enp, Some(NeuronScore::Energy)),
-            ["energy", "peak", "neuron_weight_norm_sq"]
+            ["energy", "neuron_weight_norm_sq", "peak"]
+        );
+        assert_eq!(
+            tables(Method::TenpDern, None),
+            ["contribution", "energy", "neuron_weight_norm_sq", "peak"]
         );
         assert!(tables(Method::Reap, None).is_empty());
         assert_eq!(

@@ -165,7 +165,11 @@ impl Counts {
             match &expert.neurons {
                 _ if expert.dropped => {}
                 None => kept.fill(true),
-                Some(ids) => ids.iter().for_each(|&id| kept[id as usize] = true),
+                Some(ids) => {
+                    for &id in ids {
+                        kept[id as usize] = true;
+                    }
+                }
             }
             kept
         };
@@ -225,7 +229,9 @@ fn ranks(values: &[f64]) -> Vec<f64> {
     let mut start = 0;
     for run in order.chunk_by(|&a, &b| values[a] == values[b]) {
         let rank = start as f64 + (run.len() - 1) as f64 / 2.0;
-        run.iter().for_each(|&i| ranks[i] = rank);
+        for &i in run {
+            ranks[i] = rank;
+        }
         start += run.len();
     }
     ranks

@@ -11,6 +11,9 @@ use crate::plots::{HeatMap, Lines, Plot, Series};
 
 const PAGE: &str = include_str!("report.html");
 
+/// As [`Series`] has them.
+type Points = Vec<(f64, f64, f64)>;
+
 /// The page of a finished `report.json`.
 pub(crate) fn page(report: &Value) -> Result<String, Box<dyn Error + Send + Sync>> {
     Ok(render(report)?)
@@ -173,11 +176,7 @@ fn heat_map<'v>(
     })
 }
 
-fn over_depth<const N: usize>(
-    title: &str,
-    y: &str,
-    series: [(&str, Vec<(f64, f64, f64)>); N],
-) -> Plot {
+fn over_depth<const N: usize>(title: &str, y: &str, series: [(&str, Points); N]) -> Plot {
     let series = series.into_iter().map(|(name, points)| Series {
         name: name.to_owned(),
         points,
@@ -191,7 +190,7 @@ fn over_depth<const N: usize>(
     })
 }
 
-fn points(layers: &[Value], key: &str) -> Vec<(f64, f64, f64)> {
+fn points(layers: &[Value], key: &str) -> Points {
     let point = |layer: &Value| (number(&layer["layer"]), number(&layer[key]), 0.0);
     layers.iter().map(point).collect()
 }
