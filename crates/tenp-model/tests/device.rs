@@ -46,3 +46,8 @@ fn continuations_are_the_same() {
 fn layers_with_fewer_experts() {
     passes::layers_with_fewer_experts(&place);
 }
+
+#[test]
+fn neurons_are_merged_as_on_the_cpu() {
+    passes::merging::neurons_are_merged_as_on_the_cpu(&place);
+}

@@ -111,6 +111,14 @@ passes! {
 }
 
 #[test]
+fn neurons_are_merged_as_on_the_cpu() {
+    let Some(device) = gpu("neurons_are_merged_as_on_the_cpu") else {
+        return;
+    };
+    passes::merging::neurons_are_merged_as_on_the_cpu(&|_| device.clone());
+}
+
+#[test]
 fn the_gpu_is_described() {
     let Some(device) = gpu("the_gpu_is_described") else {
         return;

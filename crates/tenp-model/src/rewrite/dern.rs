@@ -1,6 +1,7 @@
 //! DERN (arXiv 2509.10377, `docs/methods.md`): neurons of dropped experts are reassigned to the kept experts that they are
 //! most alike, and each kept expert's neurons are merged back to its width. Or the same within each narrow expert.
 
+mod compare;
 mod merge;
 mod start;
 mod within;
@@ -12,14 +13,16 @@ use tenp_checkpoint::plan::{self, MergeWeights, RouterRule, Scope};
 use tenp_checkpoint::{
     Checkpoint, LayerPlan, LayerRewriter, Matrix, Notes, Plan, RewrittenExpert, RewrittenLayer,
 };
-use tenp_kernels::Compute;
 use tenp_kernels::cpu::moe::ExpertWeights;
-use tenp_kernels::cpu::segments::{Match, MeasuredExpert, Segments, Similarity, best_matches};
+use tenp_kernels::cpu::segments::{Match, Segments, Similarity};
+use tenp_kernels::device::Backend;
+use tenp_kernels::{Compute, KernelError, MatrixView};
 
 use super::encode::encode;
 use crate::ModelError;
 use crate::error::AtLayer;
 use crate::weights::expert;
+use compare::{Comparing, OnCpu, OnDevice};
 use merge::{Points, merge};
 use start::Start;
 
@@ -27,9 +30,9 @@ use start::Start;
 pub struct Dern<'c> {
     checkpoint: &'c Checkpoint,
     settings: &'c plan::Dern,
-    compute: Compute,
+    comparing: Box<dyn Comparing + 'c>,
     layers: Vec<LayerOutcome>,
-    progress: Box<dyn Fn(usize) + Sync + 'c>,
+    progress: Box<dyn Fn(usize) + 'c>,
 }
 
 /// What happened to a layer.
@@ -72,19 +75,39 @@ struct Reassigned {
 }
 
 impl<'c> Dern<'c> {
-    /// The rewriter of a plan that merges; `None` for one that does not.
+    /// The rewriter of a plan that merges, on the CPU; `None` for one that does not.
     ///
     /// `progress` is told each layer when it is done.
     pub fn new(
         checkpoint: &'c Checkpoint,
         plan: &'c Plan,
         compute: Compute,
-        progress: Box<dyn Fn(usize) + Sync + 'c>,
+        progress: Box<dyn Fn(usize) + 'c>,
+    ) -> Option<Self> {
+        Self::comparing(checkpoint, plan, Box::new(OnCpu(compute)), progress)
+    }
+
+    /// The same where `backend`'s kernels compare the neurons and assign them to the centres, in bf16 with sums in f32.
+    /// The centres themselves are means of the weights as they are stored, as on the CPU.
+    pub fn on<B: Backend + 'c>(
+        checkpoint: &'c Checkpoint,
+        plan: &'c Plan,
+        backend: B,
+        progress: Box<dyn Fn(usize) + 'c>,
+    ) -> Option<Self> {
+        Self::comparing(checkpoint, plan, Box::new(OnDevice(backend)), progress)
+    }
+
+    fn comparing(
+        checkpoint: &'c Checkpoint,
+        plan: &'c Plan,
+        comparing: Box<dyn Comparing + 'c>,
+        progress: Box<dyn Fn(usize) + 'c>,
     ) -> Option<Self> {
         Some(Self {
             checkpoint,
             settings: plan.dern.as_ref()?,
-            compute,
+            comparing,
             layers: Vec::new(),
             progress,
         })
@@ -123,7 +146,7 @@ impl<'c> Dern<'c> {
             let start = Start::new(self.settings, index * config.moe.num_experts + id);
             let points = self.points((index, id), &experts, received).at(layer)?;
             let Some(merged) =
-                merge(self.compute, &points, self.settings.rounds, start).at(layer)?
+                merge(&*self.comparing, &points, self.settings.rounds, start).at(layer)?
             else {
                 continue;
             };
@@ -152,7 +175,7 @@ impl<'c> Dern<'c> {
         found.filter(|m| f64::from(m.value) > self.settings.threshold)
     }
 
-    /// The segments of one dropped expert at a time are compared with all kept ones.
+    /// All segments of dropped experts are compared with all kept ones.
     fn reassign(
         &self,
         layer: usize,
@@ -160,18 +183,16 @@ impl<'c> Dern<'c> {
         kept: &[usize],
     ) -> Result<Reassigned, ModelError> {
         let kept_weights: Vec<_> = kept.iter().map(|&e| experts[e]).collect();
-        let measured = MeasuredExpert::all(&kept_weights).at(layer)?;
+        let dropped: Vec<usize> = (0..experts.len()).filter(|e| !kept.contains(e)).collect();
+        let rows: Vec<_> = dropped.iter().map(|&e| experts[e]).collect();
+        let matches = self
+            .comparing
+            .best_matches(&rows, &kept_weights, self.similarity());
         let mut reassigned = Reassigned {
             received: vec![Vec::new(); kept.len()],
             discarded: 0,
         };
-        for (expert, weights) in experts.iter().enumerate() {
-            if kept.contains(&expert) {
-                continue;
-            }
-            let rows = Segments::of_expert(weights).at(layer)?;
-            let matches =
-                best_matches(self.compute, &rows, &measured, self.similarity()).at(layer)?;
+        for (expert, matches) in dropped.into_iter().zip(matches.at(layer)?) {
             for (neuron, found) in matches.into_iter().enumerate() {
                 match self.above_threshold(found) {
                     Some(found) => reassigned.received[found.expert].push(Received {
@@ -285,13 +306,23 @@ fn tables(neurons: &Segments) -> [Vec<f32>; 3] {
     [gate, up, down]
 }
 
+/// Hands `work` an expert of these neurons.
+fn with_expert<R>(
+    neurons: &Segments,
+    work: impl FnOnce(&ExpertWeights<'_>) -> Result<R, KernelError>,
+) -> Result<R, KernelError> {
+    let (width, hidden) = (neurons.len(), neurons.hidden());
+    let [gate, up, down] = tables(neurons);
+    work(&ExpertWeights {
+        gate: MatrixView::from_f32(width, hidden, &gate)?,
+        up: MatrixView::from_f32(width, hidden, &up)?,
+        down: MatrixView::from_f32(hidden, width, &down)?,
+    })
+}
+
 impl LayerRewriter for Dern<'_> {
     fn settings(&self) -> String {
-        let compute = match self.compute {
-            Compute::F32 => "f32",
-            Compute::Bf16 => "bf16",
-        };
-        format!("dern 1 {compute}")
+        format!("dern 1 {}", self.comparing.name())
     }
 
     fn layer(&mut self, layer: &LayerPlan) -> Result<RewrittenLayer, Box<dyn Error + Send + Sync>> {

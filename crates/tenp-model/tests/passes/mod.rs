@@ -1,6 +1,7 @@
 //! A model's pass on any backend, against `transformers` and the CPU path: every family's logits, calibration sums,
 //! branches, cached tokens, damaged weights.
 
+pub(crate) mod merging;
 pub(crate) mod tight;
 
 use std::collections::BTreeMap;

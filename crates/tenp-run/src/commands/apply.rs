@@ -25,20 +25,24 @@ use crate::{cards, console, models, report_page};
 pub(super) fn run(args: &Apply) -> Result<()> {
     recovery::check(args.recover)?;
     check_data(args)?;
-    if matches!(args.run.device, DeviceArg::Cuda(_)) && args.recover.recover != RecoverArg::Rescale
-    {
-        return Err(usage(
-            "--device cuda has no effect here: writing, merging and least squares run on the CPU; leave it out",
-        ));
-    }
     let checkpoint = models::open(&args.model)?;
     let plan = Plan::read(&args.plan)?;
+    let on_device = plan.dern.is_some() || args.recover.recover == RecoverArg::Rescale;
+    if matches!(args.run.device, DeviceArg::Cuda(_)) && !on_device {
+        return Err(usage(
+            "--device cuda has no effect here: writing and least squares run on the CPU; leave it out",
+        ));
+    }
     plan.validate(&checkpoint)
         .with_context(|| format!("cannot apply {}", args.plan.display()))?;
     recovery::check_plan(args.recover, &checkpoint, &plan)?;
-    let compute = match args.run.compute {
-        Some(ComputeArg::Bf16) => Compute::Bf16,
-        _ => Compute::F32,
+    let place = if on_device {
+        Place::new(args.run)?
+    } else {
+        Place::Cpu(match args.run.compute {
+            Some(ComputeArg::Bf16) => Compute::Bf16,
+            _ => Compute::F32,
+        })
     };
     let sequences;
     let recovery = match args.recover.recover {
@@ -46,7 +50,6 @@ pub(super) fn run(args: &Apply) -> Result<()> {
         kind => {
             let (domains, weights) = calibration(args, &checkpoint, &plan)?;
             if kind == RecoverArg::Rescale {
-                let place = Place::new(args.run)?;
                 let statistics = super::calibrate::run_domains(&checkpoint, &domains, &place)?;
                 recovery::rescale(&checkpoint, &plan, &statistics, &weights)?
             } else {
@@ -58,7 +61,7 @@ pub(super) fn run(args: &Apply) -> Result<()> {
     let making = Making {
         calibration: Map::new(),
         recovery,
-        compute,
+        place: &place,
     };
     let outcome = write(&checkpoint, &plan, &args.output, making)?;
     if args.json {
@@ -116,8 +119,8 @@ pub(super) struct Making<'a> {
     /// What the report says of the calibration.
     pub(super) calibration: Map<String, Value>,
     pub(super) recovery: Recovery<'a>,
-    /// Of merging and fitting.
-    pub(super) compute: Compute,
+    /// Of merging; what is fitted is fitted on the CPU.
+    pub(super) place: &'a Place,
 }
 
 /// Writes the output folder with card and report, and says what happened.
@@ -140,13 +143,7 @@ pub(super) fn write(
         page: Some(report_page::page),
     };
     let computing = OnceLock::new();
-    let mut rewriter = rewriter(
-        checkpoint,
-        plan,
-        making.recovery,
-        making.compute,
-        &computing,
-    )?;
+    let mut rewriter = rewriter(checkpoint, plan, making.recovery, making.place, &computing)?;
     let mut progress: Option<Progress> = None;
     let outcome = apply_rewritten(
         checkpoint,
@@ -190,7 +187,7 @@ pub(super) fn rewriter<'a>(
     checkpoint: &'a Checkpoint,
     plan: &'a Plan,
     recovery: Recovery<'a>,
-    compute: Compute,
+    place: &Place,
     progress: &'a OnceLock<Progress>,
 ) -> Result<Option<Box<dyn LayerRewriter + 'a>>> {
     Ok(match recovery {
@@ -198,7 +195,12 @@ pub(super) fn rewriter<'a>(
             let total = plan.layers.len() as u64;
             let start = move || Progress::new("merge", Unit::Layers, total, 1);
             let advance = Box::new(move |_| progress.get_or_init(start).advance(1));
-            Dern::new(checkpoint, plan, compute, advance).map(|dern| Box::new(dern) as _)
+            let dern = match place {
+                Place::Cpu(compute) => Dern::new(checkpoint, plan, *compute, advance),
+                #[cfg(feature = "cuda")]
+                Place::Gpu(device) => Dern::on(checkpoint, plan, device.clone(), advance),
+            };
+            dern.map(|dern| Box::new(dern) as _)
         }
         Recovery::Rescale(factors) => Some(Box::new(Rescale::new(checkpoint, factors))),
         Recovery::LeastSquares { sequences, options } => {
@@ -207,7 +209,8 @@ pub(super) fn rewriter<'a>(
             let start = move || Progress::new("recover", Unit::Tokens, total, layers);
             let advance =
                 Box::new(move |tokens: usize| progress.get_or_init(start).advance(tokens as u64));
-            let fit = LeastSquares::new(checkpoint, sequences, compute, options, advance)?;
+            let fit =
+                LeastSquares::new(checkpoint, sequences, place.cpu_compute(), options, advance)?;
             Some(Box::new(fit))
         }
     })

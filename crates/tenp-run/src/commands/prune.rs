@@ -106,7 +106,7 @@ pub(super) fn run(args: &Prune) -> Result<()> {
             RecoverArg::Rescale => recovery::rescale(&checkpoint, &plan, &statistics, weights)?,
             RecoverArg::LeastSquares => recovery::least_squares(args.recover, &sequences),
         },
-        compute: place.cpu_compute(),
+        place: &place,
     };
     let outcome = super::apply::write(&checkpoint, &plan, &args.output, making)?;
     report(&checkpoint, args, &plan, outcome);

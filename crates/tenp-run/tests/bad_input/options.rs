@@ -262,6 +262,15 @@ fn a_device_without_effect() {
     let paths: &[&Path] = &[&place.model, &plan, &out];
     let line = "apply {} --plan {} -o {} --device cuda";
     place.refuses(line, paths, USAGE, &["--device cuda", "no effect"]);
+    // Merging compares neurons there, so what is missing is the GPU.
+    if !cfg!(feature = "cuda") {
+        tenp(
+            "plan {} --stats {} --method tenp+dern --keep 0.6 -o {}",
+            &[&place.model, statistics(), &plan],
+        )
+        .ok();
+        place.refuses(line, paths, ENVIRONMENT, &["--device", "--features cuda"]);
+    }
 }
 
 /// A GPU that is not there: exit code 3 and what to do instead. Left to itself the program takes the CPU.

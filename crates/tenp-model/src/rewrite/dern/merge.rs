@@ -1,8 +1,9 @@
 //! Weighted spherical k-means on v = [gate; up; w]: an expert's own neurons and those it received become as many as it had.
 
-use tenp_kernels::cpu::segments::{Assignment, Segments, WeightedSegments, assign, update_centres};
-use tenp_kernels::{Compute, KernelError};
+use tenp_kernels::KernelError;
+use tenp_kernels::cpu::segments::{Assignment, Segments, WeightedSegments, update_centres};
 
+use super::compare::Comparing;
 use super::start::{SAME, Start};
 
 /// Neurons to be merged.
@@ -86,7 +87,7 @@ pub(super) struct Merged {
 /// Merges the points into as many neurons as the expert had; `None` where there is nothing to merge: nothing was received,
 /// or nothing that was counts.
 pub(super) fn merge(
-    compute: Compute,
+    comparing: &dyn Comparing,
     points: &Points,
     max_rounds: usize,
     start: Start,
@@ -98,7 +99,7 @@ pub(super) fn merge(
     let mut clusters = Vec::new();
     let mut rounds = 0;
     while rounds < max_rounds {
-        let found = assign(compute, points.view(), &centres)?;
+        let found = comparing.assign(points.view(), &centres)?;
         let new = clustered(points, &found, &centres);
         if new == clusters {
             break;
@@ -141,6 +142,9 @@ fn clustered(points: &Points, found: &[Option<Assignment>], centres: &Segments) 
 
 #[cfg(test)]
 mod tests {
+    use tenp_kernels::Compute;
+
+    use super::super::compare::OnCpu;
     use super::*;
 
     const HIDDEN: usize = 16;
@@ -190,7 +194,7 @@ mod tests {
     }
 
     fn run(points: &Points, start: Start) -> Option<Merged> {
-        merge(Compute::F32, points, 30, start).unwrap()
+        merge(&OnCpu(Compute::F32), points, 30, start).unwrap()
     }
 
     /// The expert's neurons are its old ones, in their old places.

@@ -1,14 +1,13 @@
 //! Merging within experts: the neurons that a narrow expert loses, into those it keeps.
 
-use rayon::prelude::*;
 use tenp_checkpoint::{LayerPlan, RewrittenLayer};
+use tenp_kernels::KernelError;
 use tenp_kernels::cpu::moe::ExpertWeights;
-use tenp_kernels::cpu::segments::{MeasuredExpert, Segments, best_matches};
-use tenp_kernels::{KernelError, MatrixView};
+use tenp_kernels::cpu::segments::Segments;
 
 use super::merge::{Merged, Points, merge};
 use super::start::Start;
-use super::{Dern, LayerOutcome, tables};
+use super::{Dern, LayerOutcome, with_expert};
 use crate::ModelError;
 use crate::error::AtLayer;
 use crate::weights::expert;
@@ -31,7 +30,7 @@ impl Dern<'_> {
         let index = config.moe_index(layer).unwrap_or_default();
         let folded = plan
             .experts
-            .par_iter()
+            .iter()
             .filter_map(|plan| Some((plan.id, plan.neurons.as_deref()?)))
             .map(|(id, kept)| {
                 let weights = expert(&self.checkpoint.expert(layer, id)?).at(layer)?;
@@ -73,21 +72,19 @@ impl Dern<'_> {
         segments.extend(weights, &stay)?;
         let mut lost = Segments::new(hidden);
         lost.extend(weights, &go)?;
-        let [gate, up, down] = tables(&segments);
-        let narrow = ExpertWeights {
-            gate: MatrixView::from_f32(stay.len(), hidden, &gate)?,
-            up: MatrixView::from_f32(stay.len(), hidden, &up)?,
-            down: MatrixView::from_f32(hidden, stay.len(), &down)?,
-        };
-        let measured = [MeasuredExpert::new(narrow)?];
-        let matches = best_matches(self.compute, &lost, &measured, self.similarity())?;
+        let matches = with_expert(&lost, |lost| {
+            with_expert(&segments, |kept| {
+                let (lost, kept) = ([*lost], [*kept]);
+                self.comparing.best_matches(&lost, &kept, self.similarity())
+            })
+        })?;
         let mut points = Points {
             segments,
             weights: stay.iter().map(|&neuron| weigh(neuron)).collect(),
             flipped: vec![false; stay.len()],
             own: stay.len(),
         };
-        for (neuron, found) in matches.iter().enumerate() {
+        for (neuron, found) in matches.iter().flatten().enumerate() {
             if let Some(found) = self.above_threshold(*found) {
                 points.segments.push(lost.parts(neuron))?;
                 points.weights.push(weigh(go[neuron]));
@@ -96,7 +93,7 @@ impl Dern<'_> {
         }
         let moved = points.weights.len() - stay.len();
         Ok(Folded {
-            merged: merge(self.compute, &points, self.settings.rounds, start)?,
+            merged: merge(&*self.comparing, &points, self.settings.rounds, start)?,
             moved,
             discarded: go.len() - moved,
         })

@@ -279,8 +279,8 @@ impl Bench<'_> {
             RecoverArg::Rescale => recovery::rescale(self.checkpoint, &plan, statistics, weights)?,
             RecoverArg::LeastSquares => recovery::least_squares(recover, &sequences),
         };
-        let (compute, progress) = (self.place.cpu_compute(), OnceLock::new());
-        let mut rewriter = rewriter(self.checkpoint, &plan, recovery, compute, &progress)?;
+        let progress = OnceLock::new();
+        let mut rewriter = rewriter(self.checkpoint, &plan, recovery, self.place, &progress)?;
         let scratch = tempfile::Builder::new()
             .prefix(".pruned-")
             .tempdir_in(self.folder)
