@@ -174,6 +174,11 @@ impl<'s> CpuPass<'s> {
         })
     }
 
+    /// `[tokens, H]` of the residual stream.
+    pub(crate) fn hidden(&self) -> &[f32] {
+        &self.hidden
+    }
+
     /// Shows an observer the layer that the next step runs, and stays before it.
     pub(crate) fn look(&mut self, observer: &dyn Observer) -> Result<(), ModelError> {
         let before = self.hidden.clone();

@@ -10,6 +10,7 @@
 //! | the same on a GPU | [`device`] |
 //! | calibration statistics | [`calibrate`] |
 //! | likelihoods, perplexity, comparison with a reference | [`evaluate`] |
+//! | what narrower experts would cost | [`sensitivity`] |
 //! | new weights for pruned layers | [`rewrite`] |
 //! | text generation with a key/value cache | [`generate`] |
 //! | tokenizer, chat template, data files | [`text`] |
@@ -28,6 +29,7 @@ mod head;
 mod mlp;
 mod observer;
 pub mod rewrite;
+pub mod sensitivity;
 pub mod sequences;
 pub mod text;
 mod weights;

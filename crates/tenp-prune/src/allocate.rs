@@ -5,10 +5,12 @@
 
 mod drop;
 mod global;
+mod sensitivity;
 mod trapezoid;
 
 pub use drop::{KeptExperts, kept_count, kept_experts};
 pub use global::global_widths;
+pub use sensitivity::{ErrorCurves, SensitivityWidths, measured_widths, sensitivity_widths};
 pub use trapezoid::{trapezoid_widths, whole_experts, whole_experts_per_layer};
 
 use crate::PruneError;

@@ -96,6 +96,12 @@ pub enum PruneError {
         /// What the option works with.
         needs: &'static str,
     },
+    /// The sensitivity allocation without the errors it rests on, or with those of another model or width multiple.
+    #[error("--allocation sensitivity: {why}")]
+    Curves {
+        /// What is wrong, and what helps.
+        why: &'static str,
+    },
     /// A widths file with the wrong number of layers.
     #[error("the widths file has {got} layers, the model has {expected} MoE layers")]
     WidthLayers {

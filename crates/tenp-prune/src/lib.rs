@@ -38,8 +38,8 @@ mod stability;
 pub use accounting::{ModelSize, accounting};
 pub use calibration::Calibration;
 pub use error::PruneError;
-pub use names::{ExpertScore, Method, NeuronScore};
-pub use plan::plan;
+pub use names::{ErrorScale, ExpertScore, Method, NeuronScore};
+pub use plan::{neuron_orders, plan};
 pub use request::{
     Allocation, DEFAULT_LAMBDA, DEFAULT_SLOPE, DEFAULT_THRESHOLD, DEFAULT_THRESHOLD_WITHIN,
     DernRequest, PlanRequest,

@@ -123,6 +123,16 @@ named! {
     }
 }
 
+named! {
+    /// What makes the errors of different layers comparable, for the sensitivity allocation.
+    "error scale" ErrorScale {
+        /// As they are.
+        None = "none",
+        /// Relative to the residual stream behind the layer.
+        Residual = "residual",
+    }
+}
+
 impl NeuronScore {
     /// The score depends on the calibration text, not on the weights or the seed alone.
     pub const fn measured_on_text(self) -> bool {

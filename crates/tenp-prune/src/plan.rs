@@ -1,5 +1,7 @@
 //! From statistics and a request to a plan.
 
+mod sensitivity;
+
 use tenp_checkpoint::config::ModelConfig;
 use tenp_checkpoint::plan::{
     Dern, ExpertPlan, Initialisation, LayerPlan, MergeWeights, Plan, RouterRule, Scope,
@@ -19,6 +21,8 @@ use crate::score::{
     uncalibrated,
 };
 use crate::{ExpertScore, NeuronScore, PruneError};
+pub(crate) use sensitivity::Sensitivity;
+pub use sensitivity::neuron_orders;
 
 /// Rounds of DERN's k-means, at most.
 const DERN_ROUNDS: usize = 30;
@@ -72,6 +76,7 @@ pub(crate) struct Decision {
     pub(crate) whole_experts: Option<Vec<usize>>,
     /// Experts kept in each layer.
     pub(crate) kept: Option<Vec<usize>>,
+    pub(crate) sensitivity: Option<Sensitivity>,
 }
 
 /// `[model layer, expert]` of every true entry.
@@ -119,6 +124,7 @@ impl<'a> Planner<'a> {
             Target::UniformExact => self.trapezoid(0.0, 0.0),
             Target::Uniform => self.uniform(),
             Target::Global => self.global(),
+            Target::Sensitivity(curves) => self.sensitivity(curves),
             Target::File(widths) => self.widths_given(widths),
         }
     }
@@ -294,7 +300,7 @@ impl<'a> Planner<'a> {
             widths,
             quantum: Some(quantum),
             whole_experts: Some(per_layer),
-            kept: None,
+            ..Decision::default()
         })
     }
 

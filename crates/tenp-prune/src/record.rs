@@ -52,6 +52,18 @@ pub(crate) fn options(
     if choice.target == Target::Global {
         record("normalise_layer", json!(request.normalise_layer));
     }
+    if let Some(sensitivity) = &decision.sensitivity {
+        record("error_scale", json!(sensitivity.scale));
+        record(
+            "sensitivity",
+            json!({
+                "widths": sensitivity.measured,
+                "layer_errors": sensitivity.curves,
+                "error": sensitivity.error,
+                "bound": sensitivity.bound,
+            }),
+        );
+    }
     record("domain_weights", domain_weights(calibration, request));
     record("protect_super", json!(request.protect_super));
     if request.protect_super {

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use tenp_checkpoint::plan::{Initialisation, MergeWeights, RouterRule, Scope};
 
-use crate::allocate::default_alpha;
-use crate::{ExpertScore, Method, NeuronScore, PruneError};
+use crate::allocate::{ErrorCurves, default_alpha};
+use crate::{ErrorScale, ExpertScore, Method, NeuronScore, PruneError};
 
 /// Slope s of the trapezoid when none is given (a choice of this project: the paper lists no layers).
 pub const DEFAULT_SLOPE: f64 = 1.0 / 3.0;
@@ -18,7 +18,7 @@ pub const DEFAULT_THRESHOLD: f64 = 0.4;
 pub const DEFAULT_THRESHOLD_WITHIN: f64 = 0.0;
 
 /// How the budget is spread over layers and experts when experts become narrower.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Allocation {
     /// Some experts stay whole, more of them in deeper layers; the others share the rest evenly (TENP).
     Trapezoid,
@@ -26,6 +26,8 @@ pub enum Allocation {
     Uniform,
     /// The best neurons of the whole model, wherever they are.
     Global,
+    /// The least measured error in all; the errors are there once they are measured.
+    Sensitivity(Option<ErrorCurves>),
     /// Widths from a file, `[moe layer in depth order][expert]`.
     File(Vec<Vec<usize>>),
 }
@@ -37,6 +39,7 @@ impl Allocation {
             Self::Trapezoid => "trapezoid",
             Self::Uniform => "uniform",
             Self::Global => "global",
+            Self::Sensitivity(_) => "sensitivity",
             Self::File(_) => "file",
         }
     }
@@ -72,6 +75,8 @@ pub struct PlanRequest {
     pub exact: bool,
     /// Global allocation: divide the scores by their layer's L2 norm first.
     pub normalise_layer: bool,
+    /// Sensitivity allocation: what errors are relative to; default [`ErrorScale::None`].
+    pub error_scale: Option<ErrorScale>,
     /// Divide each domain's vector of neuron scores of an expert by its L2 norm before adding the domains up.
     pub normalise_domains: bool,
     /// Weight of each domain; 1 where missing, and a domain of weight 0 is left out altogether.
@@ -136,6 +141,7 @@ impl Default for PlanRequest {
             protect_super: false,
             exact: false,
             normalise_layer: false,
+            error_scale: None,
             normalise_domains: false,
             domain_weights: BTreeMap::new(),
             seed: 0,
@@ -157,6 +163,7 @@ pub(crate) enum Target<'a> {
     /// The trapezoid's arithmetic with no whole expert.
     UniformExact,
     Global,
+    Sensitivity(Option<&'a ErrorCurves>),
     File(&'a [Vec<usize>]),
 }
 
@@ -185,6 +192,7 @@ impl<'a> Choice<'a> {
             Some(Allocation::Uniform) if request.exact => Target::UniformExact,
             Some(Allocation::Uniform) => Target::Uniform,
             Some(Allocation::Global) => Target::Global,
+            Some(Allocation::Sensitivity(curves)) => Target::Sensitivity(curves.as_ref()),
             Some(Allocation::File(widths)) => Target::File(widths),
         };
         let choice = Self {
@@ -239,6 +247,7 @@ impl<'a> Choice<'a> {
         let trapezoid = matches!(self.target, Target::Trapezoid { .. });
         let uniform = matches!(self.target, Target::Uniform | Target::UniformExact);
         let global = self.target == Target::Global;
+        let sensitivity = matches!(self.target, Target::Sensitivity(_));
         let narrows = self.uses_neuron_score();
         match option {
             "--experts" => (!narrows, "a method that drops experts"),
@@ -251,10 +260,11 @@ impl<'a> Choice<'a> {
             "--merge-weights energy" => (self.merges == Some(Scope::Neurons), "--method tenp+dern"),
             "--alpha" | "--slope" => (trapezoid, "--allocation trapezoid"),
             "--width-multiple" => (
-                trapezoid || uniform || global,
-                "--allocation trapezoid, uniform or global",
+                trapezoid || uniform || global || sensitivity,
+                "--allocation trapezoid, uniform, global or sensitivity",
             ),
             "--exact" => (uniform, "--allocation uniform"),
+            "--error-scale" => (sensitivity, "--allocation sensitivity"),
             "--normalise layer" => (global, "--allocation global"),
             "--normalise domains" => (
                 narrows && !global && self.neuron_score.measured_on_text(),
@@ -265,8 +275,8 @@ impl<'a> Choice<'a> {
                 "--allocation trapezoid, uniform with --exact, or a method that drops experts",
             ),
             "--protect-super" => (
-                self.uses_expert_score() || global,
-                "widths that may differ: --allocation trapezoid or global, --exact, \
+                self.uses_expert_score() || global || sensitivity,
+                "widths that may differ: --allocation trapezoid, global or sensitivity, --exact, \
                  or a method that drops experts",
             ),
             _ => (narrows, "a method that narrows experts"),
@@ -289,13 +299,14 @@ impl Target<'_> {
             Self::Trapezoid { .. } => Some(Allocation::Trapezoid.name()),
             Self::Uniform | Self::UniformExact => Some(Allocation::Uniform.name()),
             Self::Global => Some(Allocation::Global.name()),
+            Self::Sensitivity(_) => Some("sensitivity"),
             Self::File(_) => Some("file"),
         }
     }
 }
 
 /// Every option that some methods do not look at, and whether the request has it.
-fn given_options(request: &PlanRequest) -> [(&'static str, bool); 19] {
+fn given_options(request: &PlanRequest) -> [(&'static str, bool); 20] {
     let dern = &request.dern;
     [
         ("--allocation", request.allocation.is_some()),
@@ -303,6 +314,7 @@ fn given_options(request: &PlanRequest) -> [(&'static str, bool); 19] {
         ("--slope", request.slope != DEFAULT_SLOPE),
         ("--width-multiple", request.width_multiple.is_some()),
         ("--exact", request.exact),
+        ("--error-scale", request.error_scale.is_some()),
         ("--normalise layer", request.normalise_layer),
         ("--normalise domains", request.normalise_domains),
         ("--expert-score", request.expert_score.is_some()),

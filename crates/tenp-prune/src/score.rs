@@ -6,7 +6,7 @@ mod random;
 
 pub use expert::{expert_scores, super_experts};
 pub use neuron::{NeuronScoring, PEAK_SHARE, neuron_scores};
-pub(crate) use neuron::{best_neurons, expert_neuron_scores, global_scores};
+pub(crate) use neuron::{best_first, best_neurons, expert_neuron_scores, global_scores};
 
 use crate::calibration::Calibration;
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tenp_model::text::Data;
-use tenp_prune::{ExpertScore, Method, NeuronScore};
+use tenp_prune::{ErrorScale, ExpertScore, Method, NeuronScore};
 
 pub(crate) use run::{ComputeArg, DeviceArg, RunArgs};
 pub(crate) use weights::{DernArgs, GatesArg, InputsArg, RecoverArg, RecoverArgs};
@@ -48,7 +48,7 @@ pub(crate) enum Command {
         after_help = "Examples:\n  tenp-run stats merge a.safetensors b.safetensors -o all.safetensors\n  tenp-run stats show all.safetensors"
     )]
     Stats(Stats),
-    /// Decide which experts and neurons stay. Takes seconds, reads no weights.
+    /// Decide which experts and neurons stay. Takes seconds and reads no weights, unless --data is given to measure on.
     #[command(
         after_help = "Examples:\n  tenp-run plan ./DeepSeek-V2-Lite --stats stats.safetensors --method tenp --keep 0.6 -o plan.json\n  tenp-run plan ./DeepSeek-V2-Lite --stats stats.safetensors --method dern --experts 48 -o plan.json"
     )]
@@ -191,7 +191,8 @@ pub(crate) struct PlanArgs {
     /// Widths are multiples of this [default: the largest of 32, 16, 8, … that divides the width, at most a twelfth].
     #[arg(long, value_name = "Q")]
     pub(crate) width_multiple: Option<usize>,
-    /// Budget over layers and experts: trapezoid, uniform, global, or file:PATH: JSON [[width, …], …], a list per MoE
+    /// Budget over layers and experts: trapezoid, uniform, global, sensitivity (the least error of the experts' outputs,
+    /// measured on the calibration text; `plan` needs --data), or file:PATH: JSON [[width, …], …], a list per MoE
     /// layer, or a config.json or plan output that has them.
     #[arg(long, value_name = "ALLOCATION")]
     pub(crate) allocation: Option<String>,
@@ -207,6 +208,10 @@ pub(crate) struct PlanArgs {
     /// With uniform widths: meet the budget to the neuron, some experts a quantum wider.
     #[arg(long)]
     pub(crate) exact: bool,
+    /// What the errors of different layers are relative to: none, residual (the stream behind the layer). For
+    /// --allocation sensitivity [default: none].
+    #[arg(long, value_name = "SCALE")]
+    pub(crate) error_scale: Option<ErrorScale>,
     /// Divide scores by their norm: `layer` (global allocation) or `domains` (each domain's neuron scores).
     #[arg(long, value_enum, value_name = "WHAT")]
     pub(crate) normalise: Vec<Normalise>,
@@ -245,6 +250,18 @@ pub(crate) struct PlanCommand {
     pub(crate) stats: PathBuf,
     #[command(flatten)]
     pub(crate) plan: PlanArgs,
+    /// Calibration text, for what is measured while planning (--allocation sensitivity): the kinds of files that calibrate
+    /// takes. May repeat.
+    #[arg(long, num_args = 1.., value_name = "[DOMAIN=]FILE")]
+    pub(crate) data: Vec<Data>,
+    /// Samples per domain, the first ones.
+    #[arg(long, default_value_t = 128, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) samples: u32,
+    /// Tokens per sample; longer ones are cut [default: 2048, or the model's positions if those are fewer].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) seq_len: Option<u32>,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
     /// Plan to write.
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: PathBuf,

@@ -100,6 +100,7 @@ fn is_usage(error: &PruneError) -> bool {
             | PruneError::WidthMultiple { .. }
             | PruneError::NoEffect { .. }
             | PruneError::UnknownDomain { .. }
+            | PruneError::Curves { .. }
             | PruneError::DomainWeight { .. }
             | PruneError::EmptyBudget { .. }
             | PruneError::GuardedOverBudget { .. }

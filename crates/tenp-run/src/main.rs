@@ -17,6 +17,7 @@ mod progress;
 mod recovery;
 mod report_page;
 mod requests;
+mod search;
 
 use std::process::ExitCode;
 

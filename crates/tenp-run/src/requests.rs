@@ -8,6 +8,7 @@ use tenp_prune::{Allocation, DernRequest, ModelSize, PlanRequest, Stability};
 
 use crate::cli::{Normalise, PlanArgs};
 use crate::failure::usage;
+use crate::search;
 
 /// What the flags ask for.
 pub(crate) fn request(args: &PlanArgs) -> Result<PlanRequest> {
@@ -48,6 +49,7 @@ pub(crate) fn request(args: &PlanArgs) -> Result<PlanRequest> {
         neuron_score: args.neuron_score,
         protect_super: args.protect_super,
         exact: args.exact,
+        error_scale: args.error_scale,
         normalise_layer: args.normalise.contains(&Normalise::Layer),
         normalise_domains: args.normalise.contains(&Normalise::Domains),
         domain_weights: args.domain_weight.iter().cloned().collect(),
@@ -71,8 +73,9 @@ fn allocation(text: &str) -> Result<Allocation> {
             "trapezoid" => Ok(Allocation::Trapezoid),
             "uniform" => Ok(Allocation::Uniform),
             "global" => Ok(Allocation::Global),
+            "sensitivity" => Ok(Allocation::Sensitivity(None)),
             _ => Err(usage(format!(
-                "--allocation {text}: expected trapezoid, uniform, global or file:PATH"
+                "--allocation {text}: expected trapezoid, uniform, global, sensitivity or file:PATH"
             ))),
         },
     }
@@ -113,7 +116,11 @@ pub(crate) fn rehearse<'d>(
             .collect(),
         ..Statistics::default()
     };
-    plan(checkpoint, &statistics, request)
+    plan(
+        checkpoint,
+        &statistics,
+        &search::rehearsed(request, config)?,
+    )
 }
 
 /// Plans a checkpoint from its statistics.

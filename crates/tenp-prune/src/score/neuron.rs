@@ -91,11 +91,17 @@ pub(crate) fn global_scores(
 
 /// The `width` neurons with the highest scores (ties: lower id), ascending.
 pub(crate) fn best_neurons(scores: &[f64], width: usize) -> Vec<u32> {
-    let mut order: Vec<usize> = (0..scores.len()).collect();
-    order.sort_by(|&a, &b| descending(scores[a], scores[b]).then(a.cmp(&b)));
+    let mut order = best_first(scores);
     order.truncate(width);
     order.sort_unstable();
-    order.into_iter().map(|neuron| neuron as u32).collect()
+    order
+}
+
+/// All neurons, those with higher scores first (ties: lower id).
+pub(crate) fn best_first(scores: &[f64]) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..scores.len() as u32).collect();
+    order.sort_by(|&a, &b| descending(scores[a as usize], scores[b as usize]).then(a.cmp(&b)));
+    order
 }
 
 fn per_expert(

@@ -15,6 +15,7 @@ use crate::cli::Compare;
 use crate::failure::usage;
 use crate::models::Domains;
 use crate::place::Place;
+use crate::search::Search;
 use crate::{console, models};
 
 use cell::{Bench, Cell};
@@ -141,6 +142,7 @@ fn run_cells(bench: &Bench<'_>, grid: &Grid, draws: &[Domains]) -> Result<Vec<Ce
         } else {
             None
         };
+        let search = Search::new(bench.checkpoint, domains, bench.place);
         for key in grid.cells(seed) {
             done += 1;
             if let Some(cell) = bench.read_cell(&key)? {
@@ -148,7 +150,7 @@ fn run_cells(bench: &Bench<'_>, grid: &Grid, draws: &[Domains]) -> Result<Vec<Ce
                 continue;
             }
             let statistics = statistics.as_ref().expect("a cell is missing");
-            let cell = bench.run_cell(&key, statistics, domains)?;
+            let cell = bench.run_cell(&key, statistics, domains, &search)?;
             ran += 1;
             let left = (total - done) as f64 * started.elapsed().as_secs_f64() / f64::from(ran);
             console::note(&format!(

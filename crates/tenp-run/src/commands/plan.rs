@@ -3,22 +3,26 @@
 use anyhow::Result;
 use serde_json::json;
 use tenp_checkpoint::{Checkpoint, Plan, Statistics};
-use tenp_prune::PruneError;
+use tenp_prune::{PlanRequest, PruneError};
 
-use crate::cli::PlanCommand;
+use crate::cli::{DataArgs, DeviceArg, MIN_TOKENS, PlanCommand, RunArgs};
+use crate::failure::usage;
+use crate::place::Place;
+use crate::search::{self, Search};
 use crate::{cards, console, models, picture, requests};
 
 pub(super) fn run(args: &PlanCommand) -> Result<()> {
     let request = requests::request(&args.plan)?;
+    check_data(args, search::measures(&request))?;
     let checkpoint = models::open(&args.model)?;
     models::check_file("--output", &args.output, Some(&args.model), &[&args.stats])?;
     let tables = request.tables()?;
     let statistics = Statistics::read_tables(&args.stats, &|name| tables.contains(&name))?;
-    let plan = requests::plan(&checkpoint, &statistics, &request).map_err(|error| {
-        match error.downcast_ref::<PruneError>() {
-            Some(PruneError::Fingerprint { .. }) => error.context(args.stats.display().to_string()),
-            _ => error,
-        }
+    let plan = make(args, &checkpoint, &statistics, &request).map_err(|error| match error
+        .downcast_ref::<PruneError>()
+    {
+        Some(PruneError::Fingerprint { .. }) => error.context(args.stats.display().to_string()),
+        _ => error,
     })?;
     plan.write(&args.output)?;
     if args.json {
@@ -33,6 +37,57 @@ pub(super) fn run(args: &PlanCommand) -> Result<()> {
     }
     console::note(&format!("wrote {}", args.output.display()));
     Ok(())
+}
+
+/// Text is there exactly where something is measured on it.
+fn check_data(args: &PlanCommand, measures: bool) -> Result<()> {
+    if matches!(args.run.device, DeviceArg::Cuda(_)) {
+        return Err(usage(
+            "--device cuda has no effect here: what is measured while planning runs on the CPU; leave it out",
+        ));
+    }
+    match (measures, args.data.is_empty()) {
+        (true, true) => Err(usage(
+            "--allocation sensitivity is measured on calibration text: give --data",
+        )),
+        (false, false) => Err(usage(
+            "--data has no effect here: such a plan is made from --stats alone; it needs --allocation sensitivity",
+        )),
+        (false, true) if args.seq_len.is_some() || args.run.compute.is_some() => Err(usage(
+            "--seq-len and --compute have no effect without --data",
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn make(
+    args: &PlanCommand,
+    checkpoint: &Checkpoint,
+    statistics: &Statistics,
+    request: &PlanRequest,
+) -> Result<Plan> {
+    if args.data.is_empty() {
+        return requests::plan(checkpoint, statistics, request);
+    }
+    // What cannot be planned is refused before anything is measured.
+    requests::plan(
+        checkpoint,
+        statistics,
+        &search::rehearsed(request, checkpoint.config())?,
+    )?;
+    let data = DataArgs {
+        data: args.data.clone(),
+        samples: args.samples,
+        seq_len: args.seq_len,
+        min_tokens: MIN_TOKENS,
+    };
+    let domains = models::Texts::new(checkpoint).domains(&data)?;
+    let run = RunArgs {
+        device: DeviceArg::Cpu,
+        ..args.run
+    };
+    let search = Search::new(checkpoint, &domains, &Place::new(run)?);
+    requests::plan(checkpoint, statistics, &search.settle(statistics, request)?)
 }
 
 /// Accounting and picture, for people.

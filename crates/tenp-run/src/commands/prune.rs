@@ -16,6 +16,7 @@ use crate::coverage::Coverage;
 use crate::failure::usage;
 use crate::place::Place;
 use crate::recovery::{self, Recovery};
+use crate::search::Search;
 use crate::{console, models, requests};
 
 pub(super) fn run(args: &Prune) -> Result<()> {
@@ -80,8 +81,9 @@ pub(super) fn run(args: &Prune) -> Result<()> {
         statistics.write(path)?;
         console::note(&format!("wrote {}", path.display()));
     }
-    let plan = requests::plan(&checkpoint, &statistics, &request)?;
-    let stability = requests::stability(&checkpoint, (&statistics, &folds), &request, &plan)?;
+    let searched = Search::new(&checkpoint, &domains, &place).settle(&statistics, &request)?;
+    let plan = requests::plan(&checkpoint, &statistics, &searched)?;
+    let stability = requests::stability(&checkpoint, (&statistics, &folds), &searched, &plan)?;
     drop(folds);
     let about = json!({
         "domains": domains.iter().map(|(name, samples)| {

@@ -290,3 +290,28 @@ fn no_gpu() {
     place.refuses(missing, paths, ENVIRONMENT, needles);
     tenp(line, paths).ok();
 }
+
+#[test]
+fn text_to_measure_on() {
+    let place = Place::demo();
+    let (out, data) = (place.join("out"), demo_file("calibration", "facts"));
+    place.refuses(
+        "plan {} --stats {} --keep 0.6 --allocation sensitivity -o {}",
+        &[&place.model, statistics(), &out],
+        USAGE,
+        &["--allocation sensitivity", "give --data"],
+    );
+    place.refuses(
+        "plan {} --stats {} --keep 0.6 --data {} -o {}",
+        &[&place.model, statistics(), &data, &out],
+        USAGE,
+        &["--data has no effect", "--allocation sensitivity"],
+    );
+    refused(
+        "--keep 0.6 --error-scale residual",
+        &["--error-scale has no effect", "--allocation sensitivity"],
+    );
+    let line = "prune {} --data {} --keep 0.6 --allocation sensitivity --alpha 0.1 -o {}";
+    let paths: &[&Path] = &[&place.model, &data, &out];
+    place.refuses(line, paths, USAGE, &["--alpha has no effect"]);
+}

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 
-use crate::support::fixtures::{calibrate_demo, demo, read_json};
+use crate::support::fixtures::{calibrate_demo, demo, demo_file, read_json};
 use crate::support::json::{keys, list, number, widths};
 use crate::support::{Scratch, tenp};
 
@@ -273,4 +273,37 @@ fn planning_twice_gives_the_same_bytes() {
         }
         assert!(std::fs::read(a).unwrap() == std::fs::read(b).unwrap());
     }
+}
+
+/// Measured errors give an exact budget and less error than TENP's widths; threads change no byte.
+#[test]
+fn the_sensitivity_allocation_is_measured_on_text() {
+    let scratch = Scratch::new();
+    let data = demo_file("calibration", "facts");
+    let plan = |name: &str, options: &str| {
+        let path = scratch.join(name);
+        let line = format!(
+            "plan {{}} --stats {{}} --data {{}} --samples 8 --keep 0.6 --allocation sensitivity {options} -o {{}}"
+        );
+        tenp(&line, &[&demo(), demo_statistics(), &data, &path]).ok();
+        path
+    };
+    let (a, b) = (plan("a", "--threads 1"), plan("b", "--threads 2"));
+    assert!(std::fs::read(&a).unwrap() == std::fs::read(b).unwrap());
+    let made = read_json(&a);
+    let total: u64 = widths(&made).iter().flatten().sum();
+    assert_eq!(total, 6448);
+    let measured = &made["options"]["sensitivity"];
+    assert_eq!(keys(measured), ["widths", "layer_errors", "error", "bound"]);
+    let (error, bound) = (number(&measured["error"]), number(&measured["bound"]));
+    assert!(bound <= error && error < bound * 1.001 && error > 0.0);
+    // One width of 56 for all experts keeps less than 0.6 and errs more than the widths chosen.
+    let curves = list(&measured["layer_errors"]);
+    let uniform: f64 = curves.iter().map(|layer| number(&layer[7])).sum();
+    assert!(error < uniform, "{error} {uniform}");
+    for layer in curves {
+        assert!(number(&layer[0]) > 0.0 && number(&layer[12]) == 0.0);
+    }
+    let other = read_json(&plan("c", "--error-scale residual"));
+    assert_ne!(widths(&other), widths(&made));
 }

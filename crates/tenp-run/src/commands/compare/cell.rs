@@ -23,6 +23,7 @@ use crate::models::{self, Domains};
 use crate::place::Place;
 use crate::recovery::{self, Recovery};
 use crate::requests;
+use crate::search::Search;
 
 /// What every cell is measured with.
 pub(super) struct Bench<'a> {
@@ -268,10 +269,12 @@ impl Bench<'_> {
         key: &Key,
         statistics: &Statistics,
         domains: &Domains,
+        search: &Search<'_>,
     ) -> Result<Cell> {
         let started = Instant::now();
         let (request, recover) = key.request()?;
-        let plan = requests::plan(self.checkpoint, statistics, &request)?;
+        let searched = search.settle(statistics, &request)?;
+        let plan = requests::plan(self.checkpoint, statistics, &searched)?;
         let weights = &request.domain_weights;
         let sequences = recovery::sequences(domains, weights);
         let recovery = match recover.recover {
