@@ -1,29 +1,58 @@
 //! `demo`: the whole story on the bundled checkpoint.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
-use tenp_checkpoint::{ApplyOptions, Checkpoint, Plan, apply};
+use tenp_checkpoint::{ApplyOptions, Checkpoint, LayerRewriter, Plan, apply_rewritten};
 use tenp_kernels::Compute;
+use tenp_model::rewrite::RecoverOptions;
 use tenp_model::text::{Data, Task};
-use tenp_prune::{Method, PlanRequest};
+use tenp_prune::{Allocation, Method, NeuronScore, PlanRequest};
 
+use super::apply::rewriter;
 use super::eval::{Measures, run_tasks};
 use crate::cli::{DataArgs, Demo, MIN_TOKENS};
 use crate::failure::usage;
 use crate::place::Place;
+use crate::progress::Progress;
+use crate::recovery::{self, Recovery};
 use crate::{console, models, picture, requests};
 
 /// What is compared, all at the same budget.
-const METHODS: [(Method, &str); 5] = [
-    (Method::Tenp, "TENP"),
-    (Method::Enp, "uniform ENP"),
-    (Method::Reap, "expert dropping (REAP)"),
-    (Method::RandomNeurons, "random neurons"),
-    (Method::RandomExperts, "random experts"),
-];
+struct Entry {
+    name: &'static str,
+    request: PlanRequest,
+    /// By least squares.
+    recovers: bool,
+}
+
+fn entries(keep: f64) -> Vec<Entry> {
+    let entry = |name, method| Entry {
+        name,
+        request: PlanRequest {
+            method,
+            keep,
+            ..PlanRequest::default()
+        },
+        recovers: false,
+    };
+    let mut recommended = entry("recommended", Method::Tenp);
+    recommended.request.allocation = Some(Allocation::Global);
+    recommended.request.neuron_score = Some(NeuronScore::Energy);
+    recommended.recovers = true;
+    vec![
+        entry("TENP", Method::Tenp),
+        recommended,
+        entry("uniform ENP", Method::Enp),
+        entry("expert dropping (REAP)", Method::Reap),
+        entry("random neurons", Method::RandomNeurons),
+        entry("random experts", Method::RandomExperts),
+    ]
+}
 
 /// The same figures on every machine.
 const PLACE: Place = Place::Cpu(Compute::F32);
@@ -40,13 +69,9 @@ pub(super) fn run(args: &Demo) -> Result<()> {
     let started = Instant::now();
     let folder = args.folder.clone().map_or_else(bundled, Ok)?;
     let checkpoint = models::open(&folder)?;
-    let request = |method| PlanRequest {
-        method,
-        keep: args.keep,
-        ..PlanRequest::default()
-    };
-    for (method, _) in METHODS {
-        requests::rehearse(&checkpoint, ["default"], &request(method))?;
+    let entries = entries(args.keep);
+    for entry in &entries {
+        requests::rehearse(&checkpoint, ["default"], &entry.request)?;
     }
     let texts = models::Texts::new(&checkpoint);
     let tasks = texts.tasks(&[folder.join("tasks")])?;
@@ -74,22 +99,38 @@ pub(super) fn run(args: &Demo) -> Result<()> {
     }];
     let scratch = tempfile::tempdir().context("cannot create a temporary folder")?;
     let mut tenp: Option<Plan> = None;
-    for (method, name) in METHODS {
-        let plan = requests::plan(&checkpoint, &statistics, &request(method))?;
-        let out = scratch.path().join(method.to_string());
-        apply(
+    let sequences = recovery::sequences(&domains, &BTreeMap::new());
+    for (index, entry) in entries.iter().enumerate() {
+        let plan = requests::plan(&checkpoint, &statistics, &entry.request)?;
+        let out = scratch.path().join(index.to_string());
+        let recovery = if entry.recovers {
+            Recovery::LeastSquares {
+                sequences: &sequences,
+                options: RecoverOptions::default(),
+            }
+        } else {
+            Recovery::None
+        };
+        let progress = OnceLock::new();
+        let mut rewriter = rewriter(&checkpoint, &plan, recovery, &PLACE, &progress)?;
+        apply_rewritten(
             &checkpoint,
             &plan,
             &out,
             &ApplyOptions::default(),
+            rewriter
+                .as_mut()
+                .map(|r| &mut **r as &mut dyn LayerRewriter),
             &mut |_, _| (),
         )?;
+        drop(rewriter);
+        progress.get().into_iter().for_each(Progress::finish);
         let pruned = models::open(&out)?;
         rows.push(Row {
-            name: name.to_owned(),
+            name: entry.name.to_owned(),
             accounting: Some(plan.accounting.clone()),
             bytes: pruned.size().bytes_total,
-            measures: measure(&pruned, &tasks, name)?,
+            measures: measure(&pruned, &tasks, entry.name)?,
         });
         tenp.get_or_insert(plan);
     }
@@ -211,7 +252,8 @@ fn as_text(rows: &[Row], plan: &Plan, expert_width: usize, seconds: f64) -> Stri
         .collect();
     let n: usize = rows[0].measures.tasks.iter().map(|(_, t)| t.n).sum();
     format!(
-        "\n{}\nE: routed-expert parameters kept; A: run per token. Accuracy on {n} multiple-choice questions, NLL in\nnats per answer token.\n\n\
+        "\n{}\nE: routed-expert parameters kept; A: run per token. Accuracy on {n} multiple-choice questions, NLL in\nnats per answer token. \
+         Recommended: --allocation global --neuron-score energy --recover least-squares.\n\n\
          TENP keeps these experts and neurons:\n{}\n{seconds:.0} s in all\n",
         console::table(&header, &table),
         picture::widths(plan, expert_width, console::columns())

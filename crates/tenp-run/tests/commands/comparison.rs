@@ -141,3 +141,23 @@ fn what_cannot_be_compared_is_refused_before_any_work() {
     std::fs::write(out.join("mine.txt"), "mine").unwrap();
     tenp("compare {} --data {} --tasks {} -o {}", paths).refused(2, &["--output", "not empty"]);
 }
+
+#[test]
+fn errors_are_measured_once_for_all_budgets_of_a_draw() {
+    let scratch = Scratch::new();
+    let (tasks, out) = (few_questions(&scratch), scratch.join("out"));
+    let line = "compare {} --data arith={} --samples 8 --tasks {} --methods enp:exact,tenp:allocation=sensitivity \
+                --keep 0.75,0.5 --seeds 1 --device cpu --json -o {}";
+    let data = demo_file("calibration", "arith");
+    let run = tenp(line, &[&demo(), &data, &tasks, &out]).ok();
+    let passes = run.stderr.matches("measure errors: ").count();
+    run.check(passes == 1, "one pass for both budgets");
+    let results = run.json();
+    for cell in list(&results["cells"]) {
+        let (keep, e) = (
+            number(&cell["key"]["keep"]),
+            number(&cell["accounting"]["E"]),
+        );
+        assert!((e - keep).abs() < 0.005, "{cell}");
+    }
+}

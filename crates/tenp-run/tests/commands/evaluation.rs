@@ -131,11 +131,19 @@ fn demo_tells_the_whole_story() {
         [
             "full model",
             "TENP",
+            "recommended",
             "uniform ENP",
             "expert dropping (REAP)",
             "random neurons",
             "random experts"
         ]
+    );
+    let nll = |i: usize| value["models"][i]["answer_nll"].as_f64().unwrap();
+    assert!(
+        nll(2) <= nll(0) + 0.01,
+        "recommended {}, full {}",
+        nll(2),
+        nll(0)
     );
     assert_eq!(list(&value["tenp_widths"]).len(), 7);
 }
