@@ -18,6 +18,7 @@
 mod attention;
 mod cache;
 pub mod calibrate;
+pub mod candidates;
 mod cpu;
 pub mod device;
 mod engine;
@@ -27,6 +28,7 @@ pub mod forward;
 pub mod generate;
 mod head;
 mod mlp;
+mod narrow;
 mod observer;
 pub mod rewrite;
 pub mod sensitivity;

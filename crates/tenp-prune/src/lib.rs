@@ -41,8 +41,8 @@ pub use error::PruneError;
 pub use names::{ErrorScale, ExpertScore, Method, NeuronScore};
 pub use plan::{neuron_orders, plan};
 pub use request::{
-    Allocation, DEFAULT_LAMBDA, DEFAULT_SLOPE, DEFAULT_THRESHOLD, DEFAULT_THRESHOLD_WITHIN,
-    DernRequest, PlanRequest,
+    Allocation, AlphaTried, DEFAULT_LAMBDA, DEFAULT_SLOPE, DEFAULT_THRESHOLD,
+    DEFAULT_THRESHOLD_WITHIN, DernRequest, PlanRequest, alpha_candidates,
 };
 pub use rescale::rescale_factors;
 pub use stability::{LayerStability, Stability, rank_correlation, stability};

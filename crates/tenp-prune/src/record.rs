@@ -32,6 +32,9 @@ pub(crate) fn options(
     if let Target::Trapezoid { alpha, slope } = choice.target {
         record("alpha", json!(alpha));
         record("slope", json!(slope));
+        if !request.alphas_tried.is_empty() {
+            record("alphas_tried", json!(request.alphas_tried));
+        }
     }
     if let Some(quantum) = decision.quantum {
         record("width_multiple", json!(quantum));

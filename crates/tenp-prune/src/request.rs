@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use serde::Serialize;
 use tenp_checkpoint::plan::{Initialisation, MergeWeights, RouterRule, Scope};
 
 use crate::allocate::{ErrorCurves, default_alpha};
@@ -59,6 +60,10 @@ pub struct PlanRequest {
     pub keep: f64,
     /// Share α of the experts that stay whole; default 5/9·ρ².
     pub alpha: Option<f64>,
+    /// α (and the slope, where none is given) is chosen by trying; [`plan`](crate::plan()) takes the default until it is.
+    pub search_alpha: bool,
+    /// What was tried, for the record.
+    pub alphas_tried: Vec<AlphaTried>,
     /// Slope s of the trapezoid in [−1, 1].
     pub slope: f64,
     /// Widths are multiples of this; default [`crate::allocate::default_quantum`].
@@ -87,6 +92,37 @@ pub struct PlanRequest {
     pub experts: Option<Vec<usize>>,
     /// How dropped experts are merged.
     pub dern: DernRequest,
+}
+
+/// A pair of α and slope, and what a plan made with it came to on held-out calibration text.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct AlphaTried {
+    /// Share of whole experts.
+    pub alpha: f64,
+    /// Slope of the trapezoid.
+    pub slope: f64,
+    /// Negative log-likelihood, nats per token.
+    pub nll: f64,
+}
+
+/// The pairs (α, slope) to try for a budget: multiples of the default α up to ρ, each with several slopes, or with the one
+/// that is given. The default comes first.
+pub fn alpha_candidates(keep: f64, slope: Option<f64>) -> Vec<(f64, f64)> {
+    let slopes = slope.map_or_else(
+        || vec![DEFAULT_SLOPE, 0.0, 2.0 / 3.0, 1.0, -DEFAULT_SLOPE],
+        |slope| vec![slope],
+    );
+    let default = default_alpha(keep);
+    let mut candidates = Vec::new();
+    for factor in [1.0, 0.5, 1.5, 2.0, 2.5] {
+        let alpha = factor * default;
+        if alpha <= keep {
+            candidates.extend(slopes.iter().map(|&slope| (alpha, slope)));
+        }
+    }
+    // Without whole experts the slope decides nothing.
+    candidates.push((0.0, slopes[0]));
+    candidates
 }
 
 /// How [`Method::Dern`] merges dropped experts into the others, and [`Method::TenpDern`] dropped neurons into the others
@@ -133,6 +169,8 @@ impl Default for PlanRequest {
             method: Method::Tenp,
             keep: 0.6,
             alpha: None,
+            search_alpha: false,
+            alphas_tried: Vec::new(),
             slope: DEFAULT_SLOPE,
             width_multiple: None,
             allocation: None,
@@ -310,7 +348,7 @@ fn given_options(request: &PlanRequest) -> [(&'static str, bool); 20] {
     let dern = &request.dern;
     [
         ("--allocation", request.allocation.is_some()),
-        ("--alpha", request.alpha.is_some()),
+        ("--alpha", request.alpha.is_some() || request.search_alpha),
         ("--slope", request.slope != DEFAULT_SLOPE),
         ("--width-multiple", request.width_multiple.is_some()),
         ("--exact", request.exact),

@@ -1,5 +1,6 @@
 //! The command line.
 
+mod alpha;
 mod run;
 mod weights;
 
@@ -9,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use tenp_model::text::Data;
 use tenp_prune::{ErrorScale, ExpertScore, Method, NeuronScore};
 
+pub(crate) use alpha::AlphaArg;
 pub(crate) use run::{ComputeArg, DeviceArg, RunArgs};
 pub(crate) use weights::{DernArgs, GatesArg, InputsArg, RecoverArg, RecoverArgs};
 
@@ -182,9 +184,10 @@ pub(crate) struct PlanArgs {
         value_delimiter = ','
     )]
     pub(crate) experts: Option<Vec<usize>>,
-    /// Share of the experts that stay whole [default: 5/9 of the square of --keep].
-    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
-    pub(crate) alpha: Option<f64>,
+    /// Share of the experts that stay whole [default: 5/9 of the square of --keep]; or `search`: this and the slope by
+    /// trying some on a held-out quarter of the calibration text (`plan` needs --data).
+    #[arg(long, value_name = "SHARE|search", allow_negative_numbers = true)]
+    pub(crate) alpha: Option<AlphaArg>,
     /// How much wider deeper layers are: 0 the same everywhere, 1 a full triangle, negative inverted [default: 1/3].
     #[arg(long, value_name = "SLOPE", allow_negative_numbers = true)]
     pub(crate) slope: Option<f64>,
@@ -250,7 +253,7 @@ pub(crate) struct PlanCommand {
     pub(crate) stats: PathBuf,
     #[command(flatten)]
     pub(crate) plan: PlanArgs,
-    /// Calibration text, for what is measured while planning (--allocation sensitivity): the kinds of files that calibrate
+    /// Calibration text, for what is measured while planning (--allocation sensitivity, --alpha search): the kinds of files that calibrate
     /// takes. May repeat.
     #[arg(long, num_args = 1.., value_name = "[DOMAIN=]FILE")]
     pub(crate) data: Vec<Data>,

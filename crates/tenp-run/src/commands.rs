@@ -1,7 +1,7 @@
 //! One file per command.
 
 mod apply;
-mod calibrate;
+pub(crate) mod calibrate;
 mod compare;
 mod demo;
 mod eval;

@@ -6,7 +6,7 @@ use anyhow::Result;
 use tenp_checkpoint::{Checkpoint, Folds, LayerStatistics, Plan, Statistics};
 use tenp_prune::{Allocation, DernRequest, ModelSize, PlanRequest, Stability};
 
-use crate::cli::{Normalise, PlanArgs};
+use crate::cli::{AlphaArg, Normalise, PlanArgs};
 use crate::failure::usage;
 use crate::search;
 
@@ -41,7 +41,12 @@ pub(crate) fn request(args: &PlanArgs) -> Result<PlanRequest> {
     Ok(PlanRequest {
         method: args.method,
         keep,
-        alpha: args.alpha,
+        alpha: match args.alpha {
+            Some(AlphaArg::Share(share)) => Some(share),
+            Some(AlphaArg::Search) | None => None,
+        },
+        search_alpha: args.alpha == Some(AlphaArg::Search),
+        alphas_tried: Vec::new(),
         slope: args.slope.unwrap_or(defaults.slope),
         width_multiple: args.width_multiple,
         allocation,

@@ -1,18 +1,24 @@
 //! What is measured on calibration text before a plan is made.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
 
 use anyhow::Result;
 use tenp_checkpoint::{Checkpoint, ModelConfig, Statistics};
+use tenp_model::Sequences;
+use tenp_model::candidates::plan_nlls;
 use tenp_model::sensitivity::{Cuts, cut_errors};
 use tenp_prune::allocate::{ErrorCurves, measured_widths, quantum};
-use tenp_prune::{Allocation, PlanRequest, neuron_orders};
+use tenp_prune::{
+    Allocation, AlphaTried, DEFAULT_SLOPE, PlanRequest, alpha_candidates, neuron_orders,
+};
 
+use crate::commands::calibrate;
+use crate::failure::usage;
 use crate::models::{self, Domains};
 use crate::place::Place;
 use crate::progress::{Progress, Unit};
-use crate::recovery;
+use crate::{recovery, requests};
 
 /// Calibration text at hand, and what was measured on it so far.
 pub(crate) struct Search<'a> {
@@ -21,17 +27,51 @@ pub(crate) struct Search<'a> {
     place: Place,
     /// By what they depend on, as plans of several budgets share them.
     curves: RefCell<BTreeMap<String, ErrorCurves>>,
+    /// Of the samples that α is not tried on.
+    fitted: OnceCell<Statistics>,
 }
 
 /// Whether a plan needs text to measure on.
 pub(crate) fn measures(request: &PlanRequest) -> bool {
+    measures_errors(request) || request.search_alpha
+}
+
+fn measures_errors(request: &PlanRequest) -> bool {
     matches!(request.allocation, Some(Allocation::Sensitivity(_)))
+}
+
+/// Refuses text that is too little to hold some out, before any work.
+pub(crate) fn check(request: &PlanRequest, domains: &Domains) -> Result<()> {
+    let weight = |name: &str| request.domain_weights.get(name).copied().unwrap_or(1.0);
+    let short = domains
+        .iter()
+        .find(|(name, samples)| weight(name) > 0.0 && samples.len() < 2);
+    match short.filter(|_| request.search_alpha) {
+        None => Ok(()),
+        Some((name, _)) => Err(usage(format!(
+            "--alpha search: domain {name} has one sample; some are held out to try on, so give at least two"
+        ))),
+    }
+}
+
+/// Samples to plan from, and those to try plans on: every fourth, or the last of fewer.
+fn split(domains: &Domains) -> (Domains, Domains) {
+    let part = |held: bool| {
+        let domain = |(name, samples): &(String, Vec<Vec<u32>>)| {
+            let is_held = |i: usize| i % 4 == 3 || (samples.len() < 4 && i + 1 == samples.len());
+            let chosen = samples.iter().enumerate();
+            let chosen = chosen.filter(|(i, _)| is_held(*i) == held);
+            (name.clone(), chosen.map(|(_, s)| s.clone()).collect())
+        };
+        domains.iter().map(domain).collect()
+    };
+    (part(false), part(true))
 }
 
 /// The request with errors of 0 in place of those that are to be measured.
 pub(crate) fn rehearsed(request: &PlanRequest, config: &ModelConfig) -> Result<PlanRequest> {
     let mut request = request.clone();
-    if measures(&request) {
+    if measures_errors(&request) {
         let moe = &config.moe;
         let quantum = quantum(request.width_multiple, moe.expert_width)?;
         let widths = measured_widths(moe.expert_width, quantum);
@@ -45,6 +85,14 @@ pub(crate) fn rehearsed(request: &PlanRequest, config: &ModelConfig) -> Result<P
     Ok(request)
 }
 
+/// The samples of the domains that count, and the weight of each label.
+fn weighted(domains: &Domains, request: &PlanRequest) -> (Sequences, Vec<f64>) {
+    let sequences = recovery::sequences(domains, &request.domain_weights);
+    let weight = |name: &String| request.domain_weights.get(name).copied().unwrap_or(1.0);
+    let weights = domains.iter().map(|(name, _)| weight(name));
+    (sequences, weights.filter(|&w| w != 0.0).collect())
+}
+
 impl<'a> Search<'a> {
     pub(crate) fn new(checkpoint: &'a Checkpoint, domains: &'a Domains, place: &Place) -> Self {
         Self {
@@ -52,6 +100,7 @@ impl<'a> Search<'a> {
             domains,
             place: place.clone(),
             curves: RefCell::default(),
+            fitted: OnceCell::new(),
         }
     }
 
@@ -62,11 +111,61 @@ impl<'a> Search<'a> {
         request: &PlanRequest,
     ) -> Result<PlanRequest> {
         let mut request = request.clone();
-        if measures(&request) {
+        if request.search_alpha {
+            self.choose_alpha(&mut request)?;
+        }
+        if measures_errors(&request) {
             let curves = self.curves(statistics, &request)?;
             request.allocation = Some(Allocation::Sensitivity(Some(curves)));
         }
         Ok(request)
+    }
+
+    /// Takes α and slope of the plan that predicts the held-out samples best; of equals, the first tried.
+    fn choose_alpha(&self, request: &mut PlanRequest) -> Result<()> {
+        check(request, self.domains)?;
+        let (fit, held) = split(self.domains);
+        let statistics = if let Some(fitted) = self.fitted.get() {
+            fitted
+        } else {
+            let fitted = calibrate::run_domains(self.checkpoint, &fit, &self.place)?;
+            self.fitted.get_or_init(|| fitted)
+        };
+        request.search_alpha = false;
+        let slope = (request.slope != DEFAULT_SLOPE).then_some(request.slope);
+        let candidates = alpha_candidates(request.keep, slope);
+        let plans = candidates
+            .iter()
+            .map(|&(alpha, slope)| {
+                let tried = PlanRequest {
+                    alpha: Some(alpha),
+                    slope,
+                    ..request.clone()
+                };
+                requests::plan(self.checkpoint, statistics, &tried)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let (sequences, weights) = weighted(&held, request);
+        let layers = self.checkpoint.config().num_layers;
+        let total = (plans.len() * layers) as u64;
+        let progress = Progress::new("try α", Unit::Layers, total, 1);
+        let nlls = plan_nlls(
+            self.checkpoint,
+            self.place.cpu_compute(),
+            &plans,
+            (&sequences, &weights),
+            &|| progress.advance(1),
+        )?;
+        progress.finish();
+        let tried = candidates.iter().zip(nlls);
+        request.alphas_tried = tried
+            .map(|(&(alpha, slope), nll)| AlphaTried { alpha, slope, nll })
+            .collect();
+        let best = request.alphas_tried.iter();
+        if let Some(best) = best.min_by(|a, b| a.nll.total_cmp(&b.nll)).copied() {
+            (request.alpha, request.slope) = (Some(best.alpha), best.slope);
+        }
+        Ok(())
     }
 
     fn curves(&self, statistics: &Statistics, request: &PlanRequest) -> Result<ErrorCurves> {
@@ -90,10 +189,7 @@ impl<'a> Search<'a> {
         }
         let fingerprint = self.checkpoint.fingerprint();
         let orders = neuron_orders(config, fingerprint, statistics, request)?;
-        let sequences = recovery::sequences(self.domains, &request.domain_weights);
-        let weight = |name: &String| request.domain_weights.get(name).copied().unwrap_or(1.0);
-        let weights: Vec<f64> = self.domains.iter().map(|(name, _)| weight(name)).collect();
-        let weights: Vec<f64> = weights.into_iter().filter(|&w| w != 0.0).collect();
+        let (sequences, weights) = weighted(self.domains, request);
         let total = models::num_tokens(self.domains) * config.num_layers;
         let label = "measure errors";
         let progress = Progress::new(label, Unit::Tokens, total as u64, config.num_layers);
@@ -117,5 +213,22 @@ impl<'a> Search<'a> {
         };
         self.curves.borrow_mut().insert(key, curves.clone());
         Ok(curves)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quarter_of_the_samples_is_held_out() {
+        let ids = |samples: &Domains| -> Vec<Vec<u32>> {
+            let ids = |s: &Vec<Vec<u32>>| s.iter().map(|s| s[0]).collect();
+            samples.iter().map(|(_, s)| ids(s)).collect()
+        };
+        let domain = |n: u32| (n.to_string(), (0..n).map(|i| vec![i]).collect());
+        let (fit, held) = split(&vec![domain(9), domain(2), domain(3)]);
+        assert_eq!(ids(&held), [vec![3, 7], vec![1], vec![2]]);
+        assert_eq!(ids(&fit), [vec![0, 1, 2, 4, 5, 6, 8], vec![0], vec![0, 1]]);
     }
 }

@@ -10,8 +10,8 @@ use std::fmt::Write as _;
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 use tenp_checkpoint::{
-    Checkpoint, ExpertPlan, ExpertTensors, LayerPlan, LayerRewriter, Matrix, Notes,
-    RewrittenExpert, RewrittenLayer,
+    Checkpoint, ExpertPlan, ExpertTensors, LayerPlan, LayerRewriter, Notes, RewrittenExpert,
+    RewrittenLayer,
 };
 use tenp_kernels::Compute;
 
@@ -19,6 +19,7 @@ use super::encode::encode;
 use crate::calibrate::tokens_fingerprint;
 use crate::cpu::{CpuModel, CpuPass};
 use crate::engine::Pass;
+use crate::narrow::Narrow;
 use crate::{ModelError, Sequences};
 use gram::{ExpertGram, Grams, held_out};
 use solve::{Problem, Solution, solve};
@@ -157,18 +158,11 @@ impl<'c> LeastSquares<'c> {
 
     /// Runs the layer with its experts as they will be written.
     fn step_pruned(&mut self, plan: &LayerPlan, new: &RewrittenLayer) -> Result<(), ModelError> {
-        let layer = plan.layer;
-        let mut narrow = Vec::new();
-        for expert in plan
-            .experts
-            .iter()
-            .filter(|e| e.neurons.is_some() || e.width == 0)
-        {
-            let down = new.experts.iter().find(|n| n.id == expert.id);
-            let down = down.and_then(|n| n.down.as_deref());
-            let old = self.checkpoint.expert(layer, expert.id)?;
-            narrow.push((expert.id, Narrow::new(&old, expert, down)));
-        }
+        let down = |id| {
+            let new = new.experts.iter().find(|n| n.id == id);
+            new.and_then(|n| n.down.as_deref())
+        };
+        let narrow = Narrow::all(self.checkpoint, plan, &down)?;
         let experts: Vec<(usize, ExpertTensors<'_>)> = narrow
             .iter()
             .map(|(id, expert)| (*id, expert.tensors()))
@@ -198,58 +192,6 @@ struct Passing<'a>(&'a (dyn Fn(usize) + Sync));
 impl crate::Observer for Passing<'_> {
     fn progress(&self, _layer: usize, tokens: usize) {
         (self.0)(tokens);
-    }
-}
-
-/// A narrowed expert in memory.
-struct Narrow<'a> {
-    old: ExpertTensors<'a>,
-    width: usize,
-    gate: Vec<u8>,
-    up: Vec<u8>,
-    down: Vec<u8>,
-}
-
-impl<'a> Narrow<'a> {
-    fn new(old: &ExpertTensors<'a>, plan: &ExpertPlan, down: Option<&[u8]>) -> Self {
-        let kept = plan.neurons.as_deref().unwrap_or_default();
-        let rows = |matrix: &Matrix<'_>| -> Vec<u8> {
-            kept.iter()
-                .flat_map(|&id| matrix.row(id as usize))
-                .copied()
-                .collect()
-        };
-        let cut = |matrix: &Matrix<'_>| -> Vec<u8> {
-            let size = matrix.dtype.size();
-            let row = |r: usize| {
-                let row = matrix.row(r);
-                kept.iter()
-                    .flat_map(move |&id| &row[id as usize * size..][..size])
-            };
-            (0..matrix.rows).flat_map(row).copied().collect()
-        };
-        Self {
-            old: *old,
-            width: kept.len(),
-            gate: rows(&old.gate),
-            up: rows(&old.up),
-            down: down.map_or_else(|| cut(&old.down), <[u8]>::to_vec),
-        }
-    }
-
-    fn tensors(&self) -> ExpertTensors<'_> {
-        let (width, hidden) = (self.width, self.old.down.rows);
-        let matrix = |old: &Matrix<'_>, rows, cols, bytes| Matrix {
-            dtype: old.dtype,
-            rows,
-            cols,
-            bytes,
-        };
-        ExpertTensors {
-            gate: matrix(&self.old.gate, width, hidden, &self.gate),
-            up: matrix(&self.old.up, width, hidden, &self.up),
-            down: matrix(&self.old.down, hidden, width, &self.down),
-        }
     }
 }
 

@@ -25,7 +25,7 @@ pub(super) fn run(args: &Calibrate) -> Result<()> {
 }
 
 /// Runs samples that are already token ids.
-pub(super) fn run_domains(
+pub(crate) fn run_domains(
     checkpoint: &Checkpoint,
     domains: &[(String, Vec<Vec<u32>>)],
     place: &Place,

@@ -15,7 +15,7 @@ use crate::cli::Compare;
 use crate::failure::usage;
 use crate::models::Domains;
 use crate::place::Place;
-use crate::search::Search;
+use crate::search::{self, Search};
 use crate::{console, models};
 
 use cell::{Bench, Cell};
@@ -36,6 +36,9 @@ pub(super) fn run(args: &Compare) -> Result<()> {
     let texts = models::Texts::new(&checkpoint);
     let grid = Grid::new(args, &checkpoint)?;
     let draws = texts.draws(&args.data, args.seeds)?;
+    for key in grid.cells(0) {
+        search::check(&key.request()?.0, &draws[0])?;
+    }
     let (tasks, samples) = (
         texts.tasks(&args.tasks)?,
         texts.texts("--text", &args.text, args.data.seq_len)?,

@@ -48,10 +48,10 @@ fn check_data(args: &PlanCommand, measures: bool) -> Result<()> {
     }
     match (measures, args.data.is_empty()) {
         (true, true) => Err(usage(
-            "--allocation sensitivity is measured on calibration text: give --data",
+            "--allocation sensitivity and --alpha search are measured on calibration text: give --data",
         )),
         (false, false) => Err(usage(
-            "--data has no effect here: such a plan is made from --stats alone; it needs --allocation sensitivity",
+            "--data has no effect here: such a plan is made from --stats alone; it needs --allocation sensitivity or --alpha search",
         )),
         (false, true) if args.seq_len.is_some() || args.run.compute.is_some() => Err(usage(
             "--seq-len and --compute have no effect without --data",
@@ -82,6 +82,7 @@ fn make(
         min_tokens: MIN_TOKENS,
     };
     let domains = models::Texts::new(checkpoint).domains(&data)?;
+    search::check(request, &domains)?;
     let run = RunArgs {
         device: DeviceArg::Cpu,
         ..args.run

@@ -16,7 +16,7 @@ use crate::coverage::Coverage;
 use crate::failure::usage;
 use crate::place::Place;
 use crate::recovery::{self, Recovery};
-use crate::search::Search;
+use crate::search::{self, Search};
 use crate::{console, models, requests};
 
 pub(super) fn run(args: &Prune) -> Result<()> {
@@ -47,6 +47,7 @@ pub(super) fn run(args: &Prune) -> Result<()> {
     )?;
     recovery::check_plan(args.recover, &checkpoint, &rehearsed)?;
     let domains = models::Texts::new(&checkpoint).domains(&args.data)?;
+    search::check(&request, &domains)?;
     let place = Place::new(args.run)?;
     if args.dry_run {
         let tokens = models::num_tokens(&domains);

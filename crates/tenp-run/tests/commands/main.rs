@@ -12,5 +12,6 @@ mod outputs;
 mod plans;
 mod recovery;
 mod reports;
+mod search;
 #[path = "../support/mod.rs"]
 mod support;

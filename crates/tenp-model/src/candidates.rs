@@ -1,0 +1,98 @@
+//! How well plans predict a text, without writing them.
+
+use tenp_checkpoint::{Checkpoint, ExpertTensors, Plan};
+use tenp_kernels::Compute;
+use tenp_kernels::cpu::elementwise::log_sum_exp;
+
+use crate::cpu::{CpuModel, CpuPass};
+use crate::engine::Pass;
+use crate::head::Head;
+use crate::narrow::Narrow;
+use crate::{ModelError, Sequences};
+
+/// Hidden states of the plans that run side by side may take this much memory.
+const PASS_BYTES: usize = 1 << 30;
+
+/// Mean negative log-likelihood of `sequences` under each plan, nats per token, every token but each first one predicted;
+/// `weights` weighs the tokens of each label.
+///
+/// The plans go through the layers side by side, as many as fit in 1 GiB of hidden states, so that a layer is read once for
+/// all of them. Runs on the CPU. `progress` is told each layer that a plan has passed.
+///
+/// # Errors
+/// Token ids or lengths that the model does not have, unreadable tensors, activations that are not finite.
+pub fn plan_nlls(
+    checkpoint: &Checkpoint,
+    compute: Compute,
+    plans: &[Plan],
+    (sequences, weights): (&Sequences, &[f64]),
+    progress: &dyn Fn(),
+) -> Result<Vec<f64>, ModelError> {
+    let config = checkpoint.config();
+    sequences.check(config)?;
+    let bytes = 4 * config.hidden_size * sequences.num_tokens();
+    let together = (PASS_BYTES / bytes.max(1)).max(1);
+    let model = CpuModel {
+        checkpoint,
+        compute,
+    };
+    let head = Head::new(checkpoint, compute, None)?;
+    let mut nlls = Vec::with_capacity(plans.len());
+    for plans in plans.chunks(together) {
+        let mut passes = plans
+            .iter()
+            .map(|_| CpuPass::new(model, sequences, None))
+            .collect::<Result<Vec<_>, _>>()?;
+        for layer in 0..config.num_layers {
+            for (plan, pass) in plans.iter().zip(&mut passes) {
+                step(checkpoint, plan, layer, pass)?;
+                progress();
+            }
+        }
+        for pass in passes {
+            let hidden = Box::new(pass).finish()?;
+            nlls.push(nll(&head, &hidden, sequences, weights)?);
+        }
+    }
+    Ok(nlls)
+}
+
+fn step(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    layer: usize,
+    pass: &mut CpuPass<'_>,
+) -> Result<(), ModelError> {
+    let narrow = match plan.layers.iter().find(|l| l.layer == layer) {
+        Some(plan) => Narrow::all(checkpoint, plan, &|_| None)?,
+        None => Vec::new(),
+    };
+    let experts: Vec<(usize, ExpertTensors<'_>)> = narrow
+        .iter()
+        .map(|(id, expert)| (*id, expert.tensors()))
+        .collect();
+    pass.step_with(&experts)
+}
+
+fn nll(
+    head: &Head<'_>,
+    hidden: &[f32],
+    sequences: &Sequences,
+    weights: &[f64],
+) -> Result<f64, ModelError> {
+    let (mut rows, mut targets) = (Vec::new(), Vec::new());
+    for span in sequences.spans() {
+        for row in span.rows.start..span.rows.end.saturating_sub(1) {
+            rows.push(row);
+            targets.push((sequences.ids()[row + 1], weights[span.label]));
+        }
+    }
+    let (mut sum, mut count, mut next) = (0.0, 0.0, 0);
+    head.for_each(hidden, &rows, |_, logits| {
+        let (id, weight) = targets[next];
+        next += 1;
+        sum += weight * (log_sum_exp(logits) - f64::from(logits[id as usize]));
+        count += weight;
+    })?;
+    Ok(if count > 0.0 { sum / count } else { 0.0 })
+}
