@@ -38,7 +38,7 @@ impl KvCache {
         }
     }
 
-    /// Tokens of the first sequence that are in the cache.
+    /// Tokens of the longest sequence that are in the cache.
     pub fn len(&self) -> usize {
         self.len
     }
@@ -52,8 +52,9 @@ impl KvCache {
         self.num_sequences
     }
 
-    pub(crate) fn advance(&mut self, tokens: usize) {
-        self.len += tokens;
+    /// Notes that the longest sequence now has `len` tokens in the cache, unless it had more before.
+    pub(crate) fn reach(&mut self, len: usize) {
+        self.len = self.len.max(len);
     }
 
     /// The host's sequences of a layer.

@@ -70,6 +70,16 @@ pub enum ModelError {
         /// What is wrong and what helps.
         why: String,
     },
+    /// A sample that is to be answered has no prompt of its own.
+    #[error("{}{}: {why}", .path.display(), .line.map_or(String::new(), |l| format!(", line {l}")))]
+    NoPrompt {
+        /// The file.
+        path: PathBuf,
+        /// Line, counted from 1.
+        line: Option<usize>,
+        /// What there is and what is needed.
+        why: String,
+    },
     /// The tokenizer or its chat template cannot be used.
     #[error("{}: {why}", .path.display())]
     Tokenizer {

@@ -1,6 +1,143 @@
-//! Greedy or sampled text generation with a key/value cache.
+//! Greedy or sampled text generation with a key/value cache, of one text or of many together.
+
+use std::ops::Range;
+
+use tenp_checkpoint::ModelConfig;
+use tenp_checkpoint::config::Attention;
 
 use crate::{KvCache, Model, ModelError, Sequences};
+
+/// Keys and values, in bytes of the CPU's cache, that prompts completed together may take.
+const CACHE_BYTES: usize = 8 << 30;
+
+/// Where a completion ends, if not at an end-of-sequence token.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Tokens of a completion.
+    pub new_tokens: usize,
+    /// Tokens of a prompt with its completion; at most the model's positions count.
+    pub len: usize,
+}
+
+impl Limits {
+    /// Tokens that may follow a prompt of `prompt` tokens.
+    pub fn room(self, prompt: usize, config: &ModelConfig) -> usize {
+        let len = self.len.min(config.max_positions);
+        self.new_tokens.min(len.saturating_sub(prompt))
+    }
+}
+
+/// Greedy completions of `prompts`, without the end-of-sequence token. Prompts go through the layers together, one token of
+/// each a pass, so that a layer's weights are read once for all of them; as many at a time as their keys and values
+/// allow. `advance` is told of every token.
+///
+/// # Errors
+/// As [`Model::hidden_states`]; an empty prompt, or one longer than the model's positions.
+pub fn complete(
+    model: &Model<'_>,
+    prompts: &[&[u32]],
+    limits: Limits,
+    advance: &dyn Fn(usize),
+) -> Result<Vec<Vec<u32>>, ModelError> {
+    let bytes: Vec<usize> = prompts
+        .iter()
+        .map(|prompt| {
+            let room = limits.room(prompt.len(), model.config());
+            (prompt.len() + room) * cached_bytes_per_token(model.config())
+        })
+        .collect();
+    let mut completions = Vec::with_capacity(prompts.len());
+    for batch in batches(&bytes, CACHE_BYTES) {
+        completions.extend(complete_together(model, &prompts[batch], limits, advance)?);
+    }
+    Ok(completions)
+}
+
+/// Runs of items of at most `most` bytes together, or of one that has more.
+fn batches(bytes: &[usize], most: usize) -> Vec<Range<usize>> {
+    let mut batches: Vec<Range<usize>> = Vec::new();
+    let mut taken = 0;
+    for (i, bytes) in bytes.iter().enumerate() {
+        match batches.last_mut() {
+            Some(batch) if taken + bytes <= most => {
+                batch.end = i + 1;
+                taken += bytes;
+            }
+            _ => {
+                batches.push(i..i + 1);
+                taken = *bytes;
+            }
+        }
+    }
+    batches
+}
+
+/// Bytes of a token's keys and values in all layers.
+fn cached_bytes_per_token(config: &ModelConfig) -> usize {
+    let values = match &config.attention {
+        Attention::Mla {
+            num_heads,
+            nope_dim,
+            rope_dim,
+            v_dim,
+            ..
+        } => num_heads * (nope_dim + rope_dim + v_dim),
+        Attention::Gqa {
+            num_kv_heads,
+            head_dim,
+            ..
+        } => 2 * num_kv_heads * head_dim,
+    };
+    4 * config.num_layers * values
+}
+
+fn complete_together(
+    model: &Model<'_>,
+    prompts: &[&[u32]],
+    limits: Limits,
+    advance: &dyn Fn(usize),
+) -> Result<Vec<Vec<u32>>, ModelError> {
+    let config = model.config();
+    let room = |i: usize| limits.room(prompts[i].len(), config);
+    let mut completions: Vec<Vec<u32>> = vec![Vec::new(); prompts.len()];
+    let mut going: Vec<bool> = (0..prompts.len()).map(|i| room(i) > 0).collect();
+    let mut cache = KvCache::new(prompts.len());
+    while going.contains(&true) {
+        // One span for each cached sequence, empty where it has ended.
+        let mut sequences = Sequences::default();
+        let mut last_rows = Vec::new();
+        for (i, prompt) in prompts.iter().enumerate() {
+            match (going[i], completions[i].last()) {
+                (false, _) => sequences.push_at(&[], 0),
+                (true, None) => sequences.push_at(prompt, 0),
+                (true, Some(&id)) => {
+                    sequences.push_at(&[id], prompt.len() + completions[i].len() - 1)
+                }
+            };
+            if going[i] {
+                last_rows.push(sequences.num_tokens() - 1);
+            }
+        }
+        let mut run = model.resume(&sequences, &mut cache)?;
+        while run.step(&())? {}
+        let hidden = run.finish()?;
+        cache.reach(sequences.max_positions());
+        let mut next = Vec::with_capacity(last_rows.len());
+        let head = model.head()?;
+        head.for_each(&hidden, &last_rows, |_, logits| next.push(arg_max(logits)))?;
+        let sampled: Vec<usize> = (0..prompts.len()).filter(|&i| going[i]).collect();
+        for (i, id) in sampled.into_iter().zip(next) {
+            if config.eos_token_ids.contains(&id) {
+                going[i] = false;
+            } else {
+                completions[i].push(id);
+                advance(1);
+                going[i] = completions[i].len() < room(i);
+            }
+        }
+    }
+    Ok(completions)
+}
 
 /// Generation in progress.
 pub struct Generator<'c> {
@@ -27,7 +164,7 @@ impl<'c> Generator<'c> {
         let mut run = self.model.resume(&sequences, &mut self.cache)?;
         while run.step(&())? {}
         let hidden = run.finish()?;
-        self.cache.advance(ids.len());
+        self.cache.reach(sequences.max_positions());
         let width = self.model.config().hidden_size;
         self.model
             .head()?
@@ -49,4 +186,18 @@ pub fn arg_max(logits: &[f32]) -> u32 {
         }
     }
     best as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_hold_what_fits() {
+        assert_eq!(
+            batches(&[4, 4, 3, 20, 1, 9, 2], 10),
+            [0..2, 2..3, 3..4, 4..6, 6..7]
+        );
+        assert!(batches(&[], 10).is_empty());
+    }
 }

@@ -43,6 +43,11 @@ fn continuations_are_the_same() {
 }
 
 #[test]
+fn prompts_are_completed_together_as_alone() {
+    passes::prompts_are_completed_together_as_alone(&place);
+}
+
+#[test]
 fn layers_with_fewer_experts() {
     passes::layers_with_fewer_experts(&place);
 }

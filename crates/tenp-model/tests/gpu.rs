@@ -107,6 +107,7 @@ passes! {
     damaged_weights_are_named(),
     layers_with_fewer_experts(),
     continuations_are_the_same(),
+    prompts_are_completed_together_as_alone(),
     calibration_has_the_same_bits(repeats()),
 }
 

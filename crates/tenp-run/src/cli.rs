@@ -1,16 +1,18 @@
 //! The command line.
 
 mod alpha;
+mod data;
 mod run;
 mod weights;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tenp_model::text::Data;
 use tenp_prune::{ErrorScale, ExpertScore, Method, NeuronScore};
 
 pub(crate) use alpha::AlphaArg;
+pub(crate) use data::{AnswersArg, AnswersArgs, DataArgs, MIN_TOKENS};
 pub(crate) use run::{ComputeArg, DeviceArg, RunArgs};
 pub(crate) use weights::{DernArgs, GatesArg, InputsArg, RecoverArg, RecoverArgs};
 
@@ -99,40 +101,14 @@ pub(crate) struct Inspect {
     pub(crate) json: bool,
 }
 
-#[derive(Clone, Debug, Args)]
-pub(crate) struct DataArgs {
-    /// Calibration text: .jsonl (`text`, or `prompt` and `answer`, or `messages`), .txt (a sample a line), or
-    /// .safetensors (`input_ids` [n, len]). A file without DOMAIN= is of domain `default`. May repeat; MODEL goes before
-    /// it.
-    #[arg(long, required = true, num_args = 1.., value_name = "[DOMAIN=]FILE")]
-    pub(crate) data: Vec<Data>,
-    /// Samples per domain, the first ones.
-    #[arg(long, default_value_t = 128, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) samples: u32,
-    /// Tokens per sample; longer ones are cut [default: 2048, or the model's positions if those are fewer].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) seq_len: Option<u32>,
-    /// Warn of experts that see fewer tokens than this.
-    #[arg(long, default_value_t = MIN_TOKENS, value_name = "N")]
-    pub(crate) min_tokens: u32,
-}
-
-/// Tokens below which an expert's scores are said to rest on little.
-pub(crate) const MIN_TOKENS: u32 = 32;
-
-impl DataArgs {
-    /// The files that are read.
-    pub(crate) fn files(&self) -> Vec<&Path> {
-        self.data.iter().map(|data| data.path.as_path()).collect()
-    }
-}
-
 #[derive(Debug, Args)]
 pub(crate) struct Calibrate {
     /// Folder of the checkpoint.
     pub(crate) model: PathBuf,
     #[command(flatten)]
     pub(crate) data: DataArgs,
+    #[command(flatten)]
+    pub(crate) answers: AnswersArgs,
     #[command(flatten)]
     pub(crate) run: RunArgs,
     /// Statistics file to write.
@@ -360,6 +336,8 @@ pub(crate) struct Prune {
     pub(crate) model: PathBuf,
     #[command(flatten)]
     pub(crate) data: DataArgs,
+    #[command(flatten)]
+    pub(crate) answers: AnswersArgs,
     #[command(flatten)]
     pub(crate) run: RunArgs,
     #[command(flatten)]

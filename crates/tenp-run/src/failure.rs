@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use tenp_checkpoint::CheckpointError;
 use tenp_kernels::KernelError;
+use tenp_model::ModelError;
 use tenp_prune::PruneError;
 
 /// 1: the work failed.
@@ -76,6 +77,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> u8 {
     }
     let usage = cause.is::<UsageError>()
         || cause.downcast_ref::<PruneError>().is_some_and(is_usage)
+        || matches!(cause.downcast_ref(), Some(ModelError::NoPrompt { .. }))
         || cause.downcast_ref::<CheckpointError>().is_some_and(|e| {
             matches!(
                 e,

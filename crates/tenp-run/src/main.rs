@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::doc_markdown)]
 
+mod answers;
 mod cards;
 mod cli;
 mod commands;

@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use sha2::{Digest, Sha256};
 use tenp_checkpoint::{Checkpoint, CheckpointError, Plan, check_replaceable};
 use tenp_model::ModelError;
-use tenp_model::text::{Data, Task, Tokenizer, read_samples, read_task};
+use tenp_model::text::{Data, Task, Tokenizer, read_prompts, read_samples, read_task};
 
 use crate::cli::DataArgs;
 use crate::failure::usage;
@@ -95,7 +95,10 @@ fn check_names(flag: &str, files: &[PathBuf]) -> Result<()> {
 }
 
 /// Samples by domain.
-pub(crate) type Domains = Vec<(String, Vec<Vec<u32>>)>;
+pub(crate) type Domains = Vec<(String, Samples)>;
+
+/// Token ids of samples.
+type Samples = Vec<Vec<u32>>;
 
 /// A short name for data: equal data, equal names.
 pub(crate) fn fingerprint(data: &impl serde::Serialize) -> String {
@@ -135,7 +138,13 @@ impl<'c> Texts<'c> {
         limit: usize,
         seq_len: usize,
     ) -> Result<Vec<Vec<u32>>> {
-        let samples = read_samples(path, limit, seq_len, &mut || self.tokenizer())?;
+        self.checked(
+            path,
+            read_samples(path, limit, seq_len, &mut || self.tokenizer())?,
+        )
+    }
+
+    fn checked(&self, path: &Path, samples: Samples) -> Result<Samples> {
         for (index, sample) in samples.iter().enumerate() {
             self.check(sample, || format!("{}, sample {index}", path.display()))?;
         }
@@ -143,7 +152,7 @@ impl<'c> Texts<'c> {
     }
 
     /// Tokens of a sample: as many as were asked for, else 2048 or what the model has positions for.
-    fn seq_len(&self, asked: Option<u32>) -> usize {
+    pub(crate) fn seq_len(&self, asked: Option<u32>) -> usize {
         asked.map_or_else(
             || self.checkpoint.config().max_positions.min(2048),
             |len| len as usize,
@@ -206,23 +215,17 @@ impl<'c> Texts<'c> {
 
     /// Samples by domain, in the order the domains were first named; `--samples` counts per domain.
     pub(crate) fn domains(&self, args: &DataArgs) -> Result<Domains> {
-        let mut domains: Domains = Vec::new();
-        for Data { domain, path } in &args.data {
-            let index = domains
-                .iter()
-                .position(|(name, _)| name == domain)
-                .unwrap_or_else(|| {
-                    domains.push((domain.clone(), Vec::new()));
-                    domains.len() - 1
-                });
-            let room = args.samples as usize - domains[index].1.len();
-            if room > 0 {
-                domains[index]
-                    .1
-                    .extend(self.samples(path, room, self.seq_len(args.seq_len))?);
-            }
-        }
-        Ok(domains)
+        let seq_len = self.seq_len(args.seq_len);
+        by_domain(args, &|path, limit| self.samples(path, limit, seq_len))
+    }
+
+    /// The samples' prompts by domain, in the same order.
+    pub(crate) fn prompts(&self, args: &DataArgs) -> Result<Domains> {
+        let seq_len = self.seq_len(args.seq_len);
+        by_domain(args, &|path, limit| {
+            let tokenizer = &mut || self.tokenizer();
+            self.checked(path, read_prompts(path, limit, seq_len, tokenizer)?)
+        })
     }
 
     /// Calibration draws: `--samples` samples of each domain, other ones in each draw where there are enough, in the
@@ -277,6 +280,26 @@ impl<'c> Texts<'c> {
         check_names("--tasks", &files)?;
         files.iter().map(|file| self.task(file)).collect()
     }
+}
+
+/// What `read` takes of each file, by domain in the order the domains were first named; of a domain no more than
+/// `--samples`.
+fn by_domain(args: &DataArgs, read: &dyn Fn(&Path, usize) -> Result<Samples>) -> Result<Domains> {
+    let mut domains: Domains = Vec::new();
+    for Data { domain, path } in &args.data {
+        let index = domains
+            .iter()
+            .position(|(name, _)| name == domain)
+            .unwrap_or_else(|| {
+                domains.push((domain.clone(), Vec::new()));
+                domains.len() - 1
+            });
+        let room = args.samples as usize - domains[index].1.len();
+        if room > 0 {
+            domains[index].1.extend(read(path, room)?);
+        }
+    }
+    Ok(domains)
 }
 
 /// Tokens in all.

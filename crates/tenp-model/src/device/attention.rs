@@ -93,7 +93,8 @@ impl<B: Backend> DeviceModel<'_, B> {
 
     fn attend(&self, args: Attention<'_>, block: &BlockTables<'_>) -> Result<(), KernelError> {
         let (backend, shape) = (&self.backend, args.shape);
-        if block.longest_query > 1 {
+        // Decoding takes one query of every sequence; one that has ended beside others has none.
+        if block.longest_query > 1 || block.num_tokens < block.num_sequences {
             // SAFETY: `Tables` made the offsets and rows from spans that follow one another, with the lengths that the
             // matrices were allocated for.
             return backend.run(&unsafe { attention_prefill(args) }?);
@@ -110,7 +111,7 @@ impl<B: Backend> DeviceModel<'_, B> {
             sums: sums.view_mut(),
             out: out.view_mut(),
         };
-        // SAFETY: as above, and no sequence has more than one query; none has fewer, for every span has a token.
+        // SAFETY: as above, and every sequence has one query: none has more, and there are as many as sequences.
         let calls = unsafe { attention_decode(args, scratch, splits) }?;
         calls.iter().try_for_each(|call| backend.run(call))
     }

@@ -53,7 +53,7 @@ pub fn read_samples<'t>(
     seq_len: usize,
     tokenizer: &mut dyn FnMut() -> Result<&'t Tokenizer, ModelError>,
 ) -> Result<Vec<Vec<u32>>, ModelError> {
-    let mut samples = match extension(path) {
+    let samples = match extension(path) {
         "safetensors" => token_ids(path, limit)?,
         "jsonl" => {
             let lines = json_lines(path)?.take(limit);
@@ -69,14 +69,17 @@ pub fn read_samples<'t>(
                 .map(|line| line.and_then(|(_, text)| tokenizer.sequence(&text)))
                 .collect::<Result<_, _>>()?
         }
-        _ => {
-            return Err(data(
-                path,
-                None,
-                "unknown kind of file; use .jsonl, .txt or .safetensors",
-            ));
-        }
+        _ => return Err(unknown_kind(path)),
     };
+    cut(path, samples, seq_len)
+}
+
+/// The samples that are not empty, each cut at `seq_len`.
+pub(super) fn cut(
+    path: &Path,
+    mut samples: Vec<Vec<u32>>,
+    seq_len: usize,
+) -> Result<Vec<Vec<u32>>, ModelError> {
     for sample in &mut samples {
         sample.truncate(seq_len);
     }
@@ -172,13 +175,21 @@ pub fn read_task(path: &Path, tokenizer: &Tokenizer) -> Result<Task, ModelError>
     Ok(Task { name, items })
 }
 
-fn extension(path: &Path) -> &str {
+pub(super) fn extension(path: &Path) -> &str {
     path.extension()
         .and_then(|e| e.to_str())
         .unwrap_or_default()
 }
 
-fn data(path: &Path, line: Option<usize>, why: &str) -> ModelError {
+pub(super) fn unknown_kind(path: &Path) -> ModelError {
+    data(
+        path,
+        None,
+        "unknown kind of file; use .jsonl, .txt or .safetensors",
+    )
+}
+
+pub(super) fn data(path: &Path, line: Option<usize>, why: &str) -> ModelError {
     ModelError::Data {
         path: path.to_owned(),
         line,
@@ -188,7 +199,7 @@ fn data(path: &Path, line: Option<usize>, why: &str) -> ModelError {
 
 /// Lines that are not blank, with their numbers; read as they are asked for, so that the first samples of a large file cost
 /// no more than themselves.
-fn text_lines(
+pub(super) fn text_lines(
     path: &Path,
 ) -> Result<impl Iterator<Item = Result<(usize, String), ModelError>> + '_, ModelError> {
     let io = |source| ModelError::Io {
@@ -210,7 +221,7 @@ fn text_lines(
 }
 
 /// The same lines, parsed.
-fn json_lines(
+pub(super) fn json_lines(
     path: &Path,
 ) -> Result<impl Iterator<Item = Result<(usize, Value), ModelError>> + '_, ModelError> {
     let lines = text_lines(path)?;
@@ -221,6 +232,26 @@ fn json_lines(
             Err(e) => Err(data(path, Some(number), &format!("is not JSON: {e}"))),
         }
     }))
+}
+
+/// The `messages` of a line, if it has any, every one of them whole.
+pub(super) fn messages<'v>(
+    path: &Path,
+    line: usize,
+    value: &'v Value,
+) -> Result<Option<&'v Value>, ModelError> {
+    let Some(messages) = value["messages"].as_array() else {
+        return Ok(None);
+    };
+    let whole = |m: &Value| m["role"].is_string() && m["content"].is_string();
+    if messages.is_empty() || !messages.iter().all(whole) {
+        return Err(data(
+            path,
+            Some(line),
+            "every one of `messages` needs a `role` and a `content`, and there must be one",
+        ));
+    }
+    Ok(Some(&value["messages"]))
 }
 
 fn sample(
@@ -245,16 +276,8 @@ fn sample(
         ids.extend(tokenizer.ids(answer)?);
         return Ok(ids);
     }
-    if let Some(messages) = value["messages"].as_array() {
-        let whole = |m: &Value| m["role"].is_string() && m["content"].is_string();
-        if messages.is_empty() || !messages.iter().all(whole) {
-            return Err(data(
-                path,
-                Some(line),
-                "every one of `messages` needs a `role` and a `content`, and there must be one",
-            ));
-        }
-        return tokenizer.chat(&value["messages"]);
+    if let Some(messages) = messages(path, line, value)? {
+        return tokenizer.chat(messages, false);
     }
     Err(data(
         path,

@@ -142,11 +142,12 @@ impl Tokenizer {
             })
     }
 
-    /// Ids of a chat, laid out by the tokenizer's chat template (which brings its own special tokens).
+    /// Ids of a chat, laid out by the tokenizer's chat template (which brings its own special tokens); `answer_next` ends
+    /// it where the assistant's next answer begins.
     ///
     /// # Errors
     /// There is no template, or it refuses these messages.
-    pub fn chat(&self, messages: &Value) -> Result<Vec<u32>, ModelError> {
+    pub fn chat(&self, messages: &Value, answer_next: bool) -> Result<Vec<u32>, ModelError> {
         let fail = |why: String| ModelError::Tokenizer {
             path: self.path.clone(),
             why,
@@ -175,7 +176,7 @@ impl Tokenizer {
                     messages => minijinja::Value::from(minijinja::value::Serde(messages)),
                     bos_token => &self.bos_text,
                     eos_token => &self.eos_text,
-                    add_generation_prompt => false,
+                    add_generation_prompt => answer_next,
                 },
             )
             .map_err(|e| fail(format!("chat template: {e:#}")))?;

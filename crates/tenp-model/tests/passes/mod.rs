@@ -16,7 +16,7 @@ use tenp_kernels::Compute;
 use tenp_kernels::device::Backend;
 use tenp_model::calibrate::calibrate;
 use tenp_model::device::DeviceModel;
-use tenp_model::generate::Generator;
+use tenp_model::generate::{Generator, Limits, arg_max, complete};
 use tenp_model::{Model, ModelError, Observer, Sequences};
 
 use super::support::{
@@ -307,6 +307,36 @@ pub(crate) fn continuations_are_the_same<B: Backend + 'static>(place: Place<'_, 
             tokens
         };
         assert_eq!(run(), run(), "{family}");
+    }
+}
+
+/// Prompts of unequal lengths that are completed together get what each gets alone: some end before others, and the cache
+/// grows while the first of them is short.
+pub(crate) fn prompts_are_completed_together_as_alone<B: Backend + 'static>(place: Place<'_, B>) {
+    let limits = Limits {
+        new_tokens: 5,
+        len: 70,
+    };
+    for (i, family) in ["olmoe", "deepseek_v2_lite"].into_iter().enumerate() {
+        let (checkpoint, ids, _) = open(family);
+        let device = DeviceModel::new(&checkpoint, place(i)).expect("found");
+        let model = Model::on(&device);
+        let text: Vec<u32> = ids.concat().into_iter().cycle().take(68).collect();
+        let prompts = [&text[3..9], &text[..], &text[20..24], &text[..62]];
+        let together = complete(&model, &prompts, limits, &|_| ()).expect("room");
+        assert_eq!(together[1].len(), 2, "{family}: what --seq-len leaves");
+        for (prompt, answer) in prompts.iter().zip(&together) {
+            let mut generator = Generator::new(model);
+            let mut logits = generator.feed(prompt).expect("prompt");
+            for (at, &token) in answer.iter().enumerate() {
+                assert_eq!(
+                    token,
+                    arg_max(&logits),
+                    "{family}: token {at} of {answer:?}"
+                );
+                logits = generator.feed(&[token]).expect("next token");
+            }
+        }
     }
 }
 

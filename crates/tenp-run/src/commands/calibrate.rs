@@ -5,19 +5,23 @@ use tenp_checkpoint::{Checkpoint, Folds, Statistics};
 use tenp_model::Model;
 use tenp_model::calibrate::{FoldOptions, calibrate_in_folds};
 
+use crate::answers::Samples;
 use crate::cli::Calibrate;
 use crate::coverage::Coverage;
 use crate::place::Place;
 use crate::progress::{Progress, Unit};
-use crate::{console, models};
+use crate::{answers, console, models};
 
 pub(super) fn run(args: &Calibrate) -> Result<()> {
+    answers::check(args.answers)?;
     let checkpoint = models::open(&args.model)?;
     let read = args.data.files();
     models::check_file("--output", &args.output, Some(&args.model), &read)?;
     let place = Place::new(args.run)?;
-    let domains = models::Texts::new(&checkpoint).domains(&args.data)?;
-    let statistics = run_domains(&checkpoint, &domains, &place)?;
+    let samples = Samples::read(&models::Texts::new(&checkpoint), &args.data, args.answers)?;
+    let statistics = place.with_model(&checkpoint, |model| {
+        run_domains_on(&model, &samples.answer(&model)?.domains)
+    })?;
     Coverage::of(&statistics).warn(args.data.min_tokens);
     statistics.write(&args.output)?;
     console::note(&format!("wrote {}", args.output.display()));

@@ -5,23 +5,25 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 use tenp_checkpoint::{
-    ApplyOutcome, Checkpoint, OutputForm, Plan, check_form, check_output, output_bytes,
+    ApplyOutcome, Checkpoint, OutputForm, Plan, Statistics, check_form, check_output, output_bytes,
 };
 use tenp_model::Model;
 use tenp_model::calibrate::FoldOptions;
 
 use super::apply::Making;
-use crate::cli::{Prune, RecoverArg};
+use crate::answers::{Answered, Samples};
+use crate::cli::{AnswersArg, Prune, RecoverArg};
 use crate::coverage::Coverage;
 use crate::failure::usage;
 use crate::place::Place;
 use crate::recovery::{self, Recovery};
 use crate::search::{self, Search};
-use crate::{console, models, requests};
+use crate::{answers, console, models, requests};
 
 pub(super) fn run(args: &Prune) -> Result<()> {
     let request = requests::request(&args.plan)?;
     recovery::check(args.recover)?;
+    answers::check(args.answers)?;
     let checkpoint = models::open(&args.model)?;
     if let Some(original) = checkpoint.pruned_from() {
         let dir = args.model.display();
@@ -46,17 +48,16 @@ pub(super) fn run(args: &Prune) -> Result<()> {
         if args.dry_run { 0 } else { bytes_after },
     )?;
     recovery::check_plan(args.recover, &checkpoint, &rehearsed)?;
-    let domains = models::Texts::new(&checkpoint).domains(&args.data)?;
-    search::check(&request, &domains)?;
+    let samples = Samples::read(&models::Texts::new(&checkpoint), &args.data, args.answers)?;
+    search::check(&request, &samples.domains)?;
     let place = Place::new(args.run)?;
     if args.dry_run {
-        let tokens = models::num_tokens(&domains);
         return place.with_model(&checkpoint, |model| {
-            dry_run(&model, args, bytes_after, tokens)
+            dry_run(&model, args, bytes_after, samples.most_tokens(&model))
         });
     }
     let inputs = models::fingerprint(&(
-        (checkpoint.fingerprint(), &domains, place.name()),
+        (checkpoint.fingerprint(), samples.inputs(), place.name()),
         (
             format!("{request:?} {:?}", args.recover),
             form.name(),
@@ -73,27 +74,24 @@ pub(super) fn run(args: &Prune) -> Result<()> {
         num_folds: args.folds.map(|n| n as usize),
         tables: request.tables()?,
     };
-    let (statistics, folds) = place.with_model(&checkpoint, |model| {
-        super::calibrate::run_in_folds(&model, &domains, &folds)
+    let (answered, (statistics, folds)) = place.with_model(&checkpoint, |model| {
+        let answered = samples.answer(&model)?;
+        let sums = super::calibrate::run_in_folds(&model, &answered.domains, &folds)?;
+        Ok((answered, sums))
     })?;
+    let domains = &answered.domains;
     let coverage = Coverage::of(&statistics);
     coverage.warn(args.data.min_tokens);
     if let Some(path) = &args.save_stats {
         statistics.write(path)?;
         console::note(&format!("wrote {}", path.display()));
     }
-    let searched = Search::new(&checkpoint, &domains, &place).settle(&statistics, &request)?;
+    let searched = Search::new(&checkpoint, domains, &place).settle(&statistics, &request)?;
     let plan = requests::plan(&checkpoint, &statistics, &searched)?;
     let stability = requests::stability(&checkpoint, (&statistics, &folds), &searched, &plan)?;
     drop(folds);
-    let about = json!({
-        "domains": domains.iter().map(|(name, samples)| {
-            json!({"domain": name, "samples": samples.len(), "tokens": samples.iter().map(Vec::len).sum::<usize>()})
-        }).collect::<Vec<_>>(),
-        "compute": statistics.compute,
-        "inputs": inputs,
-    });
     let mut calibration = Map::new();
+    let about = about(&answered, &statistics, &inputs);
     calibration.insert("calibration".to_owned(), about);
     let few = coverage.json(args.data.min_tokens);
     calibration.insert("coverage".to_owned(), few);
@@ -101,7 +99,7 @@ pub(super) fn run(args: &Prune) -> Result<()> {
         calibration.insert("stability".to_owned(), json!(stability));
     }
     let weights = &request.domain_weights;
-    let sequences = recovery::sequences(&domains, weights);
+    let sequences = recovery::sequences(domains, weights);
     let making = Making {
         calibration,
         recovery: match args.recover.recover {
@@ -114,6 +112,20 @@ pub(super) fn run(args: &Prune) -> Result<()> {
     let outcome = super::apply::write(&checkpoint, &plan, &args.output, making)?;
     report(&checkpoint, args, &plan, outcome);
     Ok(())
+}
+
+/// What a report says of the text.
+fn about(answered: &Answered, statistics: &Statistics, inputs: &str) -> Value {
+    let domains = answered.domains.iter().map(|(name, samples)| {
+        let tokens: usize = samples.iter().map(Vec::len).sum();
+        json!({"domain": name, "samples": samples.len(), "tokens": tokens})
+    });
+    let mut about = Map::new();
+    about.insert("domains".to_owned(), domains.collect());
+    answered.tell(&mut about);
+    about.insert("compute".to_owned(), json!(statistics.compute));
+    about.insert("inputs".to_owned(), inputs.into());
+    about.into()
 }
 
 fn report(checkpoint: &Checkpoint, args: &Prune, plan: &Plan, outcome: ApplyOutcome) {
@@ -155,6 +167,12 @@ fn dry_run(model: &Model<'_>, args: &Prune, bytes_after: u64, tokens: usize) -> 
     let routed_active =
         size.parameters_routed as f64 * config.moe.top_k as f64 / config.moe.num_experts as f64;
     let flops = tokens as f64 * (2.0 * size.parameters_active as f64 + 2.0 * routed_active / 3.0);
+    if args.answers.answers == AnswersArg::Generate {
+        console::note(
+            "with answers as long as they may be; generating them comes on top: as much arithmetic again, and the \
+             model read once for each token of the longest answer",
+        );
+    }
     let rate = model.measured_rate()?;
     let seconds = flops / rate;
     if args.json {

@@ -123,6 +123,37 @@ fn lines_that_are_no_samples() {
 }
 
 #[test]
+fn samples_without_a_prompt_to_answer() {
+    let place = Place::demo();
+    let out = place.join("out");
+    let ids = write_ids(&place.join("ids.safetensors"), &[vec![1, 2]]);
+    let lines = b"{\"prompt\": \"a\"}\n\n{\"text\": \"a\"}\n";
+    let own = b"{\"messages\": [{\"role\": \"assistant\", \"content\": \"a\"}]}";
+    let cases = [
+        (file(&place, "text.jsonl", lines), "text.jsonl, line 3"),
+        (file(&place, "lines.txt", b"\na\n"), "lines.txt, line 2"),
+        (file(&place, "own.jsonl", own), "own.jsonl, line 1"),
+        (ids, "ids.safetensors"),
+    ];
+    for (data, named) in &cases {
+        let needles = [*named, "--answers generate", "`prompt`", "`messages`"];
+        for line in [
+            "calibrate {} --data {} --answers generate -o {}",
+            "prune {} --data {} --keep 0.6 --answers generate -o {}",
+        ] {
+            place.refuses(line, &[&place.model, data, &out], USAGE, &needles);
+        }
+    }
+    let line = "calibrate {} --data {} --answer-tokens 8 -o {}";
+    place.refuses(
+        line,
+        &[&place.model, &cases[0].0, &out],
+        USAGE,
+        &["--answer-tokens", "--answers generate"],
+    );
+}
+
+#[test]
 fn tasks_that_are_no_questions() {
     let place = Place::demo();
     let cases: [(&str, &[u8], &[&str]); 6] = [

@@ -149,7 +149,12 @@ fn statistics_that_are_none() {
     let end = nan.len();
     nan[end - 8..].copy_from_slice(&f64::NAN.to_le_bytes());
     std::fs::write(&bad, &nan).unwrap();
-    refused(FAILED, &needles("down_norm_sq"));
+    // Only what is read is looked at: `plan` takes a table where a score needs it.
+    let needles = &needles("down_norm_sq");
+    let merge = "stats merge {} {} -o {}";
+    place.refuses(merge, &[&bad, statistics(), &out], FAILED, needles);
+    let plan = "plan {} --stats {} --keep 0.6 --neuron-score wifv -o {}";
+    place.refuses(plan, &[&place.model, &bad, &out], FAILED, needles);
 }
 
 #[test]

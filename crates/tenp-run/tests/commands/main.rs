@@ -1,6 +1,7 @@
 //! Every command on the repository's checkpoints: what it prints, what it writes, and that it does so the same way
 //! each time.
 
+mod answers;
 mod calibration;
 mod comparison;
 mod counts;

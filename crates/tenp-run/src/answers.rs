@@ -1,0 +1,134 @@
+//! Answers that the full model gives to the prompts of the calibration text itself.
+
+use anyhow::Result;
+use serde_json::{Map, Value};
+use tenp_model::Model;
+use tenp_model::generate::{Limits, complete};
+
+use crate::cli::{AnswersArg, AnswersArgs, DataArgs};
+use crate::console;
+use crate::failure::usage;
+use crate::models::{self, Domains, Texts};
+use crate::progress::{Progress, Unit};
+
+/// Tokens of an answer at most, where nothing else is said.
+const ANSWER_TOKENS: u32 = 256;
+
+/// Calibration text whose answers are given, or are still to be generated.
+pub(crate) struct Samples {
+    /// Whole samples, or prompts.
+    pub(crate) domains: Domains,
+    /// How answers are generated, if they are.
+    limits: Option<Limits>,
+}
+
+/// Calibration text with its answers.
+pub(crate) struct Answered {
+    pub(crate) domains: Domains,
+    /// Tokens that were generated, where any were to be.
+    generated: Option<usize>,
+}
+
+/// What the flags ask for.
+///
+/// # Errors
+/// A limit on answers that are not generated.
+pub(crate) fn check(args: AnswersArgs) -> Result<()> {
+    if args.answers == AnswersArg::Given && args.answer_tokens.is_some() {
+        return Err(usage(
+            "--answer-tokens has no effect on given answers; it needs --answers generate",
+        ));
+    }
+    Ok(())
+}
+
+impl Samples {
+    /// Reads the files as far as they are needed.
+    ///
+    /// # Errors
+    /// Files that cannot be read; samples without a prompt where one is needed.
+    pub(crate) fn read(texts: &Texts<'_>, data: &DataArgs, args: AnswersArgs) -> Result<Self> {
+        Ok(match args.answers {
+            AnswersArg::Given => Self {
+                domains: texts.domains(data)?,
+                limits: None,
+            },
+            AnswersArg::Generate => Self {
+                domains: texts.prompts(data)?,
+                limits: Some(Limits {
+                    new_tokens: args.answer_tokens.unwrap_or(ANSWER_TOKENS) as usize,
+                    len: texts.seq_len(data.seq_len),
+                }),
+            },
+        })
+    }
+
+    /// What decides the tokens beside the model: equal here, equal there.
+    pub(crate) fn inputs(&self) -> impl serde::Serialize + '_ {
+        (&self.domains, self.limits.map(|l| (l.new_tokens, l.len)))
+    }
+
+    /// Tokens with their answers, at most.
+    pub(crate) fn most_tokens(&self, model: &Model<'_>) -> usize {
+        let given = models::num_tokens(&self.domains);
+        given + self.limits.map_or(0, |limits| self.room(limits, model))
+    }
+
+    fn room(&self, limits: Limits, model: &Model<'_>) -> usize {
+        let samples = self.domains.iter().flat_map(|(_, samples)| samples);
+        samples
+            .map(|sample| limits.room(sample.len(), model.config()))
+            .sum()
+    }
+
+    /// The model's answers behind the prompts, where none are given.
+    ///
+    /// # Errors
+    /// Those of the model.
+    pub(crate) fn answer(self, model: &Model<'_>) -> Result<Answered> {
+        let Some(limits) = self.limits else {
+            return Ok(Answered {
+                domains: self.domains,
+                generated: None,
+            });
+        };
+        let total = self.room(limits, model);
+        let mut domains = self.domains;
+        let samples = || domains.iter().flat_map(|(_, samples)| samples);
+        let full = samples().filter(|s| limits.room(s.len(), model.config()) == 0);
+        let full = full.count();
+        if full > 0 {
+            console::note(&format!(
+                "{full} prompts fill --seq-len or the model's positions and get no answer"
+            ));
+        }
+        let prompts: Vec<&[u32]> = samples().map(Vec::as_slice).collect();
+        let progress = Progress::new("generate answers", Unit::Tokens, total as u64, 1);
+        let answers = complete(model, &prompts, limits, &|n| progress.advance(n as u64))?;
+        progress.finish();
+        let generated = answers.iter().map(Vec::len).sum();
+        let samples = domains.iter_mut().flat_map(|(_, samples)| samples);
+        for (sample, answer) in samples.zip(answers) {
+            sample.extend(answer);
+        }
+        Ok(Answered {
+            domains,
+            generated: Some(generated),
+        })
+    }
+}
+
+impl Answered {
+    /// Adds what a report says of the answers.
+    pub(crate) fn tell(&self, report: &mut Map<String, Value>) {
+        let answers = if self.generated.is_some() {
+            "generated"
+        } else {
+            "given"
+        };
+        report.insert("answers".to_owned(), answers.into());
+        if let Some(tokens) = self.generated {
+            report.insert("generated_tokens".to_owned(), tokens.into());
+        }
+    }
+}
