@@ -181,7 +181,7 @@ fn the_same_count_for_every_layer_is_the_stock_form() {
     ));
     assert_eq!(read_json(&one), read_json(&all));
     let (one, all) = (case.apply(&one, 2), case.apply(&all, 2));
-    assert_same_files(&one, &all, &["README.md", "report.json"]);
+    assert_same_files(&one, &all, &["README.md", "report.html", "report.json"]);
     assert_eq!(
         read_json(&all.join("config.json"))["model_type"],
         "qwen3_moe"

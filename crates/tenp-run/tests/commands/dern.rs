@@ -13,7 +13,13 @@ use crate::support::json::{list, number};
 use crate::support::{Scratch, tenp};
 
 /// Files that say how a checkpoint was made, not what it computes.
-pub(crate) const ABOUT: [&str; 4] = ["README.md", "report.json", "tenp_plan.json", "config.json"];
+pub(crate) const ABOUT: [&str; 5] = [
+    "README.md",
+    "report.html",
+    "report.json",
+    "tenp_plan.json",
+    "config.json",
+];
 
 /// A checkpoint with statistics.
 pub(crate) struct Case {
@@ -209,7 +215,7 @@ fn every_family_merges_the_same_on_any_number_of_threads() {
             );
         }
         let (one, two) = (case.apply(&plan, 1), case.apply(&plan, 2));
-        assert_same_files(&one, &two, &["README.md", "report.json"]);
+        assert_same_files(&one, &two, &["README.md", "report.html", "report.json"]);
         let report = read_json(&one.join("report.json"));
         assert!(number(&report["dern"]["moved"]) > 0.0, "{name}: {report}");
         let dropped = case.prune("--method gating --expert-score gating-share --keep 0.75");
@@ -224,7 +230,7 @@ fn every_family_merges_the_same_on_any_number_of_threads() {
         assert_same_files(
             &case.apply(&plan, 1),
             &case.apply(&plan, 2),
-            &["README.md", "report.json"],
+            &["README.md", "report.html", "report.json"],
         );
     }
 }
@@ -299,9 +305,11 @@ fn keeping_every_expert_is_a_copy() {
         &case.model,
         &[
             "README.md",
+            "report.html",
             "report.json",
             "tenp_plan.json",
             "golden.safetensors",
+            "oracle.safetensors",
         ],
     );
 }

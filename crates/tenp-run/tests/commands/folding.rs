@@ -159,9 +159,11 @@ fn keeping_every_neuron_is_a_copy() {
         &case.model,
         &[
             "README.md",
+            "report.html",
             "report.json",
             "tenp_plan.json",
             "golden.safetensors",
+            "oracle.safetensors",
         ],
     );
 }
@@ -173,7 +175,7 @@ fn every_family_merges_the_same_on_any_number_of_threads_and_in_every_form() {
         // So little that some experts keep no neuron at all.
         let plan = case.plan("--method tenp+dern --keep 0.2 --alpha 0.15 --threshold 0");
         let (one, two) = (case.apply(&plan, 1), case.apply(&plan, 2));
-        assert_same_files(&one, &two, &["README.md", "report.json"]);
+        assert_same_files(&one, &two, &["README.md", "report.html", "report.json"]);
         let report = read_json(&one.join("report.json"));
         assert!(number(&report["dern"]["moved"]) > 0.0, "{name}: {report}");
         let padded = case.scratch.join("padded");

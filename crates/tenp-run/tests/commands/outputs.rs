@@ -147,7 +147,7 @@ fn prune_is_calibrate_plan_and_apply() {
     )
     .ok();
     run.json();
-    assert_same_files(&three, &one, &["README.md", "report.json"]);
+    assert_same_files(&three, &one, &["README.md", "report.html", "report.json"]);
     assert!(std::fs::read(&stats).unwrap() == std::fs::read(&kept).unwrap());
     let report = |dir: &Path| {
         let mut report = read_json(&dir.join("report.json"));
@@ -258,7 +258,7 @@ fn outputs_do_not_depend_on_the_threads() {
         let line = format!("logits {{}} --input {{}} --output {{}} --threads {threads}");
         tenp(&line, &[out, &ids, &logits]).ok();
     }
-    assert_same_files(&one, &two, &["README.md", "report.json"]);
+    assert_same_files(&one, &two, &["README.md", "report.html", "report.json"]);
     let logits = |dir: &Path| std::fs::read(dir.with_extension("safetensors")).unwrap();
     assert!(logits(&one) == logits(&two));
 }

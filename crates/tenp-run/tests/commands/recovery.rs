@@ -10,7 +10,7 @@ use crate::support::fixtures::{
 use crate::support::json::{list, number};
 use crate::support::{Scratch, tenp};
 
-const ABOUT: [&str; 2] = ["README.md", "report.json"];
+const ABOUT: [&str; 3] = ["README.md", "report.html", "report.json"];
 
 fn recovery(out: &Path) -> Value {
     read_json(&out.join("report.json"))["recovery"].clone()
