@@ -153,7 +153,9 @@ fn prune_is_calibrate_plan_and_apply() {
         let mut report = read_json(&dir.join("report.json"));
         let report = report.as_object_mut().unwrap();
         // Only `prune` knows the calibration text.
-        assert_eq!(report.remove("calibration").is_some(), dir == one);
+        for about in ["calibration", "coverage"] {
+            assert_eq!(report.remove(about).is_some(), dir == one);
+        }
         report.remove("command");
         report.clone()
     };
