@@ -114,11 +114,11 @@ def main():
     full, cells = runner.cells("main", MAIN, KEEPS)
     main_cells = cells
     print(f"full model: accuracy {accuracy(full):.4f}, answer NLL {nll(full):.4f}")
-    for figure, digits in [("KL", 4), ("answer NLL", 4), ("accuracy", 3), ("routing shift", 3), ("A", 3), ("E", 3)]:
+    for figure, digits in [("KL", 5), ("answer NLL", 4), ("accuracy", 3), ("routing shift", 3), ("A", 3)]:
         by_keep(f"{figure}, 128 samples a domain, three draws", cells, MAIN, KEEPS, figure, digits)
     for k in KEEPS:
         (best, error), name = min((spread(cells[m, k], FIGURES["KL"]), m) for m in MAIN)
-        print(f"\nlowest KL at keep {k}: `{name}` {best:.5f} ± {error:.5f}")
+        print(f"\nlowest KL at keep {k}: `{name}` {best:.2e} ± {error:.1e}")
 
     _, cells = runner.cells("alpha", ALPHAS + SLOPES, [0.6])
     rows = [[f"`{m}`"] + [shown(cells[m, 0.6], FIGURES[f]) for f in ("KL", "answer NLL")] for m in ALPHAS + SLOPES]
@@ -129,6 +129,15 @@ def main():
     for samples, found in [("8", few), ("128", main_cells)]:
         rows.append([samples] + [shown(found[m, 0.6], FIGURES["answer NLL"]) for m in SAMPLED])
     table("Samples a domain, keep 0.6: answer NLL", ["samples"] + SAMPLED, rows)
+
+    if args.alike:
+        full, cells = runner.cells("alike", ALIKE, [0.5], model=args.alike)
+        print(f"\nmodel with alike experts: accuracy {accuracy(full):.4f}, answer NLL {nll(full):.4f}")
+        for figure, digits in [("KL", 4), ("answer NLL", 4), ("accuracy", 3)]:
+            by_keep(f"Alike experts: {figure}", cells, ALIKE, [0.5], figure, digits)
+        methods = [DROPPED, "dern:threshold=0.2", "dern", "dern:threshold=0.6", "dern:init=random"]
+        _, cells = runner.cells("unlike", methods, [0.5])
+        by_keep("Demo model (experts unlike): KL", cells, methods, [0.5], "KL")
 
     inside = {m: [] for m in SAMPLED}
     outside = {m: [] for m in SAMPLED}
@@ -141,15 +150,6 @@ def main():
     mean = lambda values: f"{sum(values) / len(values):.4f}"
     rows = [[f"`{m}`", mean(inside[m]), mean(outside[m])] for m in SAMPLED]
     table("Calibrated on one domain, keep 0.6: answer NLL, mean over tasks", ["", "that task", "other tasks"], rows)
-
-    if args.alike:
-        full, cells = runner.cells("alike", ALIKE, [0.5], model=args.alike)
-        print(f"\nmodel with alike experts: accuracy {accuracy(full):.4f}, answer NLL {nll(full):.4f}")
-        for figure, digits in [("KL", 4), ("answer NLL", 4), ("accuracy", 3)]:
-            by_keep(f"Alike experts: {figure}", cells, ALIKE, [0.5], figure, digits)
-        methods = [DROPPED, "dern:threshold=0.2", "dern", "dern:threshold=0.6", "dern:init=random"]
-        _, cells = runner.cells("unlike", methods, [0.5])
-        by_keep("Demo model (experts unlike): KL", cells, methods, [0.5], "KL")
 
 
 if __name__ == "__main__":
