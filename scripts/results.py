@@ -27,6 +27,7 @@ MAIN = [
 SAMPLED = ["tenp", "tenp:allocation=global:neuron-score=energy" + LS, "enp:exact", "reap", "random-neurons:exact"]
 ALPHAS = [f"tenp:alpha={a}" for a in (0, 0.1, 0.2, 0.3, 0.4, 0.6)]
 SLOPES = [f"tenp:slope={s}" for s in ("-0.333333", "0", "1")]
+RECOVERIES = ["tenp", "tenp" + LS, "tenp" + LS + ":recover-gates=ungated", "tenp" + LS + ":recover-inputs=original"]
 DROPPED = "reap:expert-score=gating-share"
 THRESHOLDS = [f"dern:threshold={t}" for t in (0, 0.2, 0.4, 0.6, 0.8, 0.9)]
 ALIKE = [DROPPED, *THRESHOLDS, "dern:init=random", "dern:sign-canonical", "dern:router=keep"]
@@ -119,6 +120,10 @@ def main():
     for k in KEEPS:
         (best, error), name = min((spread(cells[m, k], FIGURES["KL"]), m) for m in MAIN)
         print(f"\nlowest KL at keep {k}: `{name}` {best:.2e} ± {error:.1e}")
+
+    _, cells = runner.cells("recovery", RECOVERIES, [0.6])
+    rows = [[f"`{m}`"] + [shown(cells[m, 0.6], FIGURES[f]) for f in ("KL", "answer NLL", "accuracy")] for m in RECOVERIES]
+    table("Recovery of tenp, keep 0.6", ["", "KL", "answer NLL", "accuracy"], rows)
 
     _, cells = runner.cells("alpha", ALPHAS + SLOPES, [0.6])
     rows = [[f"`{m}`"] + [shown(cells[m, 0.6], FIGURES[f]) for f in ("KL", "answer NLL")] for m in ALPHAS + SLOPES]

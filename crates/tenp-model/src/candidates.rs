@@ -48,6 +48,7 @@ pub fn plan_nlls(
                 step(checkpoint, plan, layer, pass)?;
                 progress();
             }
+            checkpoint.release_layer(layer);
         }
         for pass in passes {
             let hidden = Box::new(pass).finish()?;

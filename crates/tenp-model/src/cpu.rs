@@ -188,14 +188,13 @@ impl<'s> CpuPass<'s> {
         Ok(())
     }
 
-    /// Runs one layer with some experts replaced.
+    /// Runs one layer with some experts replaced. Its pages stay, as other passes may want the same layer next.
     pub(crate) fn step_with(
         &mut self,
         experts: &[(usize, ExpertTensors<'_>)],
     ) -> Result<(), ModelError> {
         let layer = self.layer;
         self.run_layer(layer, experts, &())?;
-        self.model.checkpoint.release_layer(layer);
         self.layer += 1;
         Ok(())
     }

@@ -35,6 +35,18 @@ impl Shape {
     }
 }
 
+/// What guarded experts, which stay whole, leave of a budget of neurons.
+fn left_by_guarded(shape: Shape, guarded: usize, budget: usize) -> Result<usize, PruneError> {
+    let needed = guarded * shape.expert_width;
+    budget
+        .checked_sub(needed)
+        .ok_or(PruneError::GuardedOverBudget {
+            guarded,
+            needed,
+            budget,
+        })
+}
+
 /// Share α of experts kept whole when none is given: 5/9·ρ², which meets the values published for DeepSeek-V2-Lite
 /// (arXiv 2606.09885): ρ = 0.6 → 0.20, ρ = 0.3 → 0.05.
 pub fn default_alpha(keep: f64) -> f64 {

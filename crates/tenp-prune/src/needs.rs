@@ -12,22 +12,28 @@ impl PlanRequest {
     /// # Errors
     /// Options out of range or without effect for the method.
     pub fn tables(&self) -> Result<Vec<&'static str>, PruneError> {
-        let choice = Choice::resolve(self)?;
-        if !choice.uses_neuron_score() {
-            return Ok(Vec::new());
+        Ok(Choice::resolve(self)?.tables())
+    }
+}
+
+impl Choice<'_> {
+    /// Names of the `[N,K]` statistics that decide something.
+    pub(crate) fn tables(&self) -> Vec<&'static str> {
+        if !self.uses_neuron_score() {
+            return Vec::new();
         }
-        let mut tables = choice.neuron_score.tables().to_vec();
+        let mut tables = self.neuron_score.tables().to_vec();
         // The fallback of experts that no token reached.
-        if choice.neuron_score != NeuronScore::WeightNorm {
+        if self.neuron_score != NeuronScore::WeightNorm {
             tables.push("neuron_weight_norm_sq");
         }
         // What neurons weigh where those of an expert are merged.
-        if choice.merges == Some(Scope::Neurons) {
+        if self.merges == Some(Scope::Neurons) {
             tables.extend(NeuronScore::Energy.tables());
         }
         tables.sort_unstable();
         tables.dedup();
-        Ok(tables)
+        tables
     }
 }
 

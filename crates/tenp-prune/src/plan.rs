@@ -49,7 +49,7 @@ pub fn plan(
         fingerprint,
         statistics,
         &request.domain_weights,
-        &request.tables()?,
+        &choice.tables(),
     )?;
     let planner = Planner::new(&calibration, request, choice);
     let decision = planner.decide(config)?;

@@ -167,7 +167,9 @@ impl<'c> LeastSquares<'c> {
             .iter()
             .map(|(id, expert)| (*id, expert.tensors()))
             .collect();
-        self.pass.step_with(&experts)
+        self.pass.step_with(&experts)?;
+        self.checkpoint.release_layer(plan.layer);
+        Ok(())
     }
 }
 

@@ -1,6 +1,6 @@
 //! The global allocation: the best neurons of the whole model, wherever they are.
 
-use super::{Shape, descending};
+use super::{Shape, descending, left_by_guarded};
 use crate::PruneError;
 
 /// Widths `[layer][expert]` that keep the neurons with the highest scores of the whole model.
@@ -41,14 +41,7 @@ pub fn global_widths(
             );
         }
     }
-    let needed = num_guarded * shape.expert_width;
-    let rest = budget
-        .checked_sub(needed)
-        .ok_or(PruneError::GuardedOverBudget {
-            guarded: num_guarded,
-            needed,
-            budget,
-        })?;
+    let rest = left_by_guarded(shape, num_guarded, budget)?;
     blocks.sort_by(|a, b| descending(a.0, b.0).then((a.1, a.2, a.3).cmp(&(b.1, b.2, b.3))));
     for &(_, layer, expert, _) in blocks.iter().take(rest / quantum.max(1)) {
         widths[layer][expert] += quantum;

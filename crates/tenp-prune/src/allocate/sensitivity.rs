@@ -1,6 +1,6 @@
 //! Widths from measured errors: a multiple-choice knapsack over all experts of all layers, solved at the exact total.
 
-use super::{Shape, descending};
+use super::{Shape, descending, left_by_guarded};
 use crate::PruneError;
 
 /// Cells of the table that closes the gap, at most; beyond that the answer is the greedy one, within its stated bound.
@@ -71,14 +71,7 @@ pub fn sensitivity_widths(
         }
     }
     let num_guarded = shape.num_layers * shape.num_experts - places.len();
-    let needed = num_guarded * shape.expert_width;
-    let rest = budget
-        .checked_sub(needed)
-        .ok_or(PruneError::GuardedOverBudget {
-            guarded: num_guarded,
-            needed,
-            budget,
-        })?;
+    let rest = left_by_guarded(shape, num_guarded, budget)?;
     let solved = solve(&curves, rest / quantum);
     for (&(layer, expert), quanta) in places.iter().zip(&solved.quanta) {
         widths[layer][expert] = quanta * quantum;

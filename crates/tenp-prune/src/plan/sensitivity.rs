@@ -37,7 +37,7 @@ pub fn neuron_orders(
         fingerprint,
         statistics,
         &request.domain_weights,
-        &request.tables()?,
+        &choice.tables(),
     )?;
     let planner = Planner::new(&calibration, request, choice);
     let shape = calibration.shape();
