@@ -344,6 +344,18 @@ pub struct TenpConvertRowsParams {
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct TenpScaleRowsParams {
+    pub in_: *const u16,
+    pub row_ids: *const i32,
+    pub scales: *const f32,
+    pub out: *mut f32,
+    pub in_pitch: i64,
+    pub out_pitch: i64,
+    pub num_rows: i32,
+    pub cols: i32,
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct TenpMlaKeysParams {
     pub expanded: *const f32,
     pub compressed: *const f32,
@@ -496,6 +508,7 @@ const _: () = assert!(size_of::<TenpKmeansCentresParams>() == 112);
 const _: () = assert!(size_of::<TenpRmsNormParams>() == 80);
 const _: () = assert!(size_of::<TenpRotaryParams>() == 104);
 const _: () = assert!(size_of::<TenpConvertRowsParams>() == 72);
+const _: () = assert!(size_of::<TenpScaleRowsParams>() == 56);
 const _: () = assert!(size_of::<TenpMlaKeysParams>() == 72);
 const _: () = assert!(size_of::<TenpAttentionParams>() == 168);
 const _: () = assert!(size_of::<TenpRouterParams>() == 72);

@@ -1,8 +1,10 @@
 // computes: tenp_embedding: hidden[t] = table[ids[t]], NaN for an id outside the vocabulary. tenp_convert_rows: rows of
-//           f32, bf16 or f16 plus a bias, clamped, as f32 and as bf16, each at its row in the outputs
+//           f32, bf16 or f16 plus a bias, clamped, as f32 and as bf16, each at its row in the outputs. tenp_scale_rows:
+//           chosen rows of bf16 as f32, each times its row's scale
 // layout:   table [vocab, H] bf16, hidden [T, H] f32; in [num_rows, in_pitch], out_f32, out_bf16 [., out_pitch]
 // requires: embedding: H a multiple of 8, 16-byte aligned bases. convert_rows: nothing beyond the elements' alignment;
-//           eight elements at a time where everything is aligned to 16 bytes. NaN stays NaN, clamped or not
+//           eight elements at a time where everything is aligned to 16 bytes. NaN stays NaN, clamped or not. scale_rows:
+//           pitches a multiple of 8, 16-byte aligned bases; what fills the last eight columns of a row is written as zeros
 // launch:   a block per row: grid (rows), block (any multiple of 32 up to 256), no shared memory
 // flops:    none. bytes: 2 read, 4 written an element; as the types say
 #include "vector.cuh"
@@ -154,5 +156,29 @@ TENP_KERNEL(tenp_convert_rows, TenpConvertRowsParams, 256, 1) {
         convert_row<Bf16>(p);
     } else {
         convert_row<F16>(p);
+    }
+}
+
+TENP_KERNEL(tenp_scale_rows, TenpScaleRowsParams, 256, 1) {
+    const int64_t row = p.row_ids[blockIdx.x];
+    const float scale = p.scales == nullptr ? 1.0f : p.scales[row];
+    const uint16_t *from = p.in + row * p.in_pitch;
+    float *to = p.out + blockIdx.x * p.out_pitch;
+    for (int col = 8 * static_cast<int>(threadIdx.x); col < p.cols; col += 8 * static_cast<int>(blockDim.x)) {
+        float v[8];
+        if (col + 8 <= p.cols) {
+            tenp::widen(from + col, v);
+        } else {
+            // Nothing need be written in the input behind the last column.
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                v[i] = col + i < p.cols ? tenp::bf16_to_float(from[col + i]) : 0.0f;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            v[i] *= scale;
+        }
+        store8(to + col, v);
     }
 }

@@ -13,7 +13,7 @@ use half::bf16;
 
 use super::check::to_i32;
 use super::context::Device;
-use super::dense::{DenseElement, DenseShape, WeightLayout};
+use super::dense::{DenseElement, DenseShape, InputLayout, WeightLayout};
 use super::view::{DeviceSlice, DeviceSliceMut};
 use crate::{Dtype, KernelError};
 
@@ -110,6 +110,10 @@ impl Device {
             WeightLayout::OutputRows => sys::cublasOperation_t::CUBLAS_OP_T,
             WeightLayout::InnerRows => sys::cublasOperation_t::CUBLAS_OP_N,
         };
+        let x_transposed = match shape.x_layout {
+            InputLayout::Rows => sys::cublasOperation_t::CUBLAS_OP_N,
+            InputLayout::InnerRows => sys::cublasOperation_t::CUBLAS_OP_T,
+        };
         let handle = self
             .blas()?
             .handle
@@ -120,7 +124,7 @@ impl Device {
             result::gemm_ex(
                 handle.0,
                 transposed,
-                sys::cublasOperation_t::CUBLAS_OP_N,
+                x_transposed,
                 m,
                 n,
                 k,

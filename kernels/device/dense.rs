@@ -50,6 +50,15 @@ pub enum WeightLayout {
     InnerRows,
 }
 
+/// How the input of a dense product lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InputLayout {
+    /// `[rows, inner]`.
+    Rows,
+    /// `[inner, rows]`: transposed, as for `xᵀ · x`.
+    InnerRows,
+}
+
 /// Sizes of `out[rows, outputs] = x[rows, inner] · W`; pitches are elements from one row to the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DenseShape {
@@ -59,12 +68,14 @@ pub struct DenseShape {
     pub inner: usize,
     /// Columns of `out`.
     pub outputs: usize,
-    /// Of `x`, at least `inner`.
+    /// Of `x`, at least its row.
     pub x_pitch: usize,
     /// Of the weight, at least its row.
     pub weight_pitch: usize,
     /// Of `out`, at least `outputs`.
     pub out_pitch: usize,
+    /// How `x` lies.
+    pub x_layout: InputLayout,
     /// How the weight lies.
     pub layout: WeightLayout,
     /// Whether the product is added to what `out` holds.
@@ -82,8 +93,34 @@ impl DenseShape {
             x_pitch: inner,
             weight_pitch: inner,
             out_pitch: outputs,
+            x_layout: InputLayout::Rows,
             layout: WeightLayout::OutputRows,
             accumulate: false,
+        }
+    }
+
+    /// `out[cols, cols] = xᵀ · x` of `x[rows, cols]`, which is both the input and the weight.
+    #[must_use]
+    pub const fn gram(rows: usize, cols: usize, pitch: usize) -> Self {
+        Self {
+            rows: cols,
+            inner: rows,
+            outputs: cols,
+            x_pitch: pitch,
+            weight_pitch: pitch,
+            out_pitch: cols,
+            x_layout: InputLayout::InnerRows,
+            layout: WeightLayout::InnerRows,
+            accumulate: false,
+        }
+    }
+
+    /// Rows and columns of `x` as stored.
+    #[must_use]
+    pub const fn x(&self) -> (usize, usize) {
+        match self.x_layout {
+            InputLayout::Rows => (self.rows, self.inner),
+            InputLayout::InnerRows => (self.inner, self.rows),
         }
     }
 
@@ -101,6 +138,7 @@ impl DenseShape {
     /// # Errors
     /// [`KernelError::Invalid`] for a pitch shorter than its row.
     pub fn extents(&self) -> Result<[usize; 3], KernelError> {
+        let (x_rows, x_cols) = self.x();
         let (weight_rows, weight_cols) = self.weight();
         let extent = |what, rows: usize, cols: usize, pitch: usize| {
             if pitch < cols {
@@ -116,7 +154,7 @@ impl DenseShape {
             })
         };
         Ok([
-            extent("dense input", self.rows, self.inner, self.x_pitch)?,
+            extent("dense input", x_rows, x_cols, self.x_pitch)?,
             extent("dense weight", weight_rows, weight_cols, self.weight_pitch)?,
             extent("dense output", self.rows, self.outputs, self.out_pitch)?,
         ])
@@ -141,6 +179,10 @@ mod tests {
         assert_eq!(
             pitched.extents().unwrap(),
             [2 * 8 + 5, 4 * 16 + 7, 2 * 10 + 7]
+        );
+        assert_eq!(
+            DenseShape::gram(9, 5, 8).extents().unwrap(),
+            [8 * 8 + 5, 8 * 8 + 5, 25]
         );
         assert_eq!(DenseShape::new(0, 5, 7).extents().unwrap(), [0, 35, 0]);
         assert!(

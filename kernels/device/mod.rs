@@ -60,7 +60,7 @@ mod upload;
 
 pub use backend::{Backend, Memory};
 pub use call::{Call, Runner};
-pub use dense::{DenseElement, DenseShape, WeightLayout};
+pub use dense::{DenseElement, DenseShape, InputLayout, WeightLayout};
 pub use geometry::{Launch, Product, Tile};
 pub use packed::PaddedLayout;
 pub use view::{DeviceSlice, DeviceSliceMut, InOut};

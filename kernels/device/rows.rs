@@ -1,4 +1,4 @@
-//! Wrappers of `rows.cu`: the embedding, and rows of one type turned into another.
+//! Wrappers of `rows.cu`: the embedding, rows of one type turned into another, chosen rows scaled.
 
 use half::{bf16, f16};
 
@@ -7,7 +7,9 @@ use super::check::{check_multiple, to_i32};
 use super::geometry::Launch;
 use super::view::{DeviceSlice, DeviceSliceMut, optional, optional_mut};
 use crate::KernelError;
-use crate::params::{TENP_BF16, TENP_F16, TENP_F32, TenpConvertRowsParams, TenpEmbeddingParams};
+use crate::params::{
+    TENP_BF16, TENP_F16, TENP_F32, TenpConvertRowsParams, TenpEmbeddingParams, TenpScaleRowsParams,
+};
 
 /// `hidden_states[t] = table[ids[t]]`; an id outside the vocabulary gives a row of NaN.
 #[derive(Debug)]
@@ -173,6 +175,58 @@ pub unsafe fn convert_rows(mut args: ConvertRows<'_>) -> Result<Call<'_>, Kernel
     };
     let launch = Launch::row_per_block(args.rows, args.cols.div_ceil(8));
     Ok(Call::new("tenp_convert_rows", launch, &params))
+}
+
+/// `out[i] = scales[row_ids[i]] · input[row_ids[i]]`, in f32.
+#[derive(Debug)]
+pub struct ScaleRows<'a> {
+    /// `[num_in_rows, in_pitch]`.
+    pub input: DeviceSlice<'a, bf16>,
+    /// `[rows]`: which rows.
+    pub row_ids: DeviceSlice<'a, i32>,
+    /// `[num_in_rows]`; 1 without it.
+    pub scales: Option<DeviceSlice<'a, f32>>,
+    /// `[rows, out_pitch]`; columns up to the next multiple of 8 become zeros.
+    pub out: DeviceSliceMut<'a, f32>,
+    /// Rows that are wanted.
+    pub rows: usize,
+    /// Elements of a row.
+    pub cols: usize,
+    /// Rows of the input.
+    pub num_in_rows: usize,
+    /// Elements from one row of the input to the next, a multiple of 8.
+    pub in_pitch: usize,
+    /// Elements from one row of the output to the next, a multiple of 8.
+    pub out_pitch: usize,
+}
+
+/// Checks the arguments and makes the call.
+///
+/// # Errors
+/// Lengths and pitches that do not fit.
+///
+/// # Safety
+/// Every row in `row_ids` is in 0..`num_in_rows`.
+pub unsafe fn scale_rows(mut args: ScaleRows<'_>) -> Result<Call<'_>, KernelError> {
+    let padded = args.cols.next_multiple_of(8);
+    check_multiple("pitch of rows to scale", args.in_pitch, 8)?;
+    check_multiple("pitch of scaled rows", args.out_pitch, 8)?;
+    check_pitch("pitch of rows to scale", args.in_pitch, args.cols)?;
+    check_pitch("pitch of scaled rows", args.out_pitch, padded)?;
+    let in_len = extent(args.num_in_rows, args.in_pitch, args.cols);
+    let out_len = extent(args.rows, args.out_pitch, padded);
+    let params = TenpScaleRowsParams {
+        in_: args.input.checked("rows to scale", in_len, 16)?,
+        row_ids: args.row_ids.checked("rows to scale", args.rows, 4)?,
+        scales: optional(args.scales.as_ref(), "scales of rows", args.num_in_rows, 4)?,
+        out: args.out.checked("scaled rows", out_len, 16)?,
+        in_pitch: args.in_pitch as i64,
+        out_pitch: args.out_pitch as i64,
+        num_rows: to_i32("rows to scale", args.rows)?,
+        cols: to_i32("columns to scale", args.cols)?,
+    };
+    let launch = Launch::row_per_block(args.rows, padded / 8);
+    Ok(Call::new("tenp_scale_rows", launch, &params))
 }
 
 #[cfg(test)]

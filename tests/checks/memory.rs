@@ -2,7 +2,7 @@
 
 use half::bf16;
 use tenp_kernels::device::elementwise::{Add, add};
-use tenp_kernels::device::{Backend, DenseShape, InOut, Memory as _, WeightLayout};
+use tenp_kernels::device::{Backend, DenseShape, InOut, InputLayout, Memory as _, WeightLayout};
 
 use super::{F32_ROUNDING, On, Size, assert_close, bf16_values, f32_values, rng, sampled, widened};
 
@@ -13,16 +13,24 @@ pub fn dense_products<B: Backend>(on: On<'_, B>, size: Size) {
         Size::Real => &[(1, 2048, 102_400), (3000, 2048, 1408), (65, 7168, 129)],
     };
     for &(rows, inner, outputs) in sizes {
-        for layout in [WeightLayout::OutputRows, WeightLayout::InnerRows] {
-            let dense = DenseShape::new(rows, inner, outputs);
-            let weight_cols = DenseShape { layout, ..dense }.weight().1;
-            let shape = DenseShape {
-                x_pitch: inner + 8,
-                weight_pitch: weight_cols + 16,
+        for (x_layout, layout) in [
+            (InputLayout::Rows, WeightLayout::OutputRows),
+            (InputLayout::Rows, WeightLayout::InnerRows),
+            (InputLayout::InnerRows, WeightLayout::InnerRows),
+        ] {
+            let dense = DenseShape {
+                x_layout,
                 layout,
-                ..dense
+                ..DenseShape::new(rows, inner, outputs)
             };
-            check_dense(on, &shape);
+            check_dense(
+                on,
+                &DenseShape {
+                    x_pitch: dense.x().1 + 8,
+                    weight_pitch: dense.weight().1 + 16,
+                    ..dense
+                },
+            );
         }
     }
 }
@@ -71,7 +79,11 @@ fn check_dense<B: Backend>(on: On<'_, B>, shape: &DenseShape) {
                     WeightLayout::OutputRows => o * shape.weight_pitch + i,
                     WeightLayout::InnerRows => i * shape.weight_pitch + o,
                 };
-                let term = x[r * shape.x_pitch + i].to_f64() * weight[at].to_f64();
+                let x_at = match shape.x_layout {
+                    InputLayout::Rows => r * shape.x_pitch + i,
+                    InputLayout::InnerRows => i * shape.x_pitch + r,
+                };
+                let term = x[x_at].to_f64() * weight[at].to_f64();
                 want += term;
                 size += term.abs();
             }

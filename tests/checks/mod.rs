@@ -64,6 +64,7 @@ macro_rules! every_check {
             rows::embedding_and_conversions,
             rows::fp8_blocks,
             rows::gathered_rows,
+            rows::scaled_rows,
             segments::packing,
             segments::norms_and_similarity,
             segments::clusters,

@@ -10,7 +10,9 @@ use tenp_kernels::device::moe_group::{GatherRows, gather_rows};
 use tenp_kernels::device::rms_norm::{RmsNorm, rms_norm};
 use tenp_kernels::device::rotary::{Angles, Rotary, rotary};
 use tenp_kernels::device::router::{Router, router};
-use tenp_kernels::device::rows::{ConvertRows, Elements, Embedding, convert_rows, embedding};
+use tenp_kernels::device::rows::{
+    ConvertRows, Elements, Embedding, ScaleRows, convert_rows, embedding, scale_rows,
+};
 use tenp_kernels::device::{Backend, InOut, Memory as _};
 
 use super::{AWKWARD_WIDTHS, BF16_ROUNDING, On, Size, assert_close, bf16_values, f32_values, rng};
@@ -443,6 +445,43 @@ pub fn gathered_rows<B: Backend>(on: On<'_, B>, size: Size) {
             match usize::try_from(*id) {
                 Ok(id) => assert_eq!(got, &input[id * cols..(id + 1) * cols]),
                 Err(_) => assert!(got.iter().all(|v| v.to_f32() == 0.0)),
+            }
+        }
+    }
+}
+
+/// Rows in any order, twice or not at all; the last vector of a row is filled with zeros.
+pub fn scaled_rows<B: Backend>(on: On<'_, B>, size: Size) {
+    let (inputs, rows) = (50, num_rows(size));
+    for cols in widths(size) {
+        let mut rng = rng(cols as u64);
+        let (in_pitch, out_pitch) = (cols.next_multiple_of(8) + 8, cols.next_multiple_of(8));
+        let input = bf16_values(&mut rng, inputs * in_pitch, 1.0);
+        let scales = f32_values(&mut rng, inputs, 2.0);
+        let ids: Vec<i32> = (0..rows).map(|r| (r * 13 % inputs) as i32).collect();
+        let (input_there, ids_there) = (on.input(&input), on.input(&ids));
+        let scales_there = on.input(&scales);
+        for scaled in [true, false] {
+            let mut out = on.output::<f32>(rows * out_pitch);
+            let args = ScaleRows {
+                input: input_there.view(),
+                row_ids: ids_there.view(),
+                scales: scaled.then(|| scales_there.view()),
+                out: out.view_mut(),
+                rows,
+                cols,
+                num_in_rows: inputs,
+                in_pitch,
+                out_pitch,
+            };
+            // SAFETY: every id is below `inputs`.
+            on.go(unsafe { scale_rows(args) });
+            for (&id, got) in ids.iter().zip(on.get(out.view()).chunks_exact(out_pitch)) {
+                let scale = if scaled { scales[id as usize] } else { 1.0 };
+                let row = &input[id as usize * in_pitch..][..cols];
+                let want = row.iter().map(|v| (v.to_f32() * scale).to_bits());
+                assert!(got[..cols].iter().map(|v| v.to_bits()).eq(want), "{cols}");
+                assert!(got[cols..].iter().all(|v| *v == 0.0));
             }
         }
     }

@@ -3,8 +3,8 @@
 use bytemuck::Pod;
 use tenp_kernels::KernelError;
 use tenp_kernels::device::{
-    Backend, Call, DenseElement, DenseShape, DeviceSlice, DeviceSliceMut, Memory, Runner,
-    WeightLayout,
+    Backend, Call, DenseElement, DenseShape, DeviceSlice, DeviceSliceMut, InputLayout, Memory,
+    Runner, WeightLayout,
 };
 
 use crate::{Buffer, Executor, Fault, Schedule, ffi};
@@ -188,7 +188,17 @@ impl Backend for Simulated {
             WeightLayout::InnerRows => weight[inner * shape.weight_pitch + output].to_f32(),
         };
         for r in 0..shape.rows {
-            let row = elements(x.slice(r * shape.x_pitch..r * shape.x_pitch + shape.inner)?)?;
+            let row = match shape.x_layout {
+                InputLayout::Rows => {
+                    elements(x.slice(r * shape.x_pitch..r * shape.x_pitch + shape.inner)?)?.to_vec()
+                }
+                InputLayout::InnerRows => (0..shape.inner)
+                    .map(|i| {
+                        let at = i * shape.x_pitch + r;
+                        Ok(elements(x.slice(at..at + 1)?)?[0])
+                    })
+                    .collect::<Result<_, KernelError>>()?,
+            };
             let start = r * shape.out_pitch;
             let part = out.reborrow().slice(start..start + shape.outputs)?;
             if shape.accumulate {

@@ -21,6 +21,7 @@ use crate::engine::Pass;
 use crate::error::AtLayer;
 use crate::forward::{embed, rotary};
 use crate::mlp::{MoeWeights, RoutedOutput, dense_block};
+use crate::moments::{ExpertMoments, Moments, MomentsWanted};
 use crate::weights::{expert, non_finite};
 use crate::{BlockSums, KvCache, ModelError, Observer, RoutedActivations, Sequences, WeightNorms};
 
@@ -179,26 +180,6 @@ impl<'s> CpuPass<'s> {
         &self.hidden
     }
 
-    /// Shows an observer the layer that the next step runs, and stays before it.
-    pub(crate) fn look(&mut self, observer: &dyn Observer) -> Result<(), ModelError> {
-        let before = self.hidden.clone();
-        let layer = self.layer;
-        self.run_layer(layer, &[], observer)?;
-        self.hidden = before;
-        Ok(())
-    }
-
-    /// Runs one layer with some experts replaced. Its pages stay, as other passes may want the same layer next.
-    pub(crate) fn step_with(
-        &mut self,
-        experts: &[(usize, ExpertTensors<'_>)],
-    ) -> Result<(), ModelError> {
-        let layer = self.layer;
-        self.run_layer(layer, experts, &())?;
-        self.layer += 1;
-        Ok(())
-    }
-
     fn run_layer(
         &mut self,
         layer: usize,
@@ -283,6 +264,21 @@ impl Pass for CpuPass<'_> {
         checkpoint.release_layer(layer);
         self.layer += 1;
         Ok(true)
+    }
+
+    fn step_with(&mut self, experts: &[(usize, ExpertTensors<'_>)]) -> Result<(), ModelError> {
+        let layer = self.layer;
+        self.run_layer(layer, experts, &())?;
+        self.layer += 1;
+        Ok(())
+    }
+
+    fn moments(&mut self, wanted: &MomentsWanted<'_>) -> Result<Vec<ExpertMoments>, ModelError> {
+        let (layer, before) = (self.layer, self.hidden.clone());
+        let moments = Moments::new(layer, self.model.config().hidden_size, wanted);
+        self.run_layer(layer, &[], &moments)?;
+        self.hidden = before;
+        Ok(moments.finish())
     }
 
     fn finish(self: Box<Self>) -> Result<Vec<f32>, ModelError> {

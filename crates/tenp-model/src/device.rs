@@ -7,6 +7,7 @@
 //! | the pass, block by block | `pass`, `attention`, `moe` |
 //! | what the kernels must know of the sequences | `tables` |
 //! | calibration sums | `sums` |
+//! | second moments for least squares | `moments` |
 //! | keys and values of finished tokens | `cache` |
 
 mod arena;
@@ -14,6 +15,7 @@ mod attention;
 mod cache;
 mod layer;
 mod moe;
+mod moments;
 mod pass;
 mod store;
 mod sums;

@@ -1,5 +1,8 @@
 //! Where a model runs: the CPU, or an engine that brings its own memory.
 
+use tenp_checkpoint::ExpertTensors;
+
+use crate::moments::{ExpertMoments, MomentsWanted};
 use crate::{KvCache, ModelError, Observer, Sequences, WorkingBytes};
 
 /// Runs a checkpoint's layers and head somewhere else than on the CPU.
@@ -28,6 +31,12 @@ pub(crate) trait Pass {
 
     /// Runs one layer; false when there is none left.
     fn step(&mut self, observer: &dyn Observer) -> Result<bool, ModelError>;
+
+    /// Runs one layer with some experts replaced. Its pages stay, as other passes may want the same layer next.
+    fn step_with(&mut self, experts: &[(usize, ExpertTensors<'_>)]) -> Result<(), ModelError>;
+
+    /// Collects moments, by expert, of the MoE layer that the next step runs, and stays before it.
+    fn moments(&mut self, wanted: &MomentsWanted<'_>) -> Result<Vec<ExpertMoments>, ModelError>;
 
     /// Applies the final norm: `[tokens, H]`.
     fn finish(self: Box<Self>) -> Result<Vec<f32>, ModelError>;

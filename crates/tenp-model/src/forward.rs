@@ -114,7 +114,8 @@ impl<'c> Model<'c> {
     where
         'c: 's,
     {
-        self.start(sequences, None)
+        let pass = self.pass(sequences, None)?;
+        Ok(Run { pass })
     }
 
     /// Starts a pass over sequences that continue those of `cache`, one each, and will be in it afterwards.
@@ -129,23 +130,33 @@ impl<'c> Model<'c> {
     where
         'c: 's,
     {
-        self.start(sequences, Some(cache))
+        let pass = self.pass(sequences, Some(cache))?;
+        Ok(Run { pass })
     }
 
-    fn start<'s>(
+    pub(crate) fn pass<'s>(
         &self,
         sequences: &'s Sequences,
         cache: Option<&'s mut KvCache>,
-    ) -> Result<Run<'s>, ModelError>
+    ) -> Result<Box<dyn Pass + 's>, ModelError>
     where
         'c: 's,
     {
         sequences.check(self.config())?;
-        let pass = match self.engine {
+        Ok(match self.engine {
             Some(engine) => engine.begin(sequences, cache)?,
             None => Box::new(CpuPass::new(self.on_cpu(), sequences, cache)?),
+        })
+    }
+
+    /// What decides the last bits of a pass, beside the machine.
+    pub(crate) fn arithmetic(&self) -> String {
+        let by = if self.engine.is_some() {
+            "kernels, "
+        } else {
+            ""
         };
-        Ok(Run { pass })
+        format!("{by}{:?}", self.compute)
     }
 
     fn on_cpu(&self) -> CpuModel<'c> {

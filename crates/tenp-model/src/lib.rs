@@ -28,6 +28,7 @@ pub mod forward;
 pub mod generate;
 mod head;
 mod mlp;
+mod moments;
 mod narrow;
 mod observer;
 pub mod rewrite;

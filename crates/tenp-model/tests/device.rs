@@ -56,3 +56,8 @@ fn layers_with_fewer_experts() {
 fn neurons_are_merged_as_on_the_cpu() {
     passes::merging::neurons_are_merged_as_on_the_cpu(&place);
 }
+
+#[test]
+fn experts_are_fitted_as_on_the_cpu() {
+    passes::recovery::experts_are_fitted_as_on_the_cpu(&place);
+}

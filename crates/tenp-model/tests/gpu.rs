@@ -120,6 +120,14 @@ fn neurons_are_merged_as_on_the_cpu() {
 }
 
 #[test]
+fn experts_are_fitted_as_on_the_cpu() {
+    let Some(device) = gpu("experts_are_fitted_as_on_the_cpu") else {
+        return;
+    };
+    passes::recovery::experts_are_fitted_as_on_the_cpu(&|_| device.clone());
+}
+
+#[test]
 fn the_gpu_is_described() {
     let Some(device) = gpu("the_gpu_is_described") else {
         return;

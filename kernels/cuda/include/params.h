@@ -402,6 +402,19 @@ typedef struct TenpConvertRowsParams {
 } TenpConvertRowsParams;
 TENP_SIZE(TenpConvertRowsParams, 72);
 
+/* tenp_scale_rows: out[i] = scales[row_ids[i]] * in[row_ids[i]], as f32. */
+typedef struct TenpScaleRowsParams {
+    const uint16_t *in;            /* [., in_pitch] */
+    const int32_t *row_ids;        /* [num_rows] */
+    const float *scales;           /* nullable, by row of in */
+    float *out;                    /* [num_rows, out_pitch] out */
+    int64_t in_pitch;              /* a multiple of 8 */
+    int64_t out_pitch;             /* a multiple of 8, at least cols rounded up to one */
+    int32_t num_rows;
+    int32_t cols;
+} TenpScaleRowsParams;
+TENP_SIZE(TenpScaleRowsParams, 56);
+
 /* tenp_mla_keys: keys and values of multi-head latent attention from their expanded and compressed forms. */
 typedef struct TenpMlaKeysParams {
     const float *expanded;         /* [T, num_heads * (nope_dim + v_dim)] */

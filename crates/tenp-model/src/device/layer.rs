@@ -2,7 +2,7 @@
 
 use half::bf16;
 use tenp_checkpoint::config::{Attention, QkNorm};
-use tenp_checkpoint::{Checkpoint, Part, dense};
+use tenp_checkpoint::{Checkpoint, ExpertTensors, Part, dense};
 use tenp_kernels::cpu::moe::ExpertWeights;
 use tenp_kernels::cpu::router::RouterSpec;
 use tenp_kernels::device::PaddedLayout;
@@ -12,7 +12,7 @@ use super::arena::{Contents, Experts, Slot};
 use crate::ModelError;
 use crate::error::AtLayer;
 use crate::mlp::MoeWeights;
-use crate::weights::view;
+use crate::weights::{expert, view};
 
 /// A projection: `[outputs, inner]`, and its bias.
 pub(super) struct Projection {
@@ -89,19 +89,22 @@ pub(super) struct LayerWeights {
 struct Reader<'a, 'c> {
     checkpoint: &'c Checkpoint,
     layer: usize,
+    replaced: &'a [(usize, ExpertTensors<'c>)],
     contents: &'a mut Contents<'c>,
 }
 
 impl LayerWeights {
-    /// Finds every tensor of `layer`; nothing is read yet.
-    pub(super) fn find(
-        checkpoint: &Checkpoint,
+    /// Finds every tensor of `layer`, with some of its experts replaced; nothing is read yet.
+    pub(super) fn find<'c>(
+        checkpoint: &'c Checkpoint,
         layer: usize,
-    ) -> Result<(Self, Contents<'_>), ModelError> {
+        replaced: &[(usize, ExpertTensors<'c>)],
+    ) -> Result<(Self, Contents<'c>), ModelError> {
         let mut contents = Contents::default();
         let mut reader = Reader {
             checkpoint,
             layer,
+            replaced,
             contents: &mut contents,
         };
         let (attention, output) = reader.attention()?;
@@ -238,12 +241,15 @@ impl<'c> Reader<'_, 'c> {
             }));
         }
         let MoeWeights {
-            experts,
+            mut experts,
             router,
             spec,
             shared,
             ..
         } = MoeWeights::new(self.checkpoint, layer)?;
+        for (id, tensors) in self.replaced {
+            experts[*id] = expert(tensors).at(layer)?;
+        }
         let widths = experts.iter().map(ExpertWeights::width).collect();
         let widths = RaggedLayout::new(widths).at(layer)?;
         let layout = PaddedLayout::new(&widths).at(layer)?;

@@ -12,17 +12,19 @@ use tenp_kernels::device::moe_combine::{
 };
 use tenp_kernels::device::moe_contribution::{MoeContribution, moe_contribution};
 use tenp_kernels::device::moe_direction::{MoeDirection, ROW_DOTS, TOKEN_DOTS, moe_direction};
-use tenp_kernels::device::moe_down::{MoeDown, moe_down};
+use tenp_kernels::device::moe_down::{MoeDown, moe_down, square_partials};
 use tenp_kernels::device::moe_gate_up::{MoeGateUp, Partials, moe_gate_up};
 use tenp_kernels::device::moe_group::{MoeGroup, group_scratch_len, moe_group};
+use tenp_kernels::device::moe_row_norms::{MoeRowNorms, moe_row_norms};
 use tenp_kernels::device::moe_schedule::{ExpertTables, Schedule, ScheduleOut, moe_schedule};
 use tenp_kernels::device::router::{Router, router};
 use tenp_kernels::device::{Backend, DeviceSlice, DeviceSliceMut, InOut, Memory, Product, Tile};
 use tenp_kernels::params::{TENP_NUM_ACTIVATION_SUMS, TENP_NUM_CONTRIBUTION_SUMS};
 
-use super::DeviceModel;
 use super::layer::Moe;
+use super::moments::DeviceMoments;
 use super::sums::{DeviceSums, LabelSums};
+use super::{DeviceModel, zeros};
 use crate::error::AtLayer;
 use crate::{ModelError, Observer};
 
@@ -57,15 +59,24 @@ impl<'a> MoeBlock<'a> {
     }
 }
 
+/// What is made beside a block's output.
+pub(super) enum Beside<'a, 'w, B: Backend> {
+    Nothing,
+    /// Calibration sums.
+    Sums(&'a mut DeviceSums<B>),
+    /// Second moments instead of the output.
+    Moments(&'a mut DeviceMoments<'w, B>),
+}
+
 /// The chosen experts of a block, and the slots grouped by expert.
-struct Grouped<B: Backend> {
+pub(super) struct Grouped<B: Backend> {
     top_k: usize,
     expert_ids: B::Buffer<i32>,
     weights: B::Buffer<f32>,
-    group_offsets: B::Buffer<i32>,
-    token_of_row: B::Buffer<i32>,
+    pub(super) group_offsets: B::Buffer<i32>,
+    pub(super) token_of_row: B::Buffer<i32>,
     row_of_slot: B::Buffer<i32>,
-    row_weights: B::Buffer<f32>,
+    pub(super) row_weights: B::Buffer<f32>,
 }
 
 impl<B: Backend> Grouped<B> {
@@ -129,16 +140,21 @@ impl<B: Backend> Planned<B> {
 }
 
 impl<B: Backend> DeviceModel<'_, B> {
-    /// Adds the block's output to `hidden`, which `block.x` is the normed form of.
+    /// Adds the block's output to `hidden`, which `block.x` is the normed form of; not where only moments are wanted.
     pub(super) fn moe(
         &self,
         block: &MoeBlock<'_>,
         mut hidden: DeviceSliceMut<'_, f32>,
         observer: &dyn Observer,
-        sums: Option<&mut DeviceSums<B>>,
+        beside: Beside<'_, '_, B>,
     ) -> Result<(), ModelError> {
         let layer = block.layer;
         let grouped = self.route(block).at(layer)?;
+        let sums = match beside {
+            Beside::Nothing => None,
+            Beside::Sums(sums) => Some(sums),
+            Beside::Moments(moments) => return self.measured(block, &grouped, moments).at(layer),
+        };
         let shared = self.shared(block).at(layer)?;
         let shared = shared.as_ref().map(|(output, logits)| SharedOutput {
             output: output.view(),
@@ -266,6 +282,61 @@ impl<B: Backend> DeviceModel<'_, B> {
         shared: Option<SharedOutput<'_>>,
         into: CombineInto<'_>,
     ) -> Result<(), KernelError> {
+        let (_, y) = self.outputs(block, grouped, None)?;
+        self.backend.run(&moe_combine(MoeCombine {
+            experts: block.experts()?,
+            y: ExpertOutputs::F32(y.view()),
+            slots: grouped.slots(),
+            shared,
+            combined: None,
+            into,
+            hidden: self.hidden(),
+        })?)
+    }
+
+    /// Experts, and the moments of their activations.
+    fn measured(
+        &self,
+        block: &MoeBlock<'_>,
+        grouped: &Grouped<B>,
+        moments: &mut DeviceMoments<'_, B>,
+    ) -> Result<(), KernelError> {
+        let (rows, count) = (block.num_rows(), block.moe.spec.num_experts);
+        let (backend, product) = (&self.backend, Product::down(Self::tile(block)));
+        let num_partials = square_partials(&product, self.hidden());
+        let mut squares = backend.alloc("squares of outputs", num_partials * rows)?;
+        let (h, _) = self.outputs(block, grouped, Some(squares.view_mut()))?;
+        let mut inverse = backend.alloc("inverse norms", rows)?;
+        let mut norms = backend.alloc("norms of rows", rows)?;
+        let mut non_finite = zeros(backend, "damaged rows", count)?;
+        backend.run(&moe_row_norms(MoeRowNorms {
+            experts: block.experts()?,
+            square_partials: squares.view(),
+            group_offsets: grouped.group_offsets.view(),
+            row_inverse: inverse.view_mut(),
+            row_norms: Some(norms.view_mut()),
+            non_finite: non_finite.view_mut(),
+            num_rows: rows,
+            num_partials,
+        })?)?;
+        let pitch = block.moe.layout.hidden_pitch();
+        moments.add(
+            backend,
+            &block.rows,
+            grouped,
+            (h.view(), pitch),
+            norms.view(),
+        )
+    }
+
+    /// h and y of every row.
+    #[allow(clippy::type_complexity, reason = "two results")]
+    fn outputs(
+        &self,
+        block: &MoeBlock<'_>,
+        grouped: &Grouped<B>,
+        squares: Option<DeviceSliceMut<'_, f32>>,
+    ) -> Result<(B::Buffer<bf16>, B::Buffer<f32>), KernelError> {
         let (backend, hidden) = (&self.backend, self.hidden());
         let tile = Self::tile(block);
         let experts = block.experts()?;
@@ -280,16 +351,9 @@ impl<B: Backend> DeviceModel<'_, B> {
         )?)?;
         let h = self.gate_up(block, grouped, &gate_up, None)?;
         let mut y = backend.alloc::<f32>("expert outputs", block.num_rows() * hidden)?;
-        self.down(block, grouped, &down, h.view(), (y.view_mut(), None))?;
-        backend.run(&moe_combine(MoeCombine {
-            experts,
-            y: ExpertOutputs::F32(y.view()),
-            slots: grouped.slots(),
-            shared,
-            combined: None,
-            into,
-            hidden,
-        })?)
+        let outputs = (y.view_mut(), None, squares);
+        self.down(block, grouped, &down, h.view(), outputs)?;
+        Ok((h, y))
     }
 
     /// h of every row.
@@ -336,7 +400,11 @@ impl<B: Backend> DeviceModel<'_, B> {
         grouped: &Grouped<B>,
         plan: &Planned<B>,
         h: DeviceSlice<'_, bf16>,
-        (y_f32, y_bf16): (DeviceSliceMut<'_, f32>, Option<DeviceSliceMut<'_, bf16>>),
+        (y_f32, y_bf16, square_partials): (
+            DeviceSliceMut<'_, f32>,
+            Option<DeviceSliceMut<'_, bf16>>,
+            Option<DeviceSliceMut<'_, f32>>,
+        ),
     ) -> Result<(), KernelError> {
         let args = MoeDown {
             product: plan.product,
@@ -345,7 +413,7 @@ impl<B: Backend> DeviceModel<'_, B> {
             h,
             y_f32: Some(y_f32),
             y_bf16,
-            square_partials: None,
+            square_partials,
             group_offsets: grouped.group_offsets.view(),
             schedule: plan.schedule(),
             num_rows: block.num_rows(),
@@ -409,7 +477,7 @@ impl<B: Backend> DeviceModel<'_, B> {
 
         let mut y = backend.alloc::<f32>("expert outputs", rows * hidden)?;
         let mut y_bf16 = backend.alloc::<bf16>("expert outputs", rows * hidden)?;
-        let outputs = (y.view_mut(), Some(y_bf16.view_mut()));
+        let outputs = (y.view_mut(), Some(y_bf16.view_mut()), None);
         self.down(block, grouped, &down, h.view(), outputs)?;
 
         let mut m = backend.alloc::<f32>("combined outputs", tokens * hidden)?;

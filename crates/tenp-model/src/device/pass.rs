@@ -2,13 +2,16 @@
 //! another.
 
 use std::ops::Range;
+use std::rc::Rc;
 
+use tenp_checkpoint::ExpertTensors;
 use tenp_kernels::device::elementwise::count_non_finite;
 use tenp_kernels::device::{Backend, Memory};
 
 use super::attention::AttentionInput;
 use super::layer::Feed;
-use super::moe::MoeBlock;
+use super::moe::{Beside, MoeBlock};
+use super::moments::DeviceMoments;
 use super::store::Loaded;
 use super::sums::DeviceSums;
 use super::tables::Tables;
@@ -17,6 +20,7 @@ use crate::attention::attention_shape;
 use crate::engine::Pass;
 use crate::error::AtLayer;
 use crate::forward::{embed, rotary};
+use crate::moments::{ExpertMoments, MomentsWanted};
 use crate::weights::non_finite;
 use crate::{KvCache, ModelError, Observer, Sequences};
 
@@ -98,7 +102,8 @@ impl<'s, 'c, B: Backend + 'static> DevicePass<'s, 'c, B> {
             _ => None,
         };
         for index in 0..self.blocks.len() {
-            self.launch_block(loaded, index, observer, sums.as_mut())?;
+            let beside = sums.as_mut().map_or(Beside::Nothing, Beside::Sums);
+            self.launch_block(loaded, index, observer, beside)?;
         }
         let mut non_finite = zeros(backend, "count of damaged numbers", 1).at(layer)?;
         let count = count_non_finite(
@@ -115,7 +120,7 @@ impl<'s, 'c, B: Backend + 'static> DevicePass<'s, 'c, B> {
         loaded: &Loaded<B>,
         index: usize,
         observer: &dyn Observer,
-        sums: Option<&mut DeviceSums<B>>,
+        beside: Beside<'_, '_, B>,
     ) -> Result<(), ModelError> {
         let (layer, model) = (self.layer, self.model);
         let width = model.hidden();
@@ -173,9 +178,37 @@ impl<'s, 'c, B: Backend + 'static> DevicePass<'s, 'c, B> {
                     x: x.view(),
                     x_f32: x_f32.view(),
                 };
-                model.moe(&block, hidden, observer, sums)?;
+                model.moe(&block, hidden, observer, beside)?;
             }
         }
+        Ok(())
+    }
+
+    /// Runs the layer, while the next one is packed on other threads.
+    fn run(&mut self, loaded: Rc<Loaded<B>>, observer: &dyn Observer) -> Result<(), ModelError> {
+        let (layer, model) = (self.layer, self.model);
+        let (backend, checkpoint) = (&model.backend, model.checkpoint);
+        let mut next = model
+            .store
+            .borrow_mut()
+            .stage(backend, checkpoint, layer + 1)?;
+        let filling = next.as_mut().map(|staged| &mut staged.filling);
+        let (launched, filled) = std::thread::scope(|scope| {
+            let filling = filling.map(|filling| scope.spawn(move || filling.fill()));
+            let launched = self.launch(&loaded, observer);
+            let filled = filling.map_or(Ok(()), |thread| {
+                thread.join().expect("packing weights does not panic")
+            });
+            (launched, filled)
+        });
+        filled.at(layer + 1)?;
+        if let Some(staged) = next {
+            model.store.borrow_mut().send(backend, staged)?;
+        }
+        self.collect(&loaded, launched?, observer)?;
+        let mut store = model.store.borrow_mut();
+        store.release(backend, loaded).at(layer)?;
+        self.layer += 1;
         Ok(())
     }
 
@@ -224,28 +257,42 @@ impl<B: Backend + 'static> Pass for DevicePass<'_, '_, B> {
             return Ok(false);
         }
         let loaded = model.store.borrow_mut().load(backend, checkpoint, layer)?;
-        let mut next = model
-            .store
-            .borrow_mut()
-            .stage(backend, checkpoint, layer + 1)?;
-        let filling = next.as_mut().map(|staged| &mut staged.filling);
-        let (launched, filled) = std::thread::scope(|scope| {
-            let filling = filling.map(|filling| scope.spawn(move || filling.fill()));
-            let launched = self.launch(&loaded, observer);
-            let filled = filling.map_or(Ok(()), |thread| {
-                thread.join().expect("packing weights does not panic")
-            });
-            (launched, filled)
-        });
-        filled.at(layer + 1)?;
-        if let Some(staged) = next {
-            model.store.borrow_mut().send(backend, staged)?;
+        self.run(loaded, observer)?;
+        Ok(true)
+    }
+
+    fn step_with(&mut self, experts: &[(usize, ExpertTensors<'_>)]) -> Result<(), ModelError> {
+        let (layer, model) = (self.layer, self.model);
+        let mut store = model.store.borrow_mut();
+        let loaded = store.load_with(&model.backend, model.checkpoint, layer, experts)?;
+        drop(store);
+        self.run(loaded, &())
+    }
+
+    fn moments(&mut self, wanted: &MomentsWanted<'_>) -> Result<Vec<ExpertMoments>, ModelError> {
+        let (layer, model) = (self.layer, self.model);
+        let (backend, width) = (&model.backend, model.hidden());
+        let mut store = model.store.borrow_mut();
+        let loaded = store.load(backend, model.checkpoint, layer)?;
+        drop(store);
+        let mut moments = DeviceMoments::new(backend, wanted).at(layer)?;
+        for index in 0..self.blocks.len() {
+            let rows = self.sequences.rows(&self.blocks[index]);
+            let range = rows.start * width..rows.end * width;
+            let mut before = backend
+                .alloc("hidden states before a layer", range.len())
+                .at(layer)?;
+            let hidden = self.hidden.view().slice(range.clone()).at(layer)?;
+            backend.copy(hidden, before.view_mut()).at(layer)?;
+            self.launch_block(&loaded, index, &(), Beside::Moments(&mut moments))?;
+            let hidden = self.hidden.view_mut().slice(range).at(layer)?;
+            backend.copy(before.view(), hidden).at(layer)?;
+            (wanted.progress)(rows.len());
         }
-        self.collect(&loaded, launched?, observer)?;
+        let moments = moments.finish(backend).at(layer)?;
         let mut store = model.store.borrow_mut();
         store.release(backend, loaded).at(layer)?;
-        self.layer += 1;
-        Ok(true)
+        Ok(moments)
     }
 
     fn finish(mut self: Box<Self>) -> Result<Vec<f32>, ModelError> {

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::rc::Rc;
 
-use tenp_checkpoint::Checkpoint;
+use tenp_checkpoint::{Checkpoint, ExpertTensors};
 use tenp_kernels::KernelError;
 use tenp_kernels::device::Backend;
 
@@ -80,7 +80,7 @@ impl<B: Backend> Store<B> {
         let num_layers = checkpoint.config().num_layers;
         let (mut largest, mut total) = (0, 0u64);
         for layer in 0..num_layers {
-            let bytes = LayerWeights::find(checkpoint, layer)?.1.bytes();
+            let bytes = LayerWeights::find(checkpoint, layer, &[])?.1.bytes();
             largest = largest.max(bytes);
             total += bytes as u64;
         }
@@ -116,7 +116,17 @@ impl<B: Backend> Store<B> {
         if self.resident.get(layer).is_none_or(Option::is_some) {
             return Ok(None);
         }
-        let (weights, contents) = LayerWeights::find(checkpoint, layer)?;
+        self.stage_with(backend, checkpoint, layer, &[]).map(Some)
+    }
+
+    fn stage_with<'c>(
+        &mut self,
+        backend: &B,
+        checkpoint: &'c Checkpoint,
+        layer: usize,
+        replaced: &[(usize, ExpertTensors<'c>)],
+    ) -> Result<Staged<'c, B>, ModelError> {
+        let (weights, contents) = LayerWeights::find(checkpoint, layer, replaced)?;
         // Two in turn: one is packed while the other is still being read by its upload.
         let staging = if self.num_staging < 2 {
             self.num_staging += 1;
@@ -137,7 +147,7 @@ impl<B: Backend> Store<B> {
             let arena = backend.alloc("a layer's weights", room).at(layer)?;
             backend.idle(arena).at(layer)?
         };
-        Ok(Some(Staged {
+        Ok(Staged {
             layer,
             weights,
             arena,
@@ -147,7 +157,7 @@ impl<B: Backend> Store<B> {
                 contents,
                 staging,
             },
-        }))
+        })
     }
 
     /// Starts the upload of a layer that has been packed.
@@ -187,17 +197,37 @@ impl<B: Backend> Store<B> {
                 self.send(backend, staged)?;
             }
         }
-        let pending = self.pending.take().expect("just sent");
-        let (staging, arena) = backend.finish_transfer(pending.transfer).at(layer)?;
-        self.staging.push_back(staging);
-        let loaded = Rc::new(Loaded {
-            weights: pending.weights,
-            arena,
-        });
+        let loaded = self.arrive(backend, layer)?;
         if self.keeps {
             self.resident[layer] = Some(Rc::clone(&loaded));
         }
         Ok(loaded)
+    }
+
+    /// The weights of `layer` with some experts replaced; never kept for another pass.
+    pub(super) fn load_with(
+        &mut self,
+        backend: &B,
+        checkpoint: &Checkpoint,
+        layer: usize,
+        replaced: &[(usize, ExpertTensors<'_>)],
+    ) -> Result<Rc<Loaded<B>>, ModelError> {
+        self.drop_pending(backend).at(layer)?;
+        let mut staged = self.stage_with(backend, checkpoint, layer, replaced)?;
+        staged.filling.fill().at(layer)?;
+        self.send(backend, staged)?;
+        self.arrive(backend, layer)
+    }
+
+    /// What was sent, for kernels asked for from now on.
+    fn arrive(&mut self, backend: &B, layer: usize) -> Result<Rc<Loaded<B>>, ModelError> {
+        let pending = self.pending.take().expect("just sent");
+        let (staging, arena) = backend.finish_transfer(pending.transfer).at(layer)?;
+        self.staging.push_back(staging);
+        Ok(Rc::new(Loaded {
+            weights: pending.weights,
+            arena,
+        }))
     }
 
     /// A layer that a pass has gone through: its memory is used again, unless it stays.

@@ -115,7 +115,7 @@ impl<B: Backend> DeviceSums<B> {
     }
 }
 
-fn downloaded<B: Backend, T: bytemuck::Pod>(
+pub(super) fn downloaded<B: Backend, T: bytemuck::Pod>(
     backend: &B,
     from: DeviceSlice<'_, T>,
 ) -> Result<Vec<T>, KernelError> {

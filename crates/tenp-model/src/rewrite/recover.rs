@@ -1,7 +1,7 @@
 //! Least squares (`docs/methods.md`, "Recovery"): the down projection of a narrowed expert is fitted so that its output
 //! stays close to the whole expert's, one layer at a time, on the calibration text.
 
-mod gram;
+mod held_out;
 mod solve;
 
 use std::error::Error;
@@ -13,15 +13,14 @@ use tenp_checkpoint::{
     Checkpoint, ExpertPlan, ExpertTensors, LayerPlan, LayerRewriter, Notes, RewrittenExpert,
     RewrittenLayer,
 };
-use tenp_kernels::Compute;
 
 use super::encode::encode;
 use crate::calibrate::tokens_fingerprint;
-use crate::cpu::{CpuModel, CpuPass};
 use crate::engine::Pass;
+use crate::moments::{ExpertMoments, MomentsWanted};
 use crate::narrow::Narrow;
-use crate::{ModelError, Sequences};
-use gram::{ExpertGram, Grams, held_out};
+use crate::{Model, ModelError, Sequences};
+use held_out::held_out;
 use solve::{Problem, Solution, solve};
 
 /// How the fit is made.
@@ -47,7 +46,7 @@ pub struct LeastSquares<'c> {
     checkpoint: &'c Checkpoint,
     options: RecoverOptions,
     settings: String,
-    pass: CpuPass<'c>,
+    pass: Box<dyn Pass + 'c>,
     /// By token: whether it only serves to choose the ridge.
     held: Vec<bool>,
     layers: Vec<LayerOutcome>,
@@ -72,17 +71,11 @@ impl<'c> LeastSquares<'c> {
     /// # Errors
     /// Token ids or lengths that the model does not have, an unreadable embedding.
     pub fn new(
-        checkpoint: &'c Checkpoint,
+        model: &Model<'c>,
         sequences: &'c Sequences,
-        compute: Compute,
         options: RecoverOptions,
         progress: Box<dyn Fn(usize) + Sync + 'c>,
     ) -> Result<Self, ModelError> {
-        sequences.check(checkpoint.config())?;
-        let model = CpuModel {
-            checkpoint,
-            compute,
-        };
         let samples: Vec<Vec<u32>> = sequences
             .spans()
             .iter()
@@ -90,13 +83,14 @@ impl<'c> LeastSquares<'c> {
             .collect();
         let labels: Vec<usize> = sequences.spans().iter().map(|span| span.label).collect();
         Ok(Self {
-            checkpoint,
+            checkpoint: model.checkpoint(),
             options,
             settings: format!(
-                "least-squares 1 {compute:?} {options:?} {labels:?} {}",
+                "least-squares 1 {} {options:?} {labels:?} {}",
+                model.arithmetic(),
                 tokens_fingerprint(&samples)
             ),
-            pass: CpuPass::new(model, sequences, None)?,
+            pass: model.pass(sequences, None)?,
             held: held_out(sequences),
             layers: Vec::new(),
             progress,
@@ -108,21 +102,29 @@ impl<'c> LeastSquares<'c> {
         while self.pass.layer() < layer {
             self.pass.step(&Passing(&*self.progress))?;
         }
-        let grams = Grams::new(
-            plan,
-            self.checkpoint.config(),
-            &self.held,
-            self.options.gated,
-            &*self.progress,
-        );
-        self.pass.look(&grams)?;
-        let (grams, outputs) = grams.finish();
+        let width = self.checkpoint.config().moe.expert_width;
+        let narrow = |e: &ExpertPlan| e.width > 0 && e.width < width;
+        let narrow: Vec<bool> = plan.experts.iter().map(narrow).collect();
+        let moments = self.pass.moments(&MomentsWanted {
+            experts: &narrow,
+            width,
+            held: &self.held,
+            gated: self.options.gated,
+            progress: &*self.progress,
+        })?;
+        let mut outputs = [0.0; 2];
+        for expert in &moments {
+            outputs[0] += expert.outputs[0] + expert.outputs[1];
+            outputs[1] += expert.outputs[1];
+        }
         let checkpoint = self.checkpoint;
-        let solved: Vec<(usize, Solution)> = grams
+        let solved: Vec<(usize, Solution)> = moments
             .into_par_iter()
-            .map(|(expert, gram)| {
+            .enumerate()
+            .filter(|(expert, _)| narrow[*expert])
+            .map(|(expert, moments)| {
                 let plan = &plan.experts[expert];
-                Ok((expert, fit(checkpoint, layer, plan, &gram)?))
+                Ok((expert, fit(checkpoint, layer, plan, &moments)?))
             })
             .collect::<Result<_, ModelError>>()?;
         let mut outcome = LayerOutcome {
@@ -177,11 +179,11 @@ fn fit(
     checkpoint: &Checkpoint,
     layer: usize,
     plan: &ExpertPlan,
-    gram: &ExpertGram,
+    moments: &ExpertMoments,
 ) -> Result<Solution, ModelError> {
     let down = checkpoint.expert(layer, plan.id)?.down;
     Ok(solve(&Problem {
-        gram,
+        moments,
         kept: plan.neurons.as_deref().unwrap_or_default(),
         down: &down.to_f32(),
         hidden: down.rows,

@@ -2,6 +2,7 @@
 //! branches, cached tokens, damaged weights.
 
 pub(crate) mod merging;
+pub(crate) mod recovery;
 pub(crate) mod tight;
 
 use std::collections::BTreeMap;

@@ -27,10 +27,10 @@ pub(super) fn run(args: &Apply) -> Result<()> {
     check_data(args)?;
     let checkpoint = models::open(&args.model)?;
     let plan = Plan::read(&args.plan)?;
-    let on_device = plan.dern.is_some() || args.recover.recover == RecoverArg::Rescale;
+    let on_device = plan.dern.is_some() || args.recover.recover != RecoverArg::None;
     if matches!(args.run.device, DeviceArg::Cuda(_)) && !on_device {
         return Err(usage(
-            "--device cuda has no effect here: writing and least squares run on the CPU; leave it out",
+            "--device cuda has no effect here: without merging and recovery nothing is computed; leave it out",
         ));
     }
     plan.validate(&checkpoint)
@@ -119,7 +119,7 @@ pub(super) struct Making<'a> {
     /// What the report says of the calibration.
     pub(super) calibration: Map<String, Value>,
     pub(super) recovery: Recovery<'a>,
-    /// Of merging; what is fitted is fitted on the CPU.
+    /// Of merging, and of the model that is fitted to.
     pub(super) place: &'a Place,
 }
 
@@ -143,22 +143,27 @@ pub(super) fn write(
         page: Some(report_page::page),
     };
     let computing = OnceLock::new();
-    let mut rewriter = rewriter(checkpoint, plan, making.recovery, making.place, &computing)?;
     let mut progress: Option<Progress> = None;
-    let outcome = apply_rewritten(
+    let made = Rewriting {
         checkpoint,
         plan,
-        &output.output,
-        &options,
-        rewriter
-            .as_mut()
-            .map(|rewriter| &mut **rewriter as &mut dyn LayerRewriter),
-        &mut |done, total| {
-            progress
-                .get_or_insert_with(|| Progress::new("write", Unit::Bytes, total, 1))
-                .set(done);
-        },
-    )?;
+        recovery: making.recovery,
+        place: making.place,
+    };
+    let outcome = made.with_rewriter(&computing, |rewriter| {
+        Ok(apply_rewritten(
+            checkpoint,
+            plan,
+            &output.output,
+            &options,
+            rewriter,
+            &mut |done, total| {
+                progress
+                    .get_or_insert_with(|| Progress::new("write", Unit::Bytes, total, 1))
+                    .set(done);
+            },
+        )?)
+    })?;
     for progress in computing.get().into_iter().chain(&progress) {
         progress.finish();
     }
@@ -182,38 +187,54 @@ pub(super) fn write(
     Ok(outcome)
 }
 
-/// What computes new weights, if anything does; `progress` starts with its first layer.
-pub(super) fn rewriter<'a>(
-    checkpoint: &'a Checkpoint,
-    plan: &'a Plan,
-    recovery: Recovery<'a>,
-    place: &Place,
-    progress: &'a OnceLock<Progress>,
-) -> Result<Option<Box<dyn LayerRewriter + 'a>>> {
-    Ok(match recovery {
-        Recovery::None => {
-            let total = plan.layers.len() as u64;
-            let start = move || Progress::new("merge", Unit::Layers, total, 1);
-            let advance = Box::new(move |_| progress.get_or_init(start).advance(1));
-            let dern = match place {
-                Place::Cpu(compute) => Dern::new(checkpoint, plan, *compute, advance),
-                #[cfg(feature = "cuda")]
-                Place::Gpu(device) => Dern::on(checkpoint, plan, device.clone(), advance),
-            };
-            dern.map(|dern| Box::new(dern) as _)
+/// What computes new weights of a plan, if anything does.
+pub(super) struct Rewriting<'a> {
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) plan: &'a Plan,
+    pub(super) recovery: Recovery<'a>,
+    pub(super) place: &'a Place,
+}
+
+impl Rewriting<'_> {
+    /// Gives it to `work`; `progress` starts with its first layer.
+    pub(super) fn with_rewriter<R>(
+        &self,
+        progress: &OnceLock<Progress>,
+        work: impl FnOnce(Option<&mut dyn LayerRewriter>) -> Result<R>,
+    ) -> Result<R> {
+        let (checkpoint, plan) = (self.checkpoint, self.plan);
+        match &self.recovery {
+            Recovery::None => {
+                let total = plan.layers.len() as u64;
+                let start = move || Progress::new("merge", Unit::Layers, total, 1);
+                let advance = Box::new(move |_| progress.get_or_init(start).advance(1));
+                let dern = match self.place {
+                    Place::Cpu(compute) => Dern::new(checkpoint, plan, *compute, advance),
+                    #[cfg(feature = "cuda")]
+                    Place::Gpu(device) => Dern::on(checkpoint, plan, device.clone(), advance),
+                };
+                match dern {
+                    Some(mut dern) => work(Some(&mut dern)),
+                    None => work(None),
+                }
+            }
+            Recovery::Rescale(factors) => {
+                work(Some(&mut Rescale::new(checkpoint, factors.clone())))
+            }
+            Recovery::LeastSquares { sequences, options } => {
+                let layers = checkpoint.config().num_layers;
+                let total = (sequences.num_tokens() * layers) as u64;
+                let start = move || Progress::new("recover", Unit::Tokens, total, layers);
+                let advance = Box::new(move |tokens: usize| {
+                    progress.get_or_init(start).advance(tokens as u64);
+                });
+                self.place.with_model(checkpoint, |model| {
+                    let fit = LeastSquares::new(&model, sequences, *options, advance)?;
+                    work(Some(&mut { fit }))
+                })
+            }
         }
-        Recovery::Rescale(factors) => Some(Box::new(Rescale::new(checkpoint, factors))),
-        Recovery::LeastSquares { sequences, options } => {
-            let layers = checkpoint.config().num_layers;
-            let total = (sequences.num_tokens() * layers) as u64;
-            let start = move || Progress::new("recover", Unit::Tokens, total, layers);
-            let advance =
-                Box::new(move |tokens: usize| progress.get_or_init(start).advance(tokens as u64));
-            let fit =
-                LeastSquares::new(checkpoint, sequences, place.cpu_compute(), options, advance)?;
-            Some(Box::new(fit))
-        }
-    })
+    }
 }
 
 /// The outcome for a machine.

@@ -7,13 +7,13 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
-use tenp_checkpoint::{ApplyOptions, Checkpoint, LayerRewriter, Plan, apply_rewritten};
+use tenp_checkpoint::{ApplyOptions, Checkpoint, Plan, apply_rewritten};
 use tenp_kernels::Compute;
 use tenp_model::rewrite::RecoverOptions;
 use tenp_model::text::{Data, Task};
 use tenp_prune::{Allocation, Method, NeuronScore, PlanRequest};
 
-use super::apply::rewriter;
+use super::apply::Rewriting;
 use super::eval::{Measures, run_tasks};
 use crate::cli::{DataArgs, Demo, MIN_TOKENS};
 use crate::failure::usage;
@@ -112,18 +112,24 @@ pub(super) fn run(args: &Demo) -> Result<()> {
             Recovery::None
         };
         let progress = OnceLock::new();
-        let mut rewriter = rewriter(&checkpoint, &plan, recovery, &PLACE, &progress)?;
-        apply_rewritten(
-            &checkpoint,
-            &plan,
-            &out,
-            &ApplyOptions::default(),
-            rewriter
-                .as_mut()
-                .map(|r| &mut **r as &mut dyn LayerRewriter),
-            &mut |_, _| (),
-        )?;
-        drop(rewriter);
+        let rewriting = Rewriting {
+            checkpoint: &checkpoint,
+            plan: &plan,
+            recovery,
+            place: &PLACE,
+        };
+        rewriting.with_rewriter(&progress, |rewriter| {
+            let options = ApplyOptions::default();
+            let silent = &mut |_, _| ();
+            Ok(apply_rewritten(
+                &checkpoint,
+                &plan,
+                &out,
+                &options,
+                rewriter,
+                silent,
+            )?)
+        })?;
         progress.get().into_iter().for_each(Progress::finish);
         let pruned = models::open(&out)?;
         rows.push(Row {

@@ -4,7 +4,7 @@
 
 use nalgebra::{Cholesky, DMatrix};
 
-use super::gram::ExpertGram;
+use crate::moments::ExpertMoments;
 
 /// Ridges λ that are tried, relative to the mean of the diagonal.
 const RIDGES: [f64; 6] = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0];
@@ -15,7 +15,7 @@ const SLACK: f64 = 1e-9;
 
 /// An expert to be fitted.
 pub(super) struct Problem<'a> {
-    pub(super) gram: &'a ExpertGram,
+    pub(super) moments: &'a ExpertMoments,
     /// S, ascending.
     pub(super) kept: &'a [u32],
     /// W, `[H, K]`.
@@ -103,7 +103,8 @@ pub(super) fn solve(problem: &Problem<'_>) -> Solution {
             f64::from(problem.down[r * width + ids[c]])
         })
     };
-    let [fitted, held] = [0, 1].map(|k| Moments::of(&problem.gram.sums[k], width, &kept, &removed));
+    let [fitted, held] =
+        [0, 1].map(|k| Moments::of(&problem.moments.sums[k], width, &kept, &removed));
     let all = fitted.plus(&held);
     let lost = columns(&removed);
     let g = lost.tr_mul(&lost);
@@ -189,7 +190,7 @@ mod tests {
         sums
     }
 
-    fn grams(rows: &[Vec<f64>], width: usize) -> ExpertGram {
+    fn grams(rows: &[Vec<f64>], width: usize) -> ExpertMoments {
         let (held, fitted): (Vec<_>, Vec<_>) = rows
             .iter()
             .cloned()
@@ -198,9 +199,9 @@ mod tests {
         let of = |rows: Vec<(usize, Vec<f64>)>| {
             gram(&rows.into_iter().map(|(_, h)| h).collect::<Vec<_>>(), width)
         };
-        ExpertGram {
+        ExpertMoments {
             sums: [of(fitted), of(held)],
-            ..ExpertGram::default()
+            ..ExpertMoments::default()
         }
     }
 
@@ -248,7 +249,7 @@ mod tests {
             let (down, kept) = (narrow(seed + 50, width * hidden), [0, 2, 3, 7, 8, 11]);
             let grams = grams(&rows, width);
             let solution = solve(&Problem {
-                gram: &grams,
+                moments: &grams,
                 kept: &kept,
                 down: &down,
                 hidden,
@@ -282,7 +283,7 @@ mod tests {
         let (down, kept) = (narrow(9, width * hidden), [0, 1, 2, 3, 4, 6, 7]);
         let grams = grams(&rows, width);
         let solution = solve(&Problem {
-            gram: &grams,
+            moments: &grams,
             kept: &kept,
             down: &down,
             hidden,
@@ -305,12 +306,12 @@ mod tests {
         let down = narrow(4, width * hidden);
         let kept = [0, 1, 2];
         // No token at all: nothing is known, nothing is changed.
-        let silent = ExpertGram {
+        let silent = ExpertMoments {
             sums: [0; 2].map(|_| vec![0.0; 36]),
-            ..ExpertGram::default()
+            ..ExpertMoments::default()
         };
         let solution = solve(&Problem {
-            gram: &silent,
+            moments: &silent,
             kept: &kept,
             down: &down,
             hidden,
@@ -325,7 +326,7 @@ mod tests {
             .collect();
         let gram = grams(&rows, width);
         let solution = solve(&Problem {
-            gram: &gram,
+            moments: &gram,
             kept: &kept,
             down: &down,
             hidden,
@@ -341,7 +342,7 @@ mod tests {
         let mut damaged = gram.clone();
         damaged.sums[0][0] = f64::NAN;
         let solution = solve(&Problem {
-            gram: &damaged,
+            moments: &damaged,
             kept: &kept,
             down: &down,
             hidden,

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tenp_checkpoint::{
-    Accounting, ApplyOptions, Checkpoint, LayerRewriter, Statistics, apply_rewritten, replace_file,
+    Accounting, ApplyOptions, Checkpoint, Statistics, apply_rewritten, replace_file,
 };
 use tenp_model::Model;
 use tenp_model::evaluate::{Comparison, TaskScore, TextScore, compare, score_tasks, score_text};
@@ -16,7 +16,7 @@ use tenp_model::text::Task;
 
 use super::grid::Key;
 use crate::cli::RecoverArg;
-use crate::commands::apply::rewriter;
+use crate::commands::apply::Rewriting;
 use crate::commands::{calibrate, eval};
 use crate::coverage::Coverage;
 use crate::models::{self, Domains};
@@ -282,25 +282,29 @@ impl Bench<'_> {
             RecoverArg::Rescale => recovery::rescale(self.checkpoint, &plan, statistics, weights)?,
             RecoverArg::LeastSquares => recovery::least_squares(recover, &sequences),
         };
-        let progress = OnceLock::new();
-        let mut rewriter = rewriter(self.checkpoint, &plan, recovery, self.place, &progress)?;
         let scratch = tempfile::Builder::new()
             .prefix(".pruned-")
             .tempdir_in(self.folder)
             .with_context(|| format!("cannot write into {}", self.folder.display()))?;
         let out = scratch.path().join("model");
-        let options = ApplyOptions::default();
-        apply_rewritten(
-            self.checkpoint,
-            &plan,
-            &out,
-            &options,
-            rewriter
-                .as_mut()
-                .map(|r| &mut **r as &mut dyn LayerRewriter),
-            &mut |_, _| (),
-        )?;
-        drop(rewriter);
+        let rewriting = Rewriting {
+            checkpoint: self.checkpoint,
+            plan: &plan,
+            recovery,
+            place: self.place,
+        };
+        rewriting.with_rewriter(&OnceLock::new(), |rewriter| {
+            let options = ApplyOptions::default();
+            let silent = &mut |_, _| ();
+            Ok(apply_rewritten(
+                self.checkpoint,
+                &plan,
+                &out,
+                &options,
+                rewriter,
+                silent,
+            )?)
+        })?;
         let prune_seconds = started.elapsed().as_secs_f64();
         let started = Instant::now();
         let pruned = models::open(&out)?;
