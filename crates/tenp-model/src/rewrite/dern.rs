@@ -1,6 +1,7 @@
 //! DERN (arXiv 2509.10377, `docs/methods.md`): neurons of dropped experts are reassigned to the kept experts that they are
 //! most alike, and each kept expert's neurons are merged back to its width. Or the same within each narrow expert.
 
+mod clusters;
 mod compare;
 mod merge;
 mod start;

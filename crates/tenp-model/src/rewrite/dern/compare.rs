@@ -6,7 +6,7 @@ use bytemuck::Pod;
 use half::bf16;
 use tenp_kernels::cpu::moe::ExpertWeights;
 use tenp_kernels::cpu::segments::{
-    Assignment, Match, MeasuredExpert, Segments, Similarity, WeightedSegments, assign, best_matches,
+    Match, MeasuredExpert, Segments, Similarity, WeightedSegments, best_matches,
 };
 use tenp_kernels::device::segment_match::{
     SegmentBest, SegmentMatch, SegmentTable, items_of, segment_assign, segment_best,
@@ -16,7 +16,7 @@ use tenp_kernels::device::segment_norms::{SegmentNorms, segment_norms};
 use tenp_kernels::device::{Backend, Memory as _, PaddedLayout};
 use tenp_kernels::{Compute, KernelError, RaggedLayout};
 
-use super::with_expert;
+use super::clusters::{Clustering, DeviceClusters, HostClusters};
 
 /// Best matches of the neurons of one expert.
 pub(super) type Matches = Vec<Option<Match>>;
@@ -34,12 +34,12 @@ pub(super) trait Comparing {
         similarity: Similarity,
     ) -> Result<Vec<Matches>, KernelError>;
 
-    /// The centre that each point is nearest to.
-    fn assign(
-        &self,
-        points: WeightedSegments<'_>,
-        centres: &Segments,
-    ) -> Result<Vec<Option<Assignment>>, KernelError>;
+    /// A clustering of points that starts from `centres`.
+    fn clustering<'a>(
+        &'a self,
+        points: WeightedSegments<'a>,
+        centres: Segments,
+    ) -> Result<Box<dyn Clustering + 'a>, KernelError>;
 }
 
 /// On the CPU.
@@ -69,12 +69,12 @@ impl Comparing for OnCpu {
             .collect()
     }
 
-    fn assign(
-        &self,
-        points: WeightedSegments<'_>,
-        centres: &Segments,
-    ) -> Result<Vec<Option<Assignment>>, KernelError> {
-        assign(self.0, points, centres)
+    fn clustering<'a>(
+        &'a self,
+        points: WeightedSegments<'a>,
+        centres: Segments,
+    ) -> Result<Box<dyn Clustering + 'a>, KernelError> {
+        Ok(Box::new(HostClusters::new(self.0, points, centres)))
     }
 }
 
@@ -82,18 +82,18 @@ impl Comparing for OnCpu {
 pub(super) struct OnDevice<B>(pub(super) B);
 
 /// Packed neurons with their norms.
-struct Table<B: Backend> {
-    gate_up: B::Buffer<bf16>,
-    down_t: B::Buffer<bf16>,
+pub(super) struct Table<B: Backend> {
+    pub(super) gate_up: B::Buffer<bf16>,
+    pub(super) down_t: B::Buffer<bf16>,
     inverse: B::Buffer<f32>,
-    num_neurons: usize,
+    pub(super) num_neurons: usize,
     hidden: usize,
     /// Padded numbers of each expert's neurons.
     groups: Vec<Range<usize>>,
 }
 
 impl<B: Backend> Table<B> {
-    fn view(&self) -> SegmentTable<'_> {
+    pub(super) fn view(&self) -> SegmentTable<'_> {
         SegmentTable {
             gate_up: self.gate_up.view(),
             down_t: self.down_t.view(),
@@ -102,28 +102,28 @@ impl<B: Backend> Table<B> {
         }
     }
 
-    fn row_ids(&self) -> Vec<i32> {
+    pub(super) fn row_ids(&self) -> Vec<i32> {
         let ids = self.groups.iter().cloned().flatten();
         ids.map(|id| id as i32).collect()
     }
 }
 
 /// What rows are compared by.
-enum By<'a> {
+pub(super) enum By<'a> {
     Similarity(Similarity),
     /// Cosine of v, with signs of the rows.
     Cosine(&'a [f32]),
 }
 
 /// Results `[groups, rows]`.
-struct Found<B: Backend> {
-    values: B::Buffer<f32>,
-    ids: B::Buffer<i32>,
+pub(super) struct Found<B: Backend> {
+    pub(super) values: B::Buffer<f32>,
+    pub(super) ids: B::Buffer<i32>,
     flips: Option<B::Buffer<i32>>,
 }
 
 impl<B: Backend> OnDevice<B> {
-    fn upload<T: Pod>(
+    pub(super) fn upload<T: Pod>(
         &self,
         what: &'static str,
         values: &[T],
@@ -133,14 +133,14 @@ impl<B: Backend> OnDevice<B> {
         Ok(buffer)
     }
 
-    fn read<T: Pod>(&self, buffer: &B::Buffer<T>) -> Result<Vec<T>, KernelError> {
+    pub(super) fn read<T: Pod>(&self, buffer: &B::Buffer<T>) -> Result<Vec<T>, KernelError> {
         let view = buffer.view();
         let mut values = vec![T::zeroed(); view.len()];
         self.0.read(view, &mut values)?;
         Ok(values)
     }
 
-    fn table(&self, experts: &[ExpertWeights<'_>]) -> Result<Table<B>, KernelError> {
+    pub(super) fn table(&self, experts: &[ExpertWeights<'_>]) -> Result<Table<B>, KernelError> {
         let hidden = experts.first().map_or(0, |expert| expert.gate.cols());
         let widths: Vec<usize> = experts.iter().map(ExpertWeights::width).collect();
         let layout = PaddedLayout::new(&RaggedLayout::new(widths.clone())?)?;
@@ -162,19 +162,24 @@ impl<B: Backend> OnDevice<B> {
                 .map(|(e, &width)| layout.range(e).start..layout.range(e).start + width)
                 .collect(),
         };
+        self.measure(&mut table)?;
+        Ok(table)
+    }
+
+    /// Norms of the neurons as they are.
+    pub(super) fn measure(&self, table: &mut Table<B>) -> Result<(), KernelError> {
         self.0.run(&segment_norms(SegmentNorms {
             gate_up: table.gate_up.view(),
             down_t: table.down_t.view(),
             squares: None,
             inverse: Some(table.inverse.view_mut()),
-            num_neurons: neurons,
-            hidden,
-        })?)?;
-        Ok(table)
+            num_neurons: table.num_neurons,
+            hidden: table.hidden,
+        })?)
     }
 
     /// Every row with every group of columns.
-    fn compare(
+    pub(super) fn compare(
         &self,
         rows: &Table<B>,
         columns: &Table<B>,
@@ -286,27 +291,11 @@ impl<B: Backend> Comparing for OnDevice<B> {
             .collect()
     }
 
-    fn assign(
-        &self,
-        points: WeightedSegments<'_>,
-        centres: &Segments,
-    ) -> Result<Vec<Option<Assignment>>, KernelError> {
-        if points.segments.is_empty() || centres.is_empty() {
-            return Ok(vec![None; points.segments.len()]);
-        }
-        let sign = |flipped: &bool| if *flipped { -1.0 } else { 1.0 };
-        let signs: Vec<f32> = points.flipped.iter().map(sign).collect();
-        let rows = with_expert(points.segments, |expert| self.table(&[*expert]))?;
-        let columns = with_expert(centres, |expert| self.table(&[*expert]))?;
-        let found = self.compare(&rows, &columns, &By::Cosine(&signs))?;
-        let (values, ids) = (
-            self.read::<f32>(&found.values)?,
-            self.read::<i32>(&found.ids)?,
-        );
-        let assignment = |(id, &cosine): (&i32, &f32)| {
-            let centre = usize::try_from(*id).ok()?;
-            Some(Assignment { centre, cosine })
-        };
-        Ok(ids.iter().zip(&values).map(assignment).collect())
+    fn clustering<'a>(
+        &'a self,
+        points: WeightedSegments<'a>,
+        centres: Segments,
+    ) -> Result<Box<dyn Clustering + 'a>, KernelError> {
+        Ok(Box::new(DeviceClusters::new(self, points, centres)?))
     }
 }

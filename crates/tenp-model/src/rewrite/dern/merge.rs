@@ -1,7 +1,9 @@
 //! Weighted spherical k-means on v = [gate; up; w]: an expert's own neurons and those it received become as many as it had.
 
+use std::borrow::Cow;
+
 use tenp_kernels::KernelError;
-use tenp_kernels::cpu::segments::{Assignment, Segments, WeightedSegments, update_centres};
+use tenp_kernels::cpu::segments::{Assignment, Segments, WeightedSegments};
 
 use super::compare::Comparing;
 use super::start::{SAME, Start};
@@ -92,29 +94,41 @@ pub(super) fn merge(
     max_rounds: usize,
     start: Start,
 ) -> Result<Option<Merged>, KernelError> {
-    if !(points.own..points.segments.len()).any(|i| points.counts(i)) {
+    let received = points.own..points.segments.len();
+    if points.own == 0 || !received.into_iter().any(|i| points.counts(i)) {
         return Ok(None);
     }
-    let mut centres = points.start(&start.seats(points))?;
+    let centres = points.start(&start.seats(points))?;
+    let mut clustering = comparing.clustering(points.view(), centres)?;
     let mut clusters = Vec::new();
     let mut rounds = 0;
     while rounds < max_rounds {
-        let found = comparing.assign(points.view(), &centres)?;
-        let new = clustered(points, &found, &centres);
+        let found = clustering.assign()?;
+        let new = clustered(points, &found, &|| clustering.centres())?;
         if new == clusters {
             break;
         }
         rounds += 1;
-        update_centres(points.view(), &new, &mut centres)?;
+        clustering.update(&new)?;
         clusters = new;
     }
-    Ok(Some(Merged { centres, rounds }))
+    Ok(Some(Merged {
+        centres: clustering.finish(&clusters)?,
+        rounds,
+    }))
 }
+
+/// Asks for the centres, which few rounds need here.
+type Centres<'a> = &'a dyn Fn() -> Result<Cow<'a, Segments>, KernelError>;
 
 /// Members of every cluster, of those that count. A cluster without any takes the neuron farthest from its centre, of a
 /// cluster that can spare one; a neuron that is its centre is not taken.
-fn clustered(points: &Points, found: &[Option<Assignment>], centres: &Segments) -> Vec<Vec<usize>> {
-    let mut clusters = vec![Vec::new(); centres.len()];
+fn clustered(
+    points: &Points,
+    found: &[Option<Assignment>],
+    centres: Centres<'_>,
+) -> Result<Vec<Vec<usize>>, KernelError> {
+    let mut clusters = vec![Vec::new(); points.own];
     let mut placed: Vec<(f32, usize, usize)> = Vec::new();
     for (index, found) in found.iter().enumerate() {
         if let Some(found) = found.filter(|_| points.counts(index)) {
@@ -123,6 +137,10 @@ fn clustered(points: &Points, found: &[Option<Assignment>], centres: &Segments) 
         }
     }
     placed.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+    if clusters.iter().all(|cluster| !cluster.is_empty()) {
+        return Ok(clusters);
+    }
+    let centres = centres()?;
     let mut farthest = placed.into_iter();
     for cluster in 0..clusters.len() {
         if !clusters[cluster].is_empty() {
@@ -131,13 +149,13 @@ fn clustered(points: &Points, found: &[Option<Assignment>], centres: &Segments) 
         let Some((_, index, from)) = farthest.find(|&(_, _, from)| clusters[from].len() > 1) else {
             break;
         };
-        if points.cosine_with(index, centres, from) > SAME {
+        if points.cosine_with(index, &centres, from) > SAME {
             break;
         }
         clusters[from].retain(|&member| member != index);
         clusters[cluster].push(index);
     }
-    clusters
+    Ok(clusters)
 }
 
 #[cfg(test)]
@@ -281,13 +299,13 @@ mod tests {
         let at = |centre, cosine| Some(Assignment { centre, cosine });
         let found = [at(0, 1.0), at(0, 0.9), at(0, 0.3), at(1, 0.1), None];
         assert_eq!(
-            clustered(&points, &found, &centres),
+            clustered(&points, &found, &|| Ok(Cow::Borrowed(&centres))).unwrap(),
             [vec![0, 1], vec![3], vec![2]]
         );
         // The last of a cluster stays, however far.
         let found = [at(0, 1.0), at(1, 0.2), None, None, None];
         assert_eq!(
-            clustered(&points, &found, &centres),
+            clustered(&points, &found, &|| Ok(Cow::Borrowed(&centres))).unwrap(),
             [vec![0], vec![1], vec![]]
         );
     }
