@@ -46,10 +46,16 @@ fn blas_error(what: &'static str, error: CublasError) -> KernelError {
     }
 }
 
+/// Whether cuBLAS can be found; without it there are no dense products.
+#[must_use]
+pub fn cublas_found() -> bool {
+    // SAFETY: asks the loader only.
+    unsafe { sys::is_culib_present() }
+}
+
 impl Blas {
     pub(super) fn open(stream: &Arc<CudaStream>) -> Result<Self, KernelError> {
-        // SAFETY: asks the loader only.
-        if !unsafe { sys::is_culib_present() } {
+        if !cublas_found() {
             return Err(KernelError::NoLibrary {
                 library: "libcublas.so.13",
                 needed_for: "dense products; it comes with the CUDA toolkit and with the Python wheel nvidia-cublas",

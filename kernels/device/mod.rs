@@ -67,7 +67,7 @@ pub use view::{DeviceSlice, DeviceSliceMut, InOut};
 
 #[cfg(feature = "cuda")]
 pub use self::{
-    blas::{GroupedDense, GroupedProduct},
+    blas::{GroupedDense, GroupedProduct, cublas_found},
     buffer::DeviceBuffer,
     context::{Device, Properties, gpu_count},
     timing::Timer,

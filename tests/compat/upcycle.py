@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Makes a model with alike experts: half of the experts of each layer become noisy copies of the other half, and a short
-training tells them apart (upcycling, arXiv 2212.05055). For the curves of DERN in docs/results.md.
+"""Makes a model with alike experts: the experts of each layer become noisy copies of a few of them, and a short training
+tells them apart (upcycling, arXiv 2212.05055). For the curves of DERN in docs/results.md.
 
-    python tests/compat/upcycle.py MODEL OUT [--steps 300] [--noise 0.02] [--seed 0]
+    python tests/compat/upcycle.py MODEL OUT [--copies 2] [--steps 300] [--noise 0.02] [--seed 0]
 
 MODEL is the demo folder: its calibration/ and text/ files are what is trained on, with the model's own logits as targets.
 Needs torch and transformers.
@@ -35,21 +35,23 @@ def batch_of(chosen):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def copy_experts(model, noise):
-    """Expert 2i+1 becomes a copy of expert 2i, each weight moved by `noise` of its tensor's deviation."""
+def copy_experts(model, copies, noise):
+    """Of `copies` experts in a row all become the first, each weight moved by `noise` of its tensor's deviation."""
     for layer in model.model.layers:
         if not hasattr(layer.mlp, "experts"):
             continue
         experts = layer.mlp.experts
         for tensor in (experts.gate_up_proj, experts.down_proj, layer.mlp.gate.weight):
-            originals = tensor.data[0::2].clone()
-            tensor.data[1::2] = originals + noise * tensor.data.std() * torch.randn_like(originals)
+            originals = tensor.data[0::copies].clone()
+            for copy in range(1, copies):
+                tensor.data[copy::copies] = originals + noise * tensor.data.std() * torch.randn_like(originals)
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--copies", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--noise", type=float, default=0.02)
     parser.add_argument("--seed", type=int, default=0)
@@ -60,7 +62,7 @@ def main():
     data = list(samples(args.model, tokenizer))
     teacher = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     student = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    copy_experts(student, args.noise)
+    copy_experts(student, args.copies, args.noise)
     optimiser = torch.optim.AdamW(student.parameters(), lr=3e-4, weight_decay=0.01)
     for step in range(args.steps):
         for group in optimiser.param_groups:

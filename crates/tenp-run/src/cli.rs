@@ -90,12 +90,25 @@ pub(crate) enum Command {
     /// The whole story on the bundled checkpoint, in under a minute.
     #[command(after_help = "Example:\n  tenp-run demo")]
     Demo(Demo),
+    /// Say what this machine has for the work, and what is missing.
+    #[command(after_help = "Example:\n  tenp-run doctor --folder /data")]
+    Doctor(Doctor),
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
     /// Folder of the checkpoint.
     pub(crate) model: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Doctor {
+    /// Folder whose disk is measured; a file of 512 MB is written there and removed.
+    #[arg(long, value_name = "FOLDER", default_value = ".")]
+    pub(crate) folder: PathBuf,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,

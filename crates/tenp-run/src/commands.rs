@@ -4,6 +4,7 @@ mod apply;
 pub(crate) mod calibrate;
 mod compare;
 mod demo;
+mod doctor;
 mod eval;
 mod generate;
 mod inspect;
@@ -41,5 +42,6 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Generate(args) => generate::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
     }
 }

@@ -6,6 +6,7 @@ mod calibration;
 mod comparison;
 mod counts;
 mod dern;
+mod doctor;
 mod evaluation;
 mod families;
 mod folding;
