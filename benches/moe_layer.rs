@@ -1,6 +1,7 @@
 //! One MoE layer of DeepSeek-V2-Lite's shape on the CPU: the grouped experts alone, forward (router, experts, combine),
 //! forward with every scoring sum, and the same at pruned widths. Rates count the useful FLOPs of the three expert
-//! products (6·H·width per row).
+//! products (6·H·width per row). Then what it takes to pack a gate matrix of DeepSeek-V3 for the products, from bf16 and from
+//! fp8: one row of activations goes through it, so that packing is nearly all the work.
 //!
 //! `TENP_BENCH_TOKENS` sets the tokens (4096 by default).
 
@@ -159,5 +160,39 @@ fn layer(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, layer);
+/// A product with one row of activations: the rate is that of packing the weight.
+fn packing(c: &mut Criterion) {
+    const SHAPE: (usize, usize) = (2048, 7168);
+    let (rows, cols) = SHAPE;
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    let x: Vec<f32> = (0..cols).map(|_| rng.random_range(-1.0..1.0)).collect();
+    let wide: Vec<bf16> = (0..rows * cols)
+        .map(|_| bf16::from_f32(rng.random_range(-0.02..0.02)))
+        .collect();
+    // 0x7f and 0xff are NaN.
+    let codes: Vec<u8> = (0..rows * cols)
+        .map(|_| rng.random_range(0..0x7f) | (u8::from(rng.random_bool(0.5)) << 7))
+        .collect();
+    let scales: Vec<u8> = (0..rows / 128 * (cols / 128))
+        .flat_map(|_| rng.random_range(1e-5f32..1e-4).to_le_bytes())
+        .collect();
+    let views = [
+        ("bf16", MatrixView::from_bf16(rows, cols, &wide)),
+        ("fp8", MatrixView::from_fp8(rows, cols, &codes, &scales)),
+    ];
+    let mut group = c.benchmark_group("v3_packing");
+    group.throughput(Throughput::Elements((rows * cols) as u64));
+    let mut out = vec![0f32; rows];
+    for (name, view) in views {
+        let view = view.expect("made with this shape");
+        for compute in [Compute::Bf16, Compute::F32] {
+            group.bench_function(format!("{name}/{compute:?}"), |b| {
+                b.iter(|| linear(compute, &x, &view, None, &mut out).expect("shapes fit"));
+            });
+        }
+    }
+    group.finish();
+}
+
+criterion_group!(benches, layer, packing);
 criterion_main!(benches);

@@ -2,7 +2,7 @@
 //!
 //! | module | what is in it |
 //! |---|---|
-//! | [`matrix`] | [`MatrixView`]: a weight matrix as it lies in a checkpoint (f32, f16 or bf16, any alignment) |
+//! | [`matrix`] | [`MatrixView`]: a weight matrix as it lies in a checkpoint (f32, f16, bf16 or block-scaled fp8, any alignment) |
 //! | [`layout`] | [`RaggedLayout`] of neurons, [`ExpertGroups`]: the routed rows of every expert |
 //! | [`cpu`] | every operation of a streaming forward pass and of the scoring, on the CPU |
 //! | [`cost`] | FLOPs, bytes and floor times of the operations |
@@ -16,11 +16,13 @@ pub mod cost;
 pub mod cpu;
 pub mod device;
 pub mod error;
+mod fp8;
 pub mod layout;
 pub mod matrix;
 pub mod params;
 
 pub use error::KernelError;
+pub use fp8::FP8_BLOCK;
 pub use layout::{ExpertGroups, RaggedLayout};
 pub use matrix::{Dtype, MatrixView};
 

@@ -11,6 +11,7 @@ use super::elementwise::softmax;
 use super::pack::{BlockRows, Packing, pack_rows, pack_step};
 use super::tile::{TILE_COLS, TILE_ROWS, Tile, copy_row, multiply};
 use crate::error::check_len;
+use crate::matrix::Row;
 use crate::{Dtype, KernelError};
 
 /// Head counts and sizes of an attention layer.
@@ -154,10 +155,8 @@ fn one_head(
     s.keys.resize(key_blocks * dim * TILE_COLS, 0);
     for (b, block) in s.keys.chunks_exact_mut(dim * TILE_COLS).enumerate() {
         let columns = std::array::from_fn(|c| match b * TILE_COLS + c {
-            key if key < num_keys => {
-                bytemuck::cast_slice(head_row(sequence.keys, key, heads, kv_head, dim))
-            }
-            _ => &[][..],
+            key if key < num_keys => Row::of(head_row(sequence.keys, key, heads, kv_head, dim)),
+            _ => Row::EMPTY,
         });
         BlockRows {
             columns,

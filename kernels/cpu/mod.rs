@@ -22,5 +22,6 @@ pub mod rotary;
 pub mod router;
 pub mod segments;
 
+pub(crate) use dispatch::multiversion;
 pub use dispatch::{Isa, isa};
 pub use tile::{TILE_COLS, TILE_ROWS};

@@ -77,6 +77,7 @@ fn blas_type<T: DenseElement>() -> sys::cudaDataType {
         Dtype::F32 => sys::cudaDataType_t::CUDA_R_32F,
         Dtype::F16 => sys::cudaDataType_t::CUDA_R_16F,
         Dtype::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
+        Dtype::F8E4m3 => sys::cudaDataType_t::CUDA_R_8F_E4M3,
     }
 }
 

@@ -6,11 +6,8 @@ use super::call::Call;
 use super::check::to_i32;
 use super::geometry::Launch;
 use super::view::{DeviceSlice, DeviceSliceMut};
-use crate::KernelError;
 use crate::params::TenpDequantiseFp8Params;
-
-/// Rows and columns that share a scale.
-pub const FP8_BLOCK: usize = 128;
+use crate::{FP8_BLOCK, KernelError};
 
 /// out = element · scale of its block, rounded to nearest even.
 #[derive(Debug)]

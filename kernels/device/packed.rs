@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::check::{check_offsets, to_i32};
 use crate::cpu::moe::ExpertWeights;
 use crate::error::check_len;
-use crate::{Dtype, KernelError, MatrixView, RaggedLayout};
+use crate::{KernelError, MatrixView, RaggedLayout};
 
 /// Padded widths are multiples of this: the inner step of the down product.
 pub const NEURON_PAD: usize = 16;
@@ -242,18 +242,6 @@ fn copy_row(matrix: &MatrixView<'_>, row: usize, out: &mut [bf16]) {
         .expect("the row is there, and shapes were checked");
 }
 
-fn round_row(dtype: Dtype, bytes: &[u8], out: &mut [bf16]) {
-    let size = dtype.size();
-    let mut wide = [0f32; 64];
-    for (to, from) in out.chunks_mut(64).zip(bytes.chunks(64 * size)) {
-        let wide = &mut wide[..to.len()];
-        crate::matrix::widen(dtype, from, wide);
-        for (to, &v) in to.iter_mut().zip(wide.iter()) {
-            *to = bf16::from_f32(v);
-        }
-    }
-}
-
 /// Columns `first..first + NEURON_PAD` of `[H, width]` become rows; zeros past the last column.
 ///
 /// Sixteen columns of a row are one cache line or less, and 64 rows of them stay in the first cache level while they
@@ -261,19 +249,12 @@ fn round_row(dtype: Dtype, bytes: &[u8], out: &mut [bf16]) {
 fn transpose_columns(down: &MatrixView<'_>, first: usize, hidden: usize, out: &mut [bf16]) {
     const ROWS: usize = 64;
     let count = down.cols().saturating_sub(first).min(NEURON_PAD);
-    let size = down.dtype().size();
     let mut block = [[bf16::ZERO; NEURON_PAD]; ROWS];
     for start in (0..hidden).step_by(ROWS) {
         let rows = (hidden - start).min(ROWS);
         for (r, line) in block[..rows].iter_mut().enumerate() {
-            let bytes = &down.row_bytes(start + r)[first.min(down.cols()) * size..][..count * size];
-            if down.dtype() == Dtype::Bf16 {
-                for (to, from) in line.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *to = bf16::from_le_bytes(*from);
-                }
-            } else {
-                round_row(down.dtype(), bytes, &mut line[..count]);
-            }
+            down.row(start + r)
+                .round(first.min(down.cols()), &mut line[..count]);
         }
         for (c, row) in out.chunks_exact_mut(hidden).enumerate() {
             for (to, line) in row[start..start + rows].iter_mut().zip(&block) {

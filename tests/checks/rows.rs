@@ -1,9 +1,10 @@
 //! The kernels that go row by row: norms, routers, rotary, MLA's keys, sums, conversions, fp8, gathering.
 
 use half::{bf16, f16};
+use tenp_kernels::FP8_BLOCK;
 use tenp_kernels::cpu::rotary::{RotaryScaling, RotaryTable};
 use tenp_kernels::cpu::router::{GroupLimit, RouterSpec};
-use tenp_kernels::device::dequantise_fp8::{DequantiseFp8, FP8_BLOCK, dequantise_fp8};
+use tenp_kernels::device::dequantise_fp8::{DequantiseFp8, dequantise_fp8};
 use tenp_kernels::device::elementwise::{Add, SiluMul, add, count_non_finite, silu_mul};
 use tenp_kernels::device::mla_keys::{MlaKeys, mla_keys};
 use tenp_kernels::device::moe_group::{GatherRows, gather_rows};

@@ -7,9 +7,10 @@ use half::bf16;
 use rand::{RngExt as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 use simt::{Buffer, Schedule};
+use tenp_kernels::FP8_BLOCK;
 use tenp_kernels::cpu::moe::ExpertWeights;
 use tenp_kernels::device::PaddedLayout;
-use tenp_kernels::device::dequantise_fp8::{DequantiseFp8, FP8_BLOCK, dequantise_fp8};
+use tenp_kernels::device::dequantise_fp8::{DequantiseFp8, dequantise_fp8};
 use tenp_kernels::device::pack::{PackDown, PackGateUp, pack_down, pack_gate_up};
 use tenp_kernels::{MatrixView, RaggedLayout};
 

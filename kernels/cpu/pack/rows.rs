@@ -75,7 +75,7 @@ fn interleave_pairs(rows: &[&[f32]], out: &mut [u32]) {
 }
 
 multiversion! {
-    fn to_pairs(values: &[f32], out: &mut [u32]) {
+    pub(super) fn to_pairs(values: &[f32], out: &mut [u32]) {
         let (pairs, rest) = values.as_chunks::<2>();
         for (o, p) in out.iter_mut().zip(pairs) {
             *o = bf16_bits(p[0]) | (bf16_bits(p[1]) << 16);

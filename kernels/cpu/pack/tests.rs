@@ -94,6 +94,8 @@ fn weight_blocks_of_every_dtype_match_their_source() {
             (40, 33),
             (33, 64),
             (35, 47),
+            (140, 300),
+            (33, 557),
         ] {
             let data: Vec<f32> = (0..rows * inner)
                 .map(|i| f16::from_f32(value(i)).to_f32())
@@ -103,10 +105,20 @@ fn weight_blocks_of_every_dtype_match_their_source() {
                 .iter()
                 .flat_map(|&v| f16::from_f32(v).to_le_bytes())
                 .collect();
+            let codes: Vec<u8> = (0..rows * inner)
+                .map(|i| (i * 89 % 253) as u8)
+                .filter(|code| code & 0x7f != 0x7f)
+                .chain(std::iter::repeat(3))
+                .take(rows * inner)
+                .collect();
+            let scales: Vec<u8> = (0..rows.div_ceil(128) * inner.div_ceil(128))
+                .flat_map(|i| (0.37 + i as f32).to_le_bytes())
+                .collect();
             let views = [
                 MatrixView::from_f32(rows, inner, &data).unwrap(),
                 MatrixView::from_bf16(rows, inner, &b16).unwrap(),
                 MatrixView::new(Dtype::F16, rows, inner, &h16).unwrap(),
+                MatrixView::from_fp8(rows, inner, &codes, &scales).unwrap(),
             ];
             for view in views {
                 let all = view.to_f32();
@@ -141,4 +153,25 @@ fn weight_blocks_of_every_dtype_match_their_source() {
             }
         }
     }
+}
+
+#[test]
+fn every_block_of_an_fp8_matrix_has_its_own_scale() {
+    let (rows, cols) = (130, 257);
+    // 0x38 is 1.
+    let codes = vec![0x38u8; rows * cols];
+    let scales: Vec<u8> = (0..6)
+        .flat_map(|i| (1.5 + i as f32).to_le_bytes())
+        .collect();
+    let view = MatrixView::from_fp8(rows, cols, &codes, &scales).unwrap();
+    for (i, value) in view.to_f32().into_iter().enumerate() {
+        let block = i / cols / 128 * 3 + i % cols / 128;
+        assert_eq!(value, 1.5 + block as f32);
+    }
+    let mut rounded = vec![bf16::ZERO; cols];
+    view.round_row(129, &mut rounded).unwrap();
+    assert_eq!(rounded[256].to_f32(), 6.5);
+    assert!(MatrixView::from_fp8(rows, cols, &codes[1..], &scales).is_err());
+    assert!(MatrixView::from_fp8(rows, cols, &codes, &scales[4..]).is_err());
+    assert!(MatrixView::new(Dtype::F8E4m3, rows, cols, &codes).is_err());
 }

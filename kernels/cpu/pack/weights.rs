@@ -1,17 +1,25 @@
-//! Blocks of 32 weight rows or columns, widened or paired on the way from the file's bytes.
+//! Blocks of 32 weight rows or columns, widened, dequantised or paired on the way from the file's bytes.
+
+use half::bf16;
 
 use super::rows::round_in_place;
+#[cfg(target_arch = "x86_64")]
+use super::rows::to_pairs;
 #[cfg(target_arch = "x86_64")]
 use super::transpose;
 use super::{Packing, bf16_bits};
 use crate::cpu::dispatch::multiversion;
 use crate::cpu::tile::TILE_COLS;
-use crate::matrix::{Dtype, MatrixView, widen};
+use crate::matrix::{Dtype, MatrixView, Row};
+
+/// Elements of a row that are converted at a time: 16 rows of them stay in the first cache level until they are moved.
+#[cfg(target_arch = "x86_64")]
+const RUN: usize = 256;
 
 /// Packs weight rows as the 32 columns of a block, `[steps, 32]`: column c is row `rows[c]` of `matrices[c]`, or zero.
 pub(crate) struct BlockRows<'a> {
-    /// Row bytes of each column; empty for a column of zeros.
-    pub(crate) columns: [&'a [u8]; TILE_COLS],
+    /// The row of each column; an empty one for a column of zeros.
+    pub(crate) columns: [Row<'a>; TILE_COLS],
     /// Element type of all of them.
     pub(crate) dtype: Dtype,
     /// Row length.
@@ -21,13 +29,7 @@ pub(crate) struct BlockRows<'a> {
 impl<'a> BlockRows<'a> {
     /// Columns `first..first + 32` are the matrix's rows; rows past the end are zero.
     pub(crate) fn plain(matrix: &MatrixView<'a>, first: usize) -> Self {
-        let columns = std::array::from_fn(|c| {
-            if first + c < matrix.rows() {
-                matrix.row_bytes(first + c)
-            } else {
-                &[][..]
-            }
-        });
+        let columns = std::array::from_fn(|c| row_or_zeros(matrix, first + c));
         Self {
             columns,
             dtype: matrix.dtype(),
@@ -38,15 +40,10 @@ impl<'a> BlockRows<'a> {
     /// 16 gate rows, then the 16 up rows of the same neurons; neurons past the end are zero.
     pub(crate) fn gate_up(gate: &MatrixView<'a>, up: &MatrixView<'a>, first: usize) -> Self {
         let columns = std::array::from_fn(|c| {
-            let (matrix, row) = if c < 16 {
-                (gate, first + c)
+            if c < 16 {
+                row_or_zeros(gate, first + c)
             } else {
-                (up, first + c - 16)
-            };
-            if row < matrix.rows() {
-                matrix.row_bytes(row)
-            } else {
-                &[][..]
+                row_or_zeros(up, first + c - 16)
             }
         });
         Self {
@@ -63,47 +60,77 @@ impl<'a> BlockRows<'a> {
         let mut done = 0;
         #[cfg(target_arch = "x86_64")]
         if crate::cpu::isa() >= crate::cpu::Isa::Avx512 {
-            // Steps per 16×16 transpose; bf16 pairs are moved as they lie in the file.
-            let wide = match (packing, self.dtype) {
-                (Packing::Pairs, Dtype::Bf16) => Some(transpose::Source::Pairs),
-                (Packing::F32 | Packing::Rounded, Dtype::Bf16) => Some(transpose::Source::Bf16),
-                (Packing::F32, Dtype::F32) => Some(transpose::Source::F32),
-                _ => None,
+            // Pairs: only whole pairs can be moved.
+            let whole = if packing == Packing::Pairs {
+                self.inner / 2
+            } else {
+                self.inner
             };
-            if let Some(source) = wide {
-                // Pairs: only whole pairs can be moved.
-                let whole = if packing == Packing::Pairs {
-                    self.inner / 2
-                } else {
-                    self.inner
-                };
-                done = whole / 16 * 16;
-                for half in 0..2 {
-                    let columns: &[&[u8]; 16] = self.columns[16 * half..16 * half + 16]
-                        .try_into()
-                        .expect("32 columns are two halves");
-                    for column in columns {
-                        assert!(
-                            column.is_empty() || column.len() == self.inner * self.dtype.size()
-                        );
-                    }
-                    // SAFETY: AVX-512 detected; non-empty columns hold `inner` elements, `out` 32 per step.
-                    unsafe {
-                        let to = out.as_mut_ptr().add(16 * half);
-                        transpose::columns(source, columns, done / 16, to);
-                    }
-                }
+            done = whole / 16 * 16;
+            for half in 0..2 {
+                let columns = std::array::from_fn(|c| self.columns[16 * half + c]);
+                self.move_half(packing, &columns, done, &mut out[16 * half..]);
             }
         }
         self.pack_from(packing, done, out);
+    }
+
+    /// The first `steps` steps, whole sixteens, of 16 columns, by 16×16 transposes; `out` begins at their first element.
+    #[cfg(target_arch = "x86_64")]
+    fn move_half(&self, packing: Packing, columns: &[Row<'a>; 16], steps: usize, out: &mut [u32]) {
+        // bf16 pairs are moved as they lie in the file.
+        let stored = match (packing, self.dtype) {
+            (Packing::Pairs, Dtype::Bf16) => Some(transpose::Source::Pairs),
+            (Packing::F32 | Packing::Rounded, Dtype::Bf16) => Some(transpose::Source::Bf16),
+            (Packing::F32, Dtype::F32) => Some(transpose::Source::F32),
+            _ => None,
+        };
+        assert!(steps == 0 || out.len() >= (steps - 1) * TILE_COLS + 16);
+        if let Some(source) = stored {
+            for column in columns {
+                let bytes = self.inner * self.dtype.size();
+                assert!(column.is_empty() || column.bytes().len() == bytes);
+                assert!(column.is_empty() || column.dtype() == self.dtype);
+            }
+            let bytes = columns.map(|column| column.bytes());
+            // SAFETY: AVX-512 detected; non-empty columns hold `inner` elements, `out` 32 per step.
+            unsafe { transpose::columns(source, &bytes, steps / 16, out.as_mut_ptr()) };
+            return;
+        }
+        let (per_step, source) = if packing == Packing::Pairs {
+            (2, transpose::Source::Pairs)
+        } else {
+            (1, transpose::Source::F32)
+        };
+        let mut staged = [[0u32; RUN]; 16];
+        for first in (0..steps).step_by(RUN / per_step) {
+            let count = (steps - first).min(RUN / per_step);
+            for (column, staged) in columns.iter().zip(&mut staged) {
+                if !column.is_empty() {
+                    convert(packing, column, first * per_step, &mut staged[..count]);
+                }
+            }
+            let bytes = std::array::from_fn(|c| {
+                if columns[c].is_empty() {
+                    &[][..]
+                } else {
+                    bytemuck::cast_slice(&staged[c])
+                }
+            });
+            // SAFETY: AVX-512 detected; a run holds `count` steps, a multiple of 16, and `out` 32 elements per step.
+            unsafe {
+                let to = out.as_mut_ptr().add(first * TILE_COLS);
+                transpose::columns(source, &bytes, count / 16, to);
+            }
+        }
     }
 
     /// Steps `from..` one by one.
     fn pack_from(&self, packing: Packing, from: usize, out: &mut [u32]) {
         let steps = packing.steps(self.inner);
         let per_step = if packing == Packing::Pairs { 2 } else { 1 };
-        let size = self.dtype.size();
-        let mut values = vec![0f32; self.inner - (from * per_step).min(self.inner)];
+        let first = (from * per_step).min(self.inner);
+        let mut values = vec![0f32; self.inner - first];
         for (c, column) in self.columns.iter().enumerate() {
             if column.is_empty() {
                 for step in from..steps {
@@ -111,7 +138,7 @@ impl<'a> BlockRows<'a> {
                 }
                 continue;
             }
-            widen(self.dtype, &column[from * per_step * size..], &mut values);
+            column.widen(first, &mut values);
             for step in from..steps {
                 let i = (step - from) * per_step;
                 out[step * TILE_COLS + c] = match packing {
@@ -126,6 +153,32 @@ impl<'a> BlockRows<'a> {
     }
 }
 
+fn row_or_zeros<'a>(matrix: &MatrixView<'a>, row: usize) -> Row<'a> {
+    if row < matrix.rows() {
+        matrix.row(row)
+    } else {
+        Row::EMPTY
+    }
+}
+
+/// Whole steps of a row from element `first` on, as the packing holds them.
+#[cfg(target_arch = "x86_64")]
+fn convert(packing: Packing, row: &Row<'_>, first: usize, steps: &mut [u32]) {
+    match packing {
+        Packing::F32 => row.widen(first, bytemuck::cast_slice_mut(steps)),
+        Packing::Rounded => {
+            row.widen(first, bytemuck::cast_slice_mut(steps));
+            round_in_place(steps);
+        }
+        Packing::Pairs => {
+            let mut values = [0f32; RUN];
+            let values = &mut values[..2 * steps.len()];
+            row.widen(first, values);
+            to_pairs(values, steps);
+        }
+    }
+}
+
 /// Packs columns `first..first + 32` of `matrix` (`[inner, n]`), zero past the end: the transposed product.
 pub(crate) fn pack_columns(
     packing: Packing,
@@ -134,25 +187,21 @@ pub(crate) fn pack_columns(
     out: &mut [u32],
 ) {
     let count = (matrix.cols() - first).min(TILE_COLS);
-    let size = matrix.dtype().size();
-    let slice = |row: usize| &matrix.row_bytes(row)[first * size..(first + count) * size];
+    let (rows, steps) = (matrix.rows(), out.as_chunks_mut::<TILE_COLS>().0);
     match packing {
         Packing::F32 | Packing::Rounded => {
-            for (row, step) in out.as_chunks_mut::<TILE_COLS>().0.iter_mut().enumerate() {
-                columns_f32(matrix.dtype(), slice(row), step);
+            for (row, step) in steps.iter_mut().enumerate() {
+                columns_f32(&matrix.row(row), first, count, step);
             }
             if packing == Packing::Rounded && matrix.dtype() != Dtype::Bf16 {
                 round_in_place(out);
             }
         }
         Packing::Pairs => {
-            for (pair, step) in out.as_chunks_mut::<TILE_COLS>().0.iter_mut().enumerate() {
-                let second = if 2 * pair + 1 < matrix.rows() {
-                    slice(2 * pair + 1)
-                } else {
-                    &[][..]
-                };
-                columns_pairs(matrix.dtype(), slice(2 * pair), second, step);
+            for (pair, step) in steps.iter_mut().enumerate() {
+                let pair = [2 * pair, 2 * pair + 1];
+                let pair = pair.map(|row| (row < rows).then(|| matrix.row(row)));
+                columns_pairs(pair, first, count, step);
             }
         }
     }
@@ -171,49 +220,57 @@ pub(crate) fn pack_step(values: &[f32], step: &mut [u32; TILE_COLS]) {
     }
 }
 
+/// Elements `first..first + count` of a row, widened; zeros after them.
+fn columns_f32(row: &Row<'_>, first: usize, count: usize, out: &mut [u32; TILE_COLS]) {
+    if row.dtype() == Dtype::Bf16 {
+        widen_bf16(&row.bytes()[2 * first..2 * (first + count)], out);
+        return;
+    }
+    *out = [0; TILE_COLS];
+    row.widen(first, bytemuck::cast_slice_mut(&mut out[..count]));
+}
+
 multiversion! {
-    fn columns_f32(dtype: Dtype, bytes: &[u8], out: &mut [u32; TILE_COLS]) {
+    fn widen_bf16(bytes: &[u8], out: &mut [u32; TILE_COLS]) {
         *out = [0; TILE_COLS];
-        match dtype {
-            Dtype::Bf16 => {
-                for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *o = u32::from(u16::from_le_bytes(*b)) << 16;
-                }
-            }
-            Dtype::F32 => {
-                for (o, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                    *o = u32::from_le_bytes(*b);
-                }
-            }
-            Dtype::F16 => {
-                let mut values = [0f32; TILE_COLS];
-                let n = bytes.len() / 2;
-                widen(dtype, bytes, &mut values[..n]);
-                *out = values.map(f32::to_bits);
-            }
+        for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+            *o = u32::from(u16::from_le_bytes(*b)) << 16;
         }
     }
 }
 
+/// The same of two neighbouring rows, rounded to bf16 and paired; the second may be missing.
+fn columns_pairs(
+    rows: [Option<Row<'_>>; 2],
+    first: usize,
+    count: usize,
+    out: &mut [u32; TILE_COLS],
+) {
+    let mut rounded = [[bf16::ZERO; TILE_COLS]; 2];
+    let [low, high]: [&[u8]; 2] = {
+        let mut rounded = rounded.iter_mut();
+        rows.map(|row| match (row, rounded.next()) {
+            (Some(row), _) if row.dtype() == Dtype::Bf16 => {
+                &row.bytes()[2 * first..2 * (first + count)]
+            }
+            (Some(row), Some(rounded)) => {
+                row.round(first, &mut rounded[..count]);
+                bytemuck::cast_slice(&*rounded)
+            }
+            _ => &[],
+        })
+    };
+    pair_bf16(low, high, out);
+}
+
 multiversion! {
-    fn columns_pairs(dtype: Dtype, first: &[u8], second: &[u8], out: &mut [u32; TILE_COLS]) {
+    fn pair_bf16(first: &[u8], second: &[u8], out: &mut [u32; TILE_COLS]) {
         *out = [0; TILE_COLS];
-        if dtype == Dtype::Bf16 {
-            for (o, b) in out.iter_mut().zip(first.as_chunks::<2>().0) {
-                *o = u32::from(u16::from_le_bytes(*b));
-            }
-            for (o, b) in out.iter_mut().zip(second.as_chunks::<2>().0) {
-                *o |= u32::from(u16::from_le_bytes(*b)) << 16;
-            }
-        } else {
-            let mut values = [0f32; TILE_COLS];
-            for (bytes, shift) in [(first, 0), (second, 16)] {
-                let n = bytes.len() / dtype.size();
-                widen(dtype, bytes, &mut values[..n]);
-                for (o, &v) in out.iter_mut().zip(&values[..n]) {
-                    *o |= bf16_bits(v) << shift;
-                }
-            }
+        for (o, b) in out.iter_mut().zip(first.as_chunks::<2>().0) {
+            *o = u32::from(u16::from_le_bytes(*b));
+        }
+        for (o, b) in out.iter_mut().zip(second.as_chunks::<2>().0) {
+            *o |= u32::from(u16::from_le_bytes(*b)) << 16;
         }
     }
 }
