@@ -1,13 +1,14 @@
 //! Typed access: matrices, vectors, experts, routers, shared experts.
 
 use crate::checkpoint::{Checkpoint, TensorView, check_dtype, check_shape};
+use crate::fp8::{self, FP8_BLOCK};
 use crate::names::Part;
 use crate::{CheckpointError, Dtype};
 
 /// A row-major matrix inside a checkpoint.
 #[derive(Clone, Copy, Debug)]
 pub struct Matrix<'a> {
-    /// `F32`, `F16` or `BF16`.
+    /// `F32`, `F16`, `BF16` or `F8E4M3`.
     pub dtype: Dtype,
     /// Rows.
     pub rows: usize,
@@ -15,6 +16,8 @@ pub struct Matrix<'a> {
     pub cols: usize,
     /// `rows * cols` little-endian elements at any alignment.
     pub bytes: &'a [u8],
+    /// Of fp8: little-endian f32, `[⌈rows / 128⌉, ⌈cols / 128⌉]`, one for each block. Else empty.
+    pub scales: &'a [u8],
 }
 
 impl<'a> Matrix<'a> {
@@ -26,10 +29,30 @@ impl<'a> Matrix<'a> {
             .unwrap_or(&[])
     }
 
+    /// Scales of a row's blocks; empty unless the matrix is fp8.
+    fn row_scales(&self, row: usize) -> &'a [[u8; 4]] {
+        let across = self.cols.div_ceil(FP8_BLOCK);
+        let scales = self.scales.as_chunks::<4>().0;
+        scales
+            .get(row / FP8_BLOCK * across..(row / FP8_BLOCK + 1) * across)
+            .unwrap_or(&[])
+    }
+
+    /// Widens a row to f32; `out` is one row long.
+    pub fn widen_row(&self, row: usize, out: &mut [f32]) {
+        if self.dtype == Dtype::F8E4M3 {
+            fp8::widen_row(self.row(row), self.row_scales(row), out);
+        } else {
+            self.dtype.widen(self.row(row), out);
+        }
+    }
+
     /// Widened to f32, row-major.
     pub fn to_f32(&self) -> Vec<f32> {
         let mut values = vec![0.0; self.rows * self.cols];
-        self.dtype.widen(self.bytes, &mut values);
+        for (row, out) in values.chunks_exact_mut(self.cols.max(1)).enumerate() {
+            self.widen_row(row, out);
+        }
         values
     }
 }
@@ -43,6 +66,17 @@ pub struct ExpertTensors<'a> {
     pub up: Matrix<'a>,
     /// `[H, I]`.
     pub down: Matrix<'a>,
+}
+
+impl<'a> ExpertTensors<'a> {
+    /// One of the three.
+    pub fn part(&self, part: Part) -> Matrix<'a> {
+        match part {
+            Part::Gate => self.gate,
+            Part::Up => self.up,
+            Part::Down => self.down,
+        }
+    }
 }
 
 /// A layer's router.
@@ -89,7 +123,7 @@ impl Checkpoint {
     /// A `[rows, cols]` weight.
     ///
     /// # Errors
-    /// The tensor is missing, has another shape, or is not f32, f16 or bf16.
+    /// The tensor is missing, has another shape, or is not f32, f16, bf16 or block-scaled fp8.
     pub fn matrix(
         &self,
         name: &str,
@@ -102,6 +136,10 @@ impl Checkpoint {
             rows,
             cols,
             bytes: tensor.bytes,
+            scales: match tensor.dtype {
+                Dtype::F8E4M3 => self.scales(name),
+                _ => &[],
+            },
         })
     }
 
@@ -175,18 +213,21 @@ impl Checkpoint {
                 rows: width,
                 cols: hidden,
                 bytes: &gate_up.bytes[part(gate_up, 2 * expert)],
+                scales: &[],
             },
             up: Matrix {
                 dtype: gate_up.dtype,
                 rows: width,
                 cols: hidden,
                 bytes: &gate_up.bytes[part(gate_up, 2 * expert + 1)],
+                scales: &[],
             },
             down: Matrix {
                 dtype: down.dtype,
                 rows: hidden,
                 cols: width,
                 bytes: &down.bytes[part(down, expert)],
+                scales: &[],
             },
         })
     }

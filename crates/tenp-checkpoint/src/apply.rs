@@ -16,7 +16,7 @@ use crate::checkpoint::hex;
 use crate::plan::Plan;
 use crate::shard::Shard;
 use crate::writer::{DEFAULT_SHARD_BYTES, WrittenShards, write_shards};
-use crate::{Checkpoint, CheckpointError, PlannedTensor};
+use crate::{Checkpoint, CheckpointError, Dtype, PlannedTensor};
 
 use folder::Target;
 use form::{Kind, Output};
@@ -48,11 +48,33 @@ impl OutputForm {
     }
 }
 
+/// Element type of the output's weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OutputDtype {
+    /// The input's, tensor by tensor.
+    #[default]
+    Same,
+    /// bf16 in place of fp8, without scales and without a `quantization_config`; others as they are.
+    Bf16,
+}
+
+impl OutputDtype {
+    /// What a weight of this type becomes.
+    pub fn of(self, input: Dtype) -> Dtype {
+        match (self, input) {
+            (Self::Bf16, Dtype::F8E4M3) => Dtype::BF16,
+            _ => input,
+        }
+    }
+}
+
 /// What else decides an output folder.
 #[derive(Clone, Debug)]
 pub struct ApplyOptions {
     /// Form of narrowed experts.
     pub form: OutputForm,
+    /// Element type of weights.
+    pub dtype: OutputDtype,
     /// Upper bound of a shard's tensor bytes (a single larger tensor gets a shard of its own).
     pub shard_bytes: u64,
     /// Replace an output folder that is not empty.
@@ -72,6 +94,7 @@ impl Default for ApplyOptions {
     fn default() -> Self {
         Self {
             form: OutputForm::default(),
+            dtype: OutputDtype::default(),
             shard_bytes: DEFAULT_SHARD_BYTES,
             force: false,
             extra_files: Vec::new(),
@@ -140,7 +163,7 @@ pub fn apply_rewritten(
         });
     }
     files::check_extra(out, &options.extra_files)?;
-    let output = form::decide(checkpoint, plan, options.form)?;
+    let output = form::decide(checkpoint, plan, options.form, options.dtype)?;
     let settings = rewriter.as_ref().map(|rewriter| rewriter.settings());
     let fingerprint = run_fingerprint(checkpoint, plan, out, options, settings.as_deref())?;
     let Some(target) = Target::find(out, checkpoint.dir(), options.force, &fingerprint)? else {
@@ -157,7 +180,7 @@ pub fn apply_rewritten(
         Some(rewriter) if output.kind != Kind::Identical => Some(Rewritten::collect(
             checkpoint,
             plan,
-            rewriter,
+            (rewriter, options.dtype),
             folder.parent(),
             total,
         )?),
@@ -167,7 +190,11 @@ pub fn apply_rewritten(
         files::copy_checkpoint(checkpoint, folder.path(), total, progress)?
     } else {
         let written = write_tensors(
-            (checkpoint, rewritten.as_ref()),
+            gather::Source {
+                checkpoint,
+                rewritten: rewritten.as_ref(),
+                dtype: options.dtype,
+            },
             &tensors,
             &planned,
             folder.path(),
@@ -218,16 +245,16 @@ pub fn check_output(
     }
 }
 
-/// Bytes of all tensors that a plan leaves in this form.
+/// Bytes of all tensors that a plan leaves.
 ///
 /// # Errors
 /// [`CheckpointError::Form`].
 pub fn output_bytes(
     checkpoint: &Checkpoint,
     plan: &Plan,
-    form: OutputForm,
+    options: &ApplyOptions,
 ) -> Result<u64, CheckpointError> {
-    let output = form::decide(checkpoint, plan, form)?;
+    let output = form::decide(checkpoint, plan, options.form, options.dtype)?;
     let tensors = layout::tensors(checkpoint, plan, &output);
     Ok(tensors.iter().map(|out| out.tensor.num_bytes()).sum())
 }
@@ -241,11 +268,11 @@ pub fn check_form(
     plan: &Plan,
     form: OutputForm,
 ) -> Result<(), CheckpointError> {
-    form::decide(checkpoint, plan, form).map(drop)
+    form::decide(checkpoint, plan, form, OutputDtype::Same).map(drop)
 }
 
 fn write_tensors(
-    (checkpoint, rewritten): (&Checkpoint, Option<&Rewritten>),
+    source: gather::Source<'_>,
     tensors: &[layout::OutputTensor<'_>],
     planned: &[PlannedTensor],
     dir: &Path,
@@ -258,12 +285,12 @@ fn write_tensors(
     progress(0, total);
     write_shards(dir, planned, shard_bytes, &mut |index, sink| {
         let output = &tensors[index];
-        gather::write((checkpoint, rewritten), output, sink)?;
+        source.write(output, sink)?;
         // The source's pages of a finished layer would otherwise pile up in this process.
         let own = crate::layer_of(&output.tensor.name);
         if layer != own {
             if let Some(finished) = layer {
-                checkpoint.release_layer(finished);
+                source.checkpoint.release_layer(finished);
             }
             layer = own;
         }
@@ -289,6 +316,9 @@ fn run_fingerprint(
     hash.update(&plan);
     hash.update(options.form.name());
     hash.update(options.shard_bytes.to_le_bytes());
+    if options.dtype == OutputDtype::Bf16 {
+        hash.update(b"bf16\0");
+    }
     if let Some(settings) = rewriter {
         hash.update(b"rewriter\0");
         hash.update(settings);

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use crate::config::{ModelConfig, refuse_quantised};
-use crate::expected::{ExpectedTensor, expected_tensors};
+use crate::config::{ModelConfig, is_fp8};
+use crate::expected::{ExpectedTensor, Role, expected_tensors};
 use crate::header::Entry;
 use crate::index::{self, INDEX_FILE, ShardList};
 use crate::names::Spelling;
@@ -30,6 +30,7 @@ pub struct Checkpoint {
     promised: std::collections::BTreeMap<String, String>,
     fingerprint: String,
     pub(crate) ranges: LayerRanges,
+    is_fp8: bool,
 }
 
 /// A tensor inside a checkpoint.
@@ -80,7 +81,7 @@ impl Checkpoint {
                 source,
             })?;
         let config = ModelConfig::from_json(&config_path, &config_json)?;
-        refuse_quantised(&config_path, &config_json)?;
+        let fp8 = is_fp8(&config_path, &config_json)?;
         let ShardList {
             present,
             missing,
@@ -97,7 +98,7 @@ impl Checkpoint {
         });
         let fingerprint = fingerprint(&text, &shards);
         let ranges = LayerRanges::new(&shards);
-        let checkpoint = Self {
+        let mut checkpoint = Self {
             dir: dir.to_path_buf(),
             config,
             config_json,
@@ -108,17 +109,18 @@ impl Checkpoint {
             promised,
             fingerprint,
             ranges,
+            is_fp8: false,
         };
         for expected in expected_tensors(&checkpoint.config, spelling) {
             checkpoint.check(&expected)?;
         }
+        checkpoint.is_fp8 = checkpoint.check_scales(fp8)?;
         Ok(checkpoint)
     }
 
     fn check(&self, expected: &ExpectedTensor) -> Result<(), CheckpointError> {
         let Some((shard, entry)) = self.find(&expected.name) else {
-            let place = self.promised.get(&expected.name);
-            if place.is_some_and(|shard| self.missing.contains(shard)) {
+            if self.is_in_missing_shard(&expected.name) {
                 return Ok(());
             }
             return Err(CheckpointError::MissingTensor {
@@ -128,6 +130,10 @@ impl Checkpoint {
             });
         };
         check_shape(shard, entry, &expected.shape)?;
+        // Its rows are cut and mixed one by one, and no published checkpoint has it in fp8.
+        if expected.role == Role::Router && entry.dtype == Dtype::F8E4M3 {
+            return Err(unreadable(shard, entry));
+        }
         check_dtype(shard, entry)
     }
 
@@ -154,6 +160,11 @@ impl Checkpoint {
     /// How the checkpoint spells its MoE tensors.
     pub fn spelling(&self) -> Spelling {
         self.spelling
+    }
+
+    /// Whether any weight is fp8.
+    pub fn is_fp8(&self) -> bool {
+        self.is_fp8
     }
 
     /// SHA-256, in hex, over `config.json` and every shard's name, length and header.
@@ -194,6 +205,17 @@ impl Checkpoint {
         Some((shard, &shard.entries[entry]))
     }
 
+    /// File name of the shard that holds a tensor.
+    pub fn shard_of(&self, name: &str) -> Option<&str> {
+        self.find(name).map(|(shard, _)| shard.name.as_str())
+    }
+
+    /// Whether the index says that a tensor is in a shard that is not there.
+    pub(crate) fn is_in_missing_shard(&self, name: &str) -> bool {
+        let place = self.promised.get(name);
+        place.is_some_and(|shard| self.missing.contains(shard))
+    }
+
     fn place_of_missing(&self, name: &str) -> String {
         match self.promised.get(name) {
             Some(shard) => self.dir.join(shard).display().to_string(),
@@ -228,20 +250,25 @@ pub(crate) fn check_shape(
 }
 
 pub(crate) fn check_dtype(shard: &Shard, entry: &Entry) -> Result<(), CheckpointError> {
-    if entry.dtype.is_weight() {
+    // That an fp8 matrix has its scales is checked when the folder is opened.
+    if entry.dtype.is_weight() || (entry.dtype == Dtype::F8E4M3 && entry.shape.len() == 2) {
         return Ok(());
     }
-    Err(CheckpointError::Dtype {
+    Err(unreadable(shard, entry))
+}
+
+pub(crate) fn unreadable(shard: &Shard, entry: &Entry) -> CheckpointError {
+    CheckpointError::Dtype {
         tensor: entry.name.clone(),
         shard: shard.path.display().to_string(),
         got: entry.dtype,
         remedy: match entry.dtype {
-            Dtype::F8E4M3 | Dtype::F8E5M2 => {
-                "fp8 checkpoints are not supported yet by this version, convert it to bf16 first"
+            Dtype::F8E4M3 => {
+                "of fp8 only matrices of two axes that are no router are read; convert it to bf16 first"
             }
             _ => "convert it to bf16 first",
         },
-    })
+    }
 }
 
 fn by_name(shards: &[Shard]) -> Result<HashMap<String, (usize, usize)>, CheckpointError> {

@@ -15,7 +15,7 @@ pub enum Dtype {
     F16,
     /// bfloat16.
     BF16,
-    /// fp8 with 4 exponent bits.
+    /// fp8 with 4 exponent bits: a weight together with its blocks' scales, [`crate::Matrix`].
     F8E4M3,
     /// fp8 with 5 exponent bits.
     F8E5M2,
@@ -50,7 +50,7 @@ impl Dtype {
         }
     }
 
-    /// Whether weights of this type can be widened to f32 (`F32`, `F16`, `BF16`).
+    /// Whether an element of this type is a weight by itself (`F32`, `F16`, `BF16`).
     pub fn is_weight(self) -> bool {
         matches!(self, Self::F32 | Self::F16 | Self::BF16)
     }

@@ -123,9 +123,10 @@ pub enum CheckpointError {
         /// Shape found.
         got: Vec<usize>,
     },
-    /// A weight is not stored as f32, f16 or bf16.
+    /// A weight is not stored as f32, f16, bf16 or block-scaled fp8.
     #[error(
-        "tensor {tensor} in {shard}: dtype {got} is not supported for weights (f32, f16 or bf16 are); {remedy}"
+        "tensor {tensor} in {shard}: dtype {got} is not supported for weights (f32, f16, bf16 and e4m3 matrices with \
+         scales are); {remedy}"
     )]
     Dtype {
         /// The tensor.
@@ -136,6 +137,26 @@ pub enum CheckpointError {
         got: crate::Dtype,
         /// What to do.
         remedy: &'static str,
+    },
+    /// An fp8 matrix and its scales do not belong together.
+    #[error("tensor {tensor} in {shard}: {problem}; download the checkpoint again")]
+    Scale {
+        /// The matrix or its scales.
+        tensor: String,
+        /// Its shard.
+        shard: String,
+        /// What does not fit.
+        problem: String,
+    },
+    /// Numbers that have to be computed with are not finite.
+    #[error("tensor {tensor} in {shard}: {problem}; the checkpoint is damaged, download it again")]
+    NonFinite {
+        /// The fp8 matrix.
+        tensor: String,
+        /// Its shard.
+        shard: String,
+        /// Where in it.
+        problem: crate::NonFinite,
     },
     /// A layer that is not a Mixture-of-Experts layer of the model was asked for.
     #[error("layer {layer} is not a Mixture-of-Experts layer of this model")]

@@ -21,11 +21,14 @@ pub mod config;
 mod dtype;
 mod error;
 mod expected;
+mod fp8;
 mod header;
 mod index;
 mod names;
+mod neurons;
 pub mod plan;
 mod residency;
+mod scales;
 mod shard;
 mod size;
 pub mod statistics;
@@ -34,8 +37,9 @@ mod writer;
 
 pub use access::{ExpertTensors, Matrix, RouterTensors, SharedTensors};
 pub use apply::{
-    ApplyOptions, ApplyOutcome, LayerRewriter, Notes, OutputForm, ReportPage, RewrittenExpert,
-    RewrittenLayer, apply, apply_rewritten, check_form, check_output, output_bytes,
+    ApplyOptions, ApplyOutcome, LayerRewriter, Notes, OutputDtype, OutputForm, ReportPage,
+    RewrittenExpert, RewrittenLayer, apply, apply_rewritten, check_form, check_output,
+    output_bytes,
 };
 pub use atomic::{Sink, check_replaceable, replace_file};
 pub use checkpoint::{Checkpoint, TensorView};
@@ -43,8 +47,10 @@ pub use config::{Family, ModelConfig};
 pub use dtype::Dtype;
 pub use error::CheckpointError;
 pub use expected::{ExpectedTensor, Role, expected_tensors};
+pub use fp8::{FP8_BLOCK, NonFinite, holds_nan, weight_of_scale};
 pub use header::PlannedTensor;
 pub use names::{Part, Spelling, dense, layer_of};
+pub use neurons::OwnedMatrix;
 pub use plan::{Accounting, ExpertPlan, LayerPlan, Plan};
 pub use size::{CheckpointSize, PrunedFrom};
 pub use statistics::{Folds, LayerStatistics, Statistics};

@@ -135,6 +135,17 @@ impl Plan {
     }
 }
 
+impl ExpertPlan {
+    /// Kept neuron ids; `None` when all are kept.
+    pub fn kept(&self) -> Option<&[u32]> {
+        match &self.neurons {
+            Some(neurons) => Some(neurons),
+            None if self.width == 0 => Some(&[]),
+            None => None,
+        }
+    }
+}
+
 impl LayerPlan {
     /// Experts that stay in the router, ascending by id; their position is their id in the output.
     pub fn kept(&self) -> impl Iterator<Item = &ExpertPlan> {

@@ -7,6 +7,7 @@ use serde::Deserialize;
 use crate::Dtype;
 use crate::checkpoint::Checkpoint;
 use crate::expected::expected_tensors;
+use crate::fp8::{scale_shape, weight_of_scale};
 use crate::names::layer_of;
 
 /// Parameters and bytes of a checkpoint. MTP layers count in bytes but not in parameters, as published figures do.
@@ -21,7 +22,7 @@ pub struct CheckpointSize {
     pub parameters_active: u64,
     /// Bytes of all tensors present.
     pub bytes_total: u64,
-    /// Bytes of the routed experts' tensors.
+    /// Bytes of the routed experts' tensors, scales included.
     pub bytes_routed: u64,
     /// Element size of the routed experts.
     pub routed_bytes_per_parameter: u64,
@@ -85,7 +86,9 @@ impl Checkpoint {
         };
         for tensor in self.tensors() {
             size.bytes_total += tensor.bytes.len() as u64;
-            if layer_of(tensor.name).is_none_or(|layer| layer < config.num_layers) {
+            // Scales are how fp8 weights are written, not parameters of their own.
+            let main = layer_of(tensor.name).is_none_or(|layer| layer < config.num_layers);
+            if main && weight_of_scale(tensor.name).is_none() {
                 size.parameters_total += (tensor.bytes.len() / tensor.dtype.size()) as u64;
             }
         }
@@ -113,8 +116,25 @@ impl Checkpoint {
             .saturating_add(active_routed);
         size.bytes_routed = size
             .parameters_routed
-            .saturating_mul(size.routed_bytes_per_parameter);
+            .saturating_mul(size.routed_bytes_per_parameter)
+            .saturating_add(self.routed_scale_bytes());
         size
+    }
+
+    /// Bytes of the routed experts' scales.
+    fn routed_scale_bytes(&self) -> u64 {
+        if self.routed_dtype() != Dtype::F8E4M3 {
+            return 0;
+        }
+        let config = self.config();
+        let layers = 0..config.moe_layers.len();
+        let experts =
+            layers.flat_map(|layer| (0..config.num_experts(layer)).map(move |e| (layer, e)));
+        let blocks = |(layer, expert)| {
+            let width = config.width(layer, expert);
+            count(&scale_shape(width, config.hidden_size)) * 3
+        };
+        experts.map(|expert| 4 * blocks(expert)).sum()
     }
 
     /// The element type of most bytes.

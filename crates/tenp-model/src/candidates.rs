@@ -1,6 +1,6 @@
 //! How well plans predict a text, without writing them.
 
-use tenp_checkpoint::{Checkpoint, ExpertTensors, Plan};
+use tenp_checkpoint::{Checkpoint, ExpertTensors, OutputDtype, Plan};
 use tenp_kernels::Compute;
 use tenp_kernels::cpu::elementwise::log_sum_exp;
 
@@ -65,7 +65,7 @@ fn step(
     pass: &mut CpuPass<'_>,
 ) -> Result<(), ModelError> {
     let narrow = match plan.layers.iter().find(|l| l.layer == layer) {
-        Some(plan) => Narrow::all(checkpoint, plan, &|_| None)?,
+        Some(plan) => Narrow::all(checkpoint, plan, OutputDtype::Same, &|_| None)?,
         None => Vec::new(),
     };
     let experts: Vec<(usize, ExpertTensors<'_>)> = narrow

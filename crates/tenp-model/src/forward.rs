@@ -247,7 +247,7 @@ pub(crate) fn embed(checkpoint: &Checkpoint, ids: &[u32]) -> Result<Vec<f32>, Mo
     let embedding = checkpoint.matrix(EMBEDDING, config.vocab_size, config.hidden_size)?;
     let mut hidden = vec![0.0; ids.len() * config.hidden_size];
     for (&id, row) in ids.iter().zip(hidden.chunks_exact_mut(config.hidden_size)) {
-        embedding.dtype.widen(embedding.row(id as usize), row);
+        embedding.widen_row(id as usize, row);
     }
     if all_finite(&hidden) {
         Ok(hidden)

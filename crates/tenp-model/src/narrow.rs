@@ -1,24 +1,25 @@
 //! Narrowed experts in memory, to run a plan that is not written yet.
 
-use tenp_checkpoint::{Checkpoint, ExpertPlan, ExpertTensors, LayerPlan, Matrix};
+use tenp_checkpoint::{
+    Checkpoint, ExpertPlan, ExpertTensors, LayerPlan, OutputDtype, OwnedMatrix, Part,
+};
 
 use crate::ModelError;
 
-/// A narrowed expert in memory.
-pub(crate) struct Narrow<'a> {
-    old: ExpertTensors<'a>,
-    width: usize,
-    gate: Vec<u8>,
-    up: Vec<u8>,
-    down: Vec<u8>,
+/// A narrowed expert in memory, as it will be written.
+pub(crate) struct Narrow {
+    gate: OwnedMatrix,
+    up: OwnedMatrix,
+    down: OwnedMatrix,
 }
 
-impl<'a> Narrow<'a> {
+impl Narrow {
     /// The narrowed experts of a layer by id; `down` has new down projections of some.
     pub(crate) fn all<'d>(
-        checkpoint: &'a Checkpoint,
+        checkpoint: &Checkpoint,
         plan: &LayerPlan,
-        down: &dyn Fn(usize) -> Option<&'d [u8]>,
+        dtype: OutputDtype,
+        down: &dyn Fn(usize) -> Option<&'d OwnedMatrix>,
     ) -> Result<Vec<(usize, Self)>, ModelError> {
         let narrow = plan
             .experts
@@ -26,50 +27,35 @@ impl<'a> Narrow<'a> {
             .filter(|e| e.neurons.is_some() || e.width == 0);
         narrow
             .map(|expert| {
-                let old = checkpoint.expert(plan.layer, expert.id)?;
-                Ok((expert.id, Self::new(&old, expert, down(expert.id))))
+                let new = Self::new(checkpoint, plan.layer, expert, dtype, down(expert.id))?;
+                Ok((expert.id, new))
             })
             .collect()
     }
 
-    fn new(old: &ExpertTensors<'a>, plan: &ExpertPlan, down: Option<&[u8]>) -> Self {
-        let kept = plan.neurons.as_deref().unwrap_or_default();
-        let rows = |matrix: &Matrix<'_>| -> Vec<u8> {
-            kept.iter()
-                .flat_map(|&id| matrix.row(id as usize))
-                .copied()
-                .collect()
-        };
-        let cut = |matrix: &Matrix<'_>| -> Vec<u8> {
-            let size = matrix.dtype.size();
-            let row = |r: usize| {
-                let row = matrix.row(r);
-                kept.iter()
-                    .flat_map(move |&id| &row[id as usize * size..][..size])
-            };
-            (0..matrix.rows).flat_map(row).copied().collect()
-        };
-        Self {
-            old: *old,
-            width: kept.len(),
-            gate: rows(&old.gate),
-            up: rows(&old.up),
-            down: down.map_or_else(|| cut(&old.down), <[u8]>::to_vec),
-        }
+    fn new(
+        checkpoint: &Checkpoint,
+        layer: usize,
+        plan: &ExpertPlan,
+        dtype: OutputDtype,
+        down: Option<&OwnedMatrix>,
+    ) -> Result<Self, ModelError> {
+        let narrowed = |part| checkpoint.narrowed(layer, plan, part, plan.width, dtype);
+        Ok(Self {
+            gate: narrowed(Part::Gate)?,
+            up: narrowed(Part::Up)?,
+            down: match down {
+                Some(down) => down.clone(),
+                None => narrowed(Part::Down)?,
+            },
+        })
     }
 
     pub(crate) fn tensors(&self) -> ExpertTensors<'_> {
-        let (width, hidden) = (self.width, self.old.down.rows);
-        let matrix = |old: &Matrix<'_>, rows, cols, bytes| Matrix {
-            dtype: old.dtype,
-            rows,
-            cols,
-            bytes,
-        };
         ExpertTensors {
-            gate: matrix(&self.old.gate, width, hidden, &self.gate),
-            up: matrix(&self.old.up, width, hidden, &self.up),
-            down: matrix(&self.old.down, hidden, width, &self.down),
+            gate: self.gate.view(),
+            up: self.up.view(),
+            down: self.down.view(),
         }
     }
 }

@@ -1,6 +1,8 @@
 //! A checkpoint's tensors as the kernels take them.
 
-use tenp_checkpoint::{Checkpoint, Dtype, ExpertTensors, Matrix, SharedTensors};
+use tenp_checkpoint::{
+    Checkpoint, Dtype, ExpertTensors, Matrix, SharedTensors, holds_nan, weight_of_scale,
+};
 use tenp_kernels::cpu::moe::ExpertWeights;
 use tenp_kernels::{KernelError, MatrixView};
 
@@ -12,6 +14,9 @@ pub(crate) fn view<'a>(matrix: &Matrix<'a>) -> Result<MatrixView<'a>, KernelErro
         Dtype::F32 => tenp_kernels::Dtype::F32,
         Dtype::F16 => tenp_kernels::Dtype::F16,
         Dtype::BF16 => tenp_kernels::Dtype::Bf16,
+        Dtype::F8E4M3 => {
+            return MatrixView::from_fp8(matrix.rows, matrix.cols, matrix.bytes, matrix.scales);
+        }
         other => {
             return Err(KernelError::Invalid {
                 what: "weight dtype",
@@ -69,25 +74,30 @@ pub(crate) fn non_finite(
 ) -> ModelError {
     let cause = match find_non_finite(checkpoint, wanted) {
         Some(name) => format!(
-            "tensor {name} holds a NaN or an infinity: the checkpoint is damaged; download or convert it again"
+            "tensor {name} in {} holds a NaN or an infinity: the checkpoint is damaged; download or convert it again",
+            checkpoint.shard_of(&name).unwrap_or_default()
         ),
         None => "its tensors are all finite, but sums over them overflow; use other text, or a checkpoint whose weights are not scaled this large".to_owned(),
     };
     ModelError::NonFinite { place, cause }
 }
 
-/// Name of the first tensor accepted by `wanted` that holds a NaN or an infinity.
+/// Name of the first tensor accepted by `wanted`, or of the first scales of one, that holds a NaN or an infinity.
 fn find_non_finite(checkpoint: &Checkpoint, wanted: impl Fn(&str) -> bool) -> Option<String> {
     checkpoint
         .tensors()
-        .filter(|t| wanted(t.name))
+        .filter(|t| wanted(weight_of_scale(t.name).unwrap_or(t.name)))
         .find_map(|tensor| {
             let mut values = vec![0f32; 4096];
             let size = tensor.dtype.size();
             tensor.bytes.chunks(4096 * size).find_map(|chunk| {
                 let values = &mut values[..chunk.len() / size];
-                let readable = tensor.dtype.widen(chunk, values);
-                (readable && values.iter().any(|v| !v.is_finite())).then(|| tensor.name.to_owned())
+                let damaged = if tensor.dtype == Dtype::F8E4M3 {
+                    holds_nan(chunk)
+                } else {
+                    tensor.dtype.widen(chunk, values) && values.iter().any(|v| !v.is_finite())
+                };
+                damaged.then(|| tensor.name.to_owned())
             })
         })
 }

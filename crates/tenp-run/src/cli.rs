@@ -285,9 +285,19 @@ pub(crate) struct OutputArgs {
     /// Largest shard, such as 5GB or 500MB.
     #[arg(long, default_value = "5GB", value_parser = size, value_name = "SIZE")]
     pub(crate) shard_size: u64,
+    /// Write the weights of an fp8 model in bf16. Otherwise every tensor keeps its type.
+    #[arg(long, value_enum)]
+    pub(crate) dtype: Option<DtypeArg>,
     /// Replace an output folder that is not empty.
     #[arg(long)]
     pub(crate) force: bool,
+}
+
+/// Element type of the weights written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DtypeArg {
+    /// bfloat16, without scales.
+    Bf16,
 }
 
 fn size(text: &str) -> Result<u64, String> {

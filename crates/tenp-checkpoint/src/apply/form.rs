@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::OutputForm;
+use super::{OutputDtype, OutputForm};
 use crate::config::RAGGED_PREFIX;
 use crate::names::Spelling;
 use crate::plan::Plan;
@@ -13,7 +13,7 @@ use crate::{Checkpoint, CheckpointError, ModelConfig};
 pub(super) enum Kind {
     /// Nothing is cut.
     Identical,
-    /// Whole experts are dropped, no other is narrowed.
+    /// Whole experts are dropped, or fp8 is left; no expert is narrowed.
     Stock,
     Ragged,
     Padded,
@@ -24,6 +24,7 @@ pub(super) enum Kind {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Output {
     pub(super) kind: Kind,
+    pub(super) dtype: OutputDtype,
     /// Experts per layer; the most of any layer where they differ.
     pub(super) num_experts: usize,
     /// Width of the shared expert.
@@ -35,9 +36,11 @@ pub(super) fn decide(
     checkpoint: &Checkpoint,
     plan: &Plan,
     form: OutputForm,
+    dtype: OutputDtype,
 ) -> Result<Output, CheckpointError> {
     let config = checkpoint.config();
-    let kind = if plan.keeps_everything(config) {
+    let converted = dtype == OutputDtype::Bf16 && checkpoint.is_fp8();
+    let kind = if plan.keeps_everything(config) && !converted {
         Kind::Identical
     } else if plan.is_stock(config) {
         Kind::Stock
@@ -52,6 +55,7 @@ pub(super) fn decide(
     let shared = config.moe.shared_width;
     Ok(Output {
         kind,
+        dtype,
         num_experts: plan
             .num_experts()
             .into_iter()
@@ -112,6 +116,9 @@ pub(super) fn config(checkpoint: &Checkpoint, plan: &Plan, output: &Output) -> V
     let config = checkpoint.config();
     let mut json = checkpoint.config_json().clone();
     keep_remote_code(&mut json);
+    if output.dtype == OutputDtype::Bf16 {
+        json.shift_remove("quantization_config");
+    }
     if output.num_experts != config.moe.num_experts {
         for field in config.family.count_fields() {
             if json.get(field).is_some_and(|value| !value.is_null()) {

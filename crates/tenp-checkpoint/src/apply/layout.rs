@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use super::form::{Kind, Output};
+use crate::fp8::{scale_name, scale_shape, weight_of_scale};
 use crate::names::{Part, Spelling};
 use crate::plan::{ExpertPlan, LayerPlan, Plan};
 use crate::{Checkpoint, Dtype, PlannedTensor, TensorView};
@@ -32,6 +33,8 @@ pub(super) enum Recipe<'a> {
     FusedGateUp { plan: &'a LayerPlan, width: usize },
     /// Down of every expert that stays, `[E,H,width]`.
     FusedDown { plan: &'a LayerPlan, width: usize },
+    /// Scales of an fp8 matrix.
+    Scales(Box<Recipe<'a>>),
     /// One matrix of the shared expert, with zeros up to `width`.
     Shared {
         layer: usize,
@@ -70,9 +73,17 @@ pub(super) fn tensors<'a>(
     };
     let mut list = Vec::new();
     for source in checkpoint.tensors() {
-        match slots.get(source.name) {
-            Some(slot) if output.kind != Kind::Identical => builder.add(&mut list, source, *slot),
-            _ => list.push(copy(source, source.name.to_owned())),
+        if output.kind == Kind::Identical {
+            list.push(copy(source, source.name.to_owned()));
+            continue;
+        }
+        let weight = weight_of_scale(source.name).and_then(|name| checkpoint.tensor(name).ok());
+        match weight {
+            None => builder.add_weight(&mut list, source, slots.get(source.name)),
+            Some(weight) if output.dtype.of(weight.dtype) == Dtype::F8E4M3 => {
+                builder.add_scales(&mut list, weight, slots.get(weight.name), source);
+            }
+            Some(_) => {}
         }
     }
     list
@@ -138,6 +149,49 @@ struct Builder<'o> {
 }
 
 impl Builder<'_> {
+    /// What becomes of a tensor that is not one of scales.
+    fn add_weight<'a>(
+        &self,
+        list: &mut Vec<OutputTensor<'a>>,
+        source: TensorView<'a>,
+        slot: Option<&Slot<'a>>,
+    ) {
+        let before = list.len();
+        match slot {
+            Some(slot) => self.add(list, source, *slot),
+            None => list.push(copy(source, source.name.to_owned())),
+        }
+        for out in &mut list[before..] {
+            out.tensor.dtype = self.output.dtype.of(out.tensor.dtype);
+        }
+    }
+
+    /// Scales of what becomes of an fp8 matrix: the old ones where it is copied.
+    fn add_scales<'a>(
+        &self,
+        list: &mut Vec<OutputTensor<'a>>,
+        weight: TensorView<'a>,
+        slot: Option<&Slot<'a>>,
+        scales: TensorView<'a>,
+    ) {
+        let mut matrices = Vec::new();
+        self.add_weight(&mut matrices, weight, slot);
+        list.extend(matrices.into_iter().map(|matrix| {
+            let name = scale_name(&matrix.tensor.name);
+            match (matrix.recipe, &matrix.tensor.shape[..]) {
+                (Recipe::Copy(_), _) => copy(scales, name),
+                (recipe, shape) => OutputTensor {
+                    tensor: PlannedTensor {
+                        name,
+                        dtype: Dtype::F32,
+                        shape: scale_shape(shape[0], shape[1]).to_vec(),
+                    },
+                    recipe: Recipe::Scales(Box::new(recipe)),
+                },
+            }
+        }));
+    }
+
     fn add<'a>(&self, list: &mut Vec<OutputTensor<'a>>, source: TensorView<'a>, slot: Slot<'a>) {
         let spelling = self.output.spelling;
         match slot {

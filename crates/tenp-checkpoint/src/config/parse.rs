@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use super::fields::Fields;
 use super::{Family, ModelConfig, attention, moe};
 use crate::CheckpointError;
+use crate::fp8::FP8_BLOCK;
 
 /// Prefix that a ragged checkpoint puts before its `model_type`.
 pub(crate) const RAGGED_PREFIX: &str = "tenp_";
@@ -109,23 +110,41 @@ fn family(fields: Fields<'_>) -> Result<(Family, bool), CheckpointError> {
     }
 }
 
-/// Refuses quantised checkpoints, whose weights this version cannot read.
-pub(crate) fn refuse_quantised(
-    path: &Path,
-    json: &Map<String, Value>,
-) -> Result<(), CheckpointError> {
+/// Whether a checkpoint's weights are fp8 in blocks of 128 × 128; any other quantisation is refused.
+pub(crate) fn is_fp8(path: &Path, json: &Map<String, Value>) -> Result<bool, CheckpointError> {
     let fields = Fields { path, map: json };
     let Some(quantization) = fields.object("quantization_config")? else {
-        return Ok(());
+        return Ok(false);
     };
     let method = quantization.text("quant_method")?.unwrap_or("unknown");
-    let problem = if method == "fp8" {
-        "says the checkpoint is fp8; fp8 checkpoints are not supported yet by this version, convert it to bf16 first"
-            .to_owned()
-    } else {
-        format!("says the checkpoint is quantised with {method}; use the bf16 or f16 original")
+    if method != "fp8" {
+        return Err(fields.error(
+            "quantization_config",
+            format!(
+                "says the checkpoint is quantised with {method}; use the bf16, f16 or fp8 original"
+            ),
+        ));
+    }
+    let refuse = |field: &str, value: &str| {
+        fields.error(
+            "quantization_config",
+            format!(
+                "has {field} {value}; of fp8, e4m3 with dynamic activations and f32 scales for blocks of 128 × 128 is supported, \
+                 as DeepSeek-V3 has it: use the bf16 original"
+            ),
+        )
     };
-    Err(fields.error("quantization_config", problem))
+    let block = quantization.sizes("weight_block_size")?;
+    if block.as_deref() != Some(&[FP8_BLOCK; 2]) {
+        let got = block.map_or("null".to_owned(), |block| format!("{block:?}"));
+        return Err(refuse("weight_block_size", &got));
+    }
+    for (field, known) in [("fmt", "e4m3"), ("activation_scheme", "dynamic")] {
+        if let Some(other) = quantization.text(field)?.filter(|text| *text != known) {
+            return Err(refuse(field, other));
+        }
+    }
+    Ok(true)
 }
 
 fn token_ids(fields: Fields<'_>, field: &str) -> Result<Vec<u32>, CheckpointError> {

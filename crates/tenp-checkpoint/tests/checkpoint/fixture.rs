@@ -62,12 +62,36 @@ impl Fixture {
         )
     }
 
+    /// A `deepseek_v3` in fp8 whose matrices have several blocks, with tails both ways.
+    pub(crate) fn fp8() -> Self {
+        let source = tempfile::tempdir().unwrap();
+        let mut config = json(&data("tiny/deepseek_v3.json"));
+        for (field, size) in [
+            ("hidden_size", 136),
+            ("moe_intermediate_size", 300),
+            ("intermediate_size", 140),
+        ] {
+            config[field] = size.into();
+        }
+        let path = source.path().join("config.json");
+        std::fs::write(&path, serde_json::to_vec(&config).unwrap()).unwrap();
+        let bf16 = Self::of(&path, SynthesiseOptions::default());
+        let fixture = Self {
+            root: tempfile::tempdir().unwrap(),
+        };
+        crate::support::quantise_unevenly(&bf16.input(), &fixture.input());
+        fixture
+    }
+
     fn with(name: &str, options: SynthesiseOptions) -> Self {
+        Self::of(&data(&format!("tiny/{name}.json")), options)
+    }
+
+    fn of(config: &Path, options: SynthesiseOptions) -> Self {
         let root = tempfile::tempdir().unwrap();
         let fixture = Self { root };
         std::fs::create_dir(fixture.input()).unwrap();
-        let config = data(&format!("tiny/{name}.json"));
-        synthesise(&config, &fixture.input(), options, &mut |_, _| ()).unwrap();
+        synthesise(config, &fixture.input(), options, &mut |_, _| ()).unwrap();
         for (file, text) in [
             ("tokenizer.json", "{}"),
             ("tokenizer_config.json", "{}"),

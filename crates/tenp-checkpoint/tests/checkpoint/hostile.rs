@@ -191,18 +191,6 @@ fn configs_that_cannot_be_used() {
     fixture.edit_config(|config| config["model_type"] = json!("gpt_neox"));
     refused(&fixture, &["config.json", "gpt_neox", "qwen3_moe"]);
 
-    let fixture = Fixture::new("deepseek_v3");
-    fixture.edit_config(|config| {
-        config.insert(
-            "quantization_config".to_owned(),
-            json!({"quant_method": "fp8"}),
-        );
-    });
-    refused(
-        &fixture,
-        &["quantization_config", "not supported yet", "bf16"],
-    );
-
     let fixture = Fixture::new("olmoe");
     std::fs::write(fixture.input().join("config.json"), "[1]").unwrap();
     refused(&fixture, &["config.json"]);
@@ -231,6 +219,138 @@ fn ragged_widths_that_do_not_fit() {
     refused(&fixture, &["tenp.widths", "has 1 layers"]);
     fixture.edit_config(|config| config["tenp"]["version"] = json!(2));
     refused(&fixture, &["tenp.version", "newer version"]);
+}
+
+#[test]
+fn quantisations_that_are_not_read() {
+    for (field, value, words) in [
+        ("quant_method", json!("gptq"), "quantised with gptq"),
+        ("quant_method", json!(null), "quantised with unknown"),
+        (
+            "weight_block_size",
+            json!([64, 64]),
+            "weight_block_size [64, 64]",
+        ),
+        ("weight_block_size", json!(null), "weight_block_size null"),
+        ("fmt", json!("e5m2"), "fmt e5m2"),
+        (
+            "activation_scheme",
+            json!("static"),
+            "activation_scheme static",
+        ),
+    ] {
+        let fixture = Fixture::fp8();
+        fixture.edit_config(|config| config["quantization_config"][field] = value);
+        refused(
+            &fixture,
+            &["config.json", "quantization_config", words, "original"],
+        );
+    }
+    let fixture = Fixture::fp8();
+    fixture.edit_config(|config| drop(config.shift_remove("quantization_config")));
+    refused(
+        &fixture,
+        &["`quantization_config` is missing", "is fp8", "download"],
+    );
+}
+
+/// The shard that holds a tensor.
+fn shard_of(fixture: &Fixture, tensor: &str) -> std::path::PathBuf {
+    let shard = fixture.open().shard_of(tensor).unwrap().to_owned();
+    fixture.input().join(shard)
+}
+
+/// Renames a tensor in its shard and in the index.
+fn rename(fixture: &Fixture, tensor: &str, new: &str) {
+    edit_shard(&shard_of(fixture, tensor), |header, _| {
+        let entry = header.shift_remove(tensor).unwrap();
+        header.insert(new.to_owned(), entry);
+    });
+    edit_index(fixture, |map| {
+        let shard = map.shift_remove(tensor).unwrap();
+        map.insert(new.to_owned(), shard);
+    });
+}
+
+#[test]
+fn fp8_matrices_and_scales_that_do_not_belong_together() {
+    let scale = format!("{EXPERT}_scale_inv");
+    let fixture = Fixture::fp8();
+    rename(&fixture, &scale, "model.other");
+    refused(
+        &fixture,
+        &[
+            EXPERT,
+            "model-",
+            "its scales",
+            "[3, 2] are missing",
+            "download",
+        ],
+    );
+
+    let fixture = Fixture::fp8();
+    rename(&fixture, &scale, "model.other.weight_scale_inv");
+    refused(
+        &fixture,
+        &["no fp8 tensor model.other.weight", "model-", "download"],
+    );
+
+    // Scales of a tensor that is there, but in bf16.
+    let fixture = Fixture::fp8();
+    rename(&fixture, &scale, "model.norm.weight_scale_inv");
+    refused(&fixture, &["no fp8 tensor model.norm.weight"]);
+
+    let fixture = Fixture::fp8();
+    edit_shard(&shard_of(&fixture, &scale), |header, _| {
+        header[scale.as_str()]["shape"] = json!([2, 3]);
+    });
+    refused(
+        &fixture,
+        &[
+            &scale,
+            "model-",
+            "[2, 3]",
+            "needs f32 of shape [3, 2]",
+            "download",
+        ],
+    );
+
+    let fixture = Fixture::fp8();
+    edit_shard(&shard_of(&fixture, &scale), |header, _| {
+        header[scale.as_str()]["dtype"] = json!("I32");
+    });
+    refused(&fixture, &[&scale, "i32 of shape [3, 2]", "needs f32"]);
+
+    // One element of fp8 is a byte, of e5m2 too.
+    let fixture = Fixture::fp8();
+    edit_shard(&shard_of(&fixture, EXPERT), |header, _| {
+        header[EXPERT]["dtype"] = json!("F8_E5M2");
+    });
+    refused(&fixture, &[EXPERT, "f8_e5m2", "convert it to bf16"]);
+
+    let fixture = Fixture::fp8();
+    edit_shard(&shard_of(&fixture, EXPERT), |header, _| {
+        header[EXPERT]["dtype"] = json!("U8");
+    });
+    refused(&fixture, &[EXPERT, "u8 is not supported"]);
+}
+
+/// While its shard is missing nothing is known of a scale, nor of a matrix.
+#[test]
+fn scales_in_a_shard_that_is_missing() {
+    let fixture = Fixture::fp8();
+    let parts = ["gate_proj", "down_proj"].map(|part| EXPERT.replace("up_proj", part));
+    let mut pairs = parts.iter().map(|name| {
+        let scale = format!("{name}_scale_inv");
+        (shard_of(&fixture, name), shard_of(&fixture, &scale))
+    });
+    let (_, scales) = pairs.find(|(matrix, scales)| matrix != scales).unwrap();
+    std::fs::remove_file(scales).unwrap();
+    assert!(Checkpoint::open_partial(&fixture.input()).unwrap().is_fp8());
+    refused(&fixture, &["shard model-", "missing"]);
+    let fixture = Fixture::fp8();
+    std::fs::remove_file(shard_of(&fixture, EXPERT)).unwrap();
+    assert!(Checkpoint::open_partial(&fixture.input()).is_ok());
 }
 
 proptest::proptest! {

@@ -3,8 +3,11 @@
 mod configs;
 mod fixture;
 mod forms;
+mod fp8;
 mod hostile;
 mod output;
 mod plans;
 mod reading;
 mod statistics;
+#[path = "../support/fp8.rs"]
+mod support;

@@ -12,7 +12,8 @@ use std::error::Error;
 use serde_json::{Map, Value, json};
 use tenp_checkpoint::plan::{self, MergeWeights, RouterRule, Scope};
 use tenp_checkpoint::{
-    Checkpoint, LayerPlan, LayerRewriter, Matrix, Notes, Plan, RewrittenExpert, RewrittenLayer,
+    Checkpoint, Dtype, LayerPlan, LayerRewriter, Matrix, Notes, OutputDtype, Plan, RewrittenExpert,
+    RewrittenLayer,
 };
 use tenp_kernels::cpu::moe::ExpertWeights;
 use tenp_kernels::cpu::segments::{Match, Segments, Similarity};
@@ -114,10 +115,14 @@ impl<'c> Dern<'c> {
         })
     }
 
-    fn rewrite(&mut self, plan: &LayerPlan) -> Result<RewrittenLayer, ModelError> {
+    fn rewrite(
+        &mut self,
+        plan: &LayerPlan,
+        dtype: OutputDtype,
+    ) -> Result<RewrittenLayer, ModelError> {
         let (new, outcome) = match self.settings.scope {
-            Scope::Experts => self.merge_dropped(plan)?,
-            Scope::Neurons => self.fold(plan)?,
+            Scope::Experts => self.merge_dropped(plan, dtype)?,
+            Scope::Neurons => self.fold(plan, dtype)?,
         };
         self.layers.push(outcome);
         (self.progress)(plan.layer);
@@ -127,6 +132,7 @@ impl<'c> Dern<'c> {
     fn merge_dropped(
         &self,
         plan: &LayerPlan,
+        dtype: OutputDtype,
     ) -> Result<(RewrittenLayer, LayerOutcome), ModelError> {
         let layer = plan.layer;
         let config = self.checkpoint.config();
@@ -153,7 +159,9 @@ impl<'c> Dern<'c> {
             };
             outcome.merged += 1;
             outcome.rounds = outcome.rounds.max(merged.rounds);
-            new.experts.push(self.encode(layer, id, &merged.centres)?);
+            let place = (layer, id);
+            new.experts
+                .push(self.encode(place, &merged.centres, dtype)?);
         }
         if self.settings.router == RouterRule::Transfer && outcome.moved > 0 {
             new.router = Some(self.router(layer, &kept, &reassigned)?);
@@ -242,17 +250,21 @@ impl<'c> Dern<'c> {
 
     fn encode(
         &self,
-        layer: usize,
-        id: usize,
+        (layer, id): (usize, usize),
         neurons: &Segments,
+        dtype: OutputDtype,
     ) -> Result<RewrittenExpert, ModelError> {
         let old = self.checkpoint.expert(layer, id)?;
         let [gate, up, down] = tables(neurons);
+        let (width, hidden) = (neurons.len(), neurons.hidden());
+        let new = |old: Dtype, shape, values: &[f32]| {
+            encode((layer, id), dtype.of(old), shape, values).map(Some)
+        };
         Ok(RewrittenExpert {
             id,
-            gate: Some(encode(layer, old.gate.dtype, &gate)?),
-            up: Some(encode(layer, old.up.dtype, &up)?),
-            down: Some(encode(layer, old.down.dtype, &down)?),
+            gate: new(old.gate.dtype, (width, hidden), &gate)?,
+            up: new(old.up.dtype, (width, hidden), &up)?,
+            down: new(old.down.dtype, (hidden, width), &down)?,
         })
     }
 
@@ -282,7 +294,8 @@ impl<'c> Dern<'c> {
                 }
             }
             let sums: Vec<f32> = sums.into_iter().map(|sum| sum as f32).collect();
-            bytes.extend(encode(layer, router.dtype, &sums)?);
+            // A router is never fp8, so rounding cannot fail.
+            bytes.extend(router.dtype.narrow(&sums).unwrap_or_default());
         }
         Ok(bytes)
     }
@@ -326,8 +339,12 @@ impl LayerRewriter for Dern<'_> {
         format!("dern 1 {}", self.comparing.name())
     }
 
-    fn layer(&mut self, layer: &LayerPlan) -> Result<RewrittenLayer, Box<dyn Error + Send + Sync>> {
-        Ok(self.rewrite(layer)?)
+    fn layer(
+        &mut self,
+        layer: &LayerPlan,
+        dtype: OutputDtype,
+    ) -> Result<RewrittenLayer, Box<dyn Error + Send + Sync>> {
+        Ok(self.rewrite(layer, dtype)?)
     }
 
     fn notes(&self) -> Notes {

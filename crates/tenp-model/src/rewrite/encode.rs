@@ -1,16 +1,20 @@
 //! From f32 back to a tensor's own dtype.
 
-use tenp_checkpoint::Dtype;
-use tenp_kernels::KernelError;
+use tenp_checkpoint::{Dtype, OwnedMatrix};
 
 use crate::ModelError;
-use crate::error::AtLayer;
 
-/// Little-endian bytes of `values` in a weight dtype.
-pub(super) fn encode(layer: usize, dtype: Dtype, values: &[f32]) -> Result<Vec<u8>, ModelError> {
-    let bytes = dtype.narrow(values).ok_or_else(|| KernelError::Invalid {
-        what: "weight dtype",
-        why: format!("{dtype:?} cannot be written"),
-    });
-    bytes.at(layer)
+/// A new matrix of an expert of `layer` in a weight dtype.
+pub(super) fn encode(
+    (layer, expert): (usize, usize),
+    dtype: Dtype,
+    (rows, cols): (usize, usize),
+    values: &[f32],
+) -> Result<OwnedMatrix, ModelError> {
+    OwnedMatrix::encode(dtype, rows, cols, values).map_err(|error| ModelError::NonFinite {
+        place: format!("layer {layer}, expert {expert}"),
+        cause: format!(
+            "its new weights cannot be written in fp8: {error}; write them with --dtype bf16"
+        ),
+    })
 }

@@ -10,8 +10,8 @@ use std::fmt::Write as _;
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 use tenp_checkpoint::{
-    Checkpoint, ExpertPlan, ExpertTensors, LayerPlan, LayerRewriter, Notes, RewrittenExpert,
-    RewrittenLayer,
+    Checkpoint, ExpertPlan, ExpertTensors, LayerPlan, LayerRewriter, Notes, OutputDtype,
+    RewrittenExpert, RewrittenLayer,
 };
 
 use super::encode::encode;
@@ -97,7 +97,11 @@ impl<'c> LeastSquares<'c> {
         })
     }
 
-    fn rewrite(&mut self, plan: &LayerPlan) -> Result<RewrittenLayer, ModelError> {
+    fn rewrite(
+        &mut self,
+        plan: &LayerPlan,
+        dtype: OutputDtype,
+    ) -> Result<RewrittenLayer, ModelError> {
         let layer = plan.layer;
         while self.pass.layer() < layer {
             self.pass.step(&Passing(&*self.progress))?;
@@ -142,16 +146,17 @@ impl<'c> LeastSquares<'c> {
             let Some(down) = solution.down else {
                 continue;
             };
-            let dtype = self.checkpoint.expert(layer, id)?.down.dtype;
+            let old = self.checkpoint.expert(layer, id)?.down;
+            let shape = (old.rows, plan.experts[id].width);
             new.experts.push(RewrittenExpert {
                 id,
-                down: Some(encode(layer, dtype, &down)?),
+                down: Some(encode((layer, id), dtype.of(old.dtype), shape, &down)?),
                 ..RewrittenExpert::default()
             });
         }
         self.layers.push(outcome);
         if self.options.on_pruned {
-            self.step_pruned(plan, &new)?;
+            self.step_pruned(plan, &new, dtype)?;
         } else {
             self.pass.step(&())?;
         }
@@ -159,12 +164,17 @@ impl<'c> LeastSquares<'c> {
     }
 
     /// Runs the layer with its experts as they will be written.
-    fn step_pruned(&mut self, plan: &LayerPlan, new: &RewrittenLayer) -> Result<(), ModelError> {
+    fn step_pruned(
+        &mut self,
+        plan: &LayerPlan,
+        new: &RewrittenLayer,
+        dtype: OutputDtype,
+    ) -> Result<(), ModelError> {
         let down = |id| {
             let new = new.experts.iter().find(|n| n.id == id);
-            new.and_then(|n| n.down.as_deref())
+            new.and_then(|n| n.down.as_ref())
         };
-        let narrow = Narrow::all(self.checkpoint, plan, &down)?;
+        let narrow = Narrow::all(self.checkpoint, plan, dtype, &down)?;
         let experts: Vec<(usize, ExpertTensors<'_>)> = narrow
             .iter()
             .map(|(id, expert)| (*id, expert.tensors()))
@@ -234,8 +244,12 @@ impl LayerRewriter for LeastSquares<'_> {
         self.settings.clone()
     }
 
-    fn layer(&mut self, layer: &LayerPlan) -> Result<RewrittenLayer, Box<dyn Error + Send + Sync>> {
-        Ok(self.rewrite(layer)?)
+    fn layer(
+        &mut self,
+        layer: &LayerPlan,
+        dtype: OutputDtype,
+    ) -> Result<RewrittenLayer, Box<dyn Error + Send + Sync>> {
+        Ok(self.rewrite(layer, dtype)?)
     }
 
     fn notes(&self) -> Notes {

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use tenp_checkpoint::{
-    Checkpoint, LayerPlan, LayerRewriter, Notes, RewrittenExpert, RewrittenLayer,
+    Checkpoint, LayerPlan, LayerRewriter, Notes, OutputDtype, RewrittenExpert, RewrittenLayer,
 };
 
 use super::encode::encode;
@@ -29,7 +29,7 @@ impl<'c> Rescale<'c> {
         }
     }
 
-    fn rewrite(&self, plan: &LayerPlan) -> Result<RewrittenLayer, ModelError> {
+    fn rewrite(&self, plan: &LayerPlan, dtype: OutputDtype) -> Result<RewrittenLayer, ModelError> {
         let layer = plan.layer;
         let index = self
             .checkpoint
@@ -53,7 +53,12 @@ impl<'c> Rescale<'c> {
                 .collect();
             new.experts.push(RewrittenExpert {
                 id: expert.id,
-                down: Some(encode(layer, down.dtype, &scaled)?),
+                down: Some(encode(
+                    (layer, expert.id),
+                    dtype.of(down.dtype),
+                    (down.rows, kept.len()),
+                    &scaled,
+                )?),
                 ..RewrittenExpert::default()
             });
         }
@@ -75,8 +80,12 @@ impl LayerRewriter for Rescale<'_> {
         text
     }
 
-    fn layer(&mut self, layer: &LayerPlan) -> Result<RewrittenLayer, Box<dyn Error + Send + Sync>> {
-        Ok(self.rewrite(layer)?)
+    fn layer(
+        &mut self,
+        layer: &LayerPlan,
+        dtype: OutputDtype,
+    ) -> Result<RewrittenLayer, Box<dyn Error + Send + Sync>> {
+        Ok(self.rewrite(layer, dtype)?)
     }
 
     fn notes(&self) -> Notes {

@@ -2,7 +2,7 @@
 
 use tenp_checkpoint::plan::{Dern as Settings, Initialisation, MergeWeights, RouterRule, Scope};
 use tenp_checkpoint::{
-    Checkpoint, ExpertPlan, LayerPlan, LayerRewriter as _, Plan, RewrittenLayer,
+    Checkpoint, ExpertPlan, LayerPlan, LayerRewriter as _, OutputDtype, Plan, RewrittenLayer,
 };
 use tenp_kernels::Compute;
 use tenp_kernels::device::Backend;
@@ -68,7 +68,7 @@ fn rewritten(mut dern: Dern<'_>, plan: &Plan) -> (Vec<RewrittenLayer>, serde_jso
     let layers = plan
         .layers
         .iter()
-        .map(|layer| dern.layer(layer).expect("merges"));
+        .map(|layer| dern.layer(layer, OutputDtype::Same).expect("merges"));
     let layers = layers.collect();
     (layers, dern.notes().report["dern"].clone())
 }

@@ -6,14 +6,14 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use tenp_checkpoint::{
-    ApplyOptions, ApplyOutcome, Checkpoint, LayerRewriter, OutputForm, Plan, apply_rewritten,
-    check_form, check_output, output_bytes,
+    ApplyOptions, ApplyOutcome, Checkpoint, LayerRewriter, OutputDtype, OutputForm, Plan,
+    apply_rewritten, check_form, check_output, output_bytes,
 };
 use tenp_kernels::Compute;
 use tenp_model::rewrite::{Dern, LeastSquares, Rescale};
 
 use crate::cli::{
-    Apply, ComputeArg, DataArgs, DeviceArg, FormArg, MIN_TOKENS, OutputArgs, RecoverArg,
+    Apply, ComputeArg, DataArgs, DeviceArg, DtypeArg, FormArg, MIN_TOKENS, OutputArgs, RecoverArg,
 };
 use crate::failure::usage;
 use crate::models::Domains;
@@ -26,6 +26,7 @@ pub(super) fn run(args: &Apply) -> Result<()> {
     recovery::check(args.recover)?;
     check_data(args)?;
     let checkpoint = models::open(&args.model)?;
+    check_effect(&checkpoint, &args.output)?;
     let plan = Plan::read(&args.plan)?;
     let on_device = plan.dern.is_some() || args.recover.recover != RecoverArg::None;
     if matches!(args.run.device, DeviceArg::Cuda(_)) && !on_device {
@@ -80,6 +81,30 @@ impl From<FormArg> for OutputForm {
     }
 }
 
+/// What the flags say of the output.
+pub(super) fn options(output: &OutputArgs) -> ApplyOptions {
+    ApplyOptions {
+        form: output.form.into(),
+        dtype: match output.dtype {
+            Some(DtypeArg::Bf16) => OutputDtype::Bf16,
+            None => OutputDtype::Same,
+        },
+        shard_bytes: output.shard_size,
+        force: output.force,
+        ..ApplyOptions::default()
+    }
+}
+
+/// Refuses flags of the output that would have no effect on this model.
+pub(super) fn check_effect(checkpoint: &Checkpoint, output: &OutputArgs) -> Result<()> {
+    if output.dtype.is_some() && !checkpoint.is_fp8() {
+        return Err(usage(
+            "--dtype bf16 has no effect here: no weight of the model is fp8, and others keep their type; leave it out",
+        ));
+    }
+    Ok(())
+}
+
 /// The text that recovery is to be made on, and what its domains weigh in the plan. What would be refused later is refused
 /// before it is read.
 fn calibration(
@@ -89,7 +114,7 @@ fn calibration(
 ) -> Result<(Domains, BTreeMap<String, f64>)> {
     let form = args.output.form.into();
     check_form(checkpoint, plan, form)?;
-    let needed = output_bytes(checkpoint, plan, form)?;
+    let needed = output_bytes(checkpoint, plan, &options(&args.output))?;
     check_output(checkpoint, &args.output.output, args.output.force, needed)?;
     let data = DataArgs {
         data: args.data.clone(),
@@ -132,15 +157,13 @@ pub(super) fn write(
 ) -> Result<ApplyOutcome> {
     let form = output.form.into();
     let options = ApplyOptions {
-        form,
-        shard_bytes: output.shard_size,
-        force: output.force,
         extra_files: vec![(
             "README.md".to_owned(),
             cards::model_card(checkpoint, plan, form).into_bytes(),
         )],
         report: cards::report(checkpoint, plan, making.calibration),
         page: Some(report_page::page),
+        ..self::options(output)
     };
     let computing = OnceLock::new();
     let mut progress: Option<Progress> = None;

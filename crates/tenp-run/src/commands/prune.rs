@@ -10,7 +10,7 @@ use tenp_checkpoint::{
 use tenp_model::Model;
 use tenp_model::calibrate::FoldOptions;
 
-use super::apply::Making;
+use super::apply::{self, Making};
 use crate::answers::{Answered, Samples};
 use crate::cli::{AnswersArg, Prune, RecoverArg};
 use crate::coverage::Coverage;
@@ -31,6 +31,7 @@ pub(super) fn run(args: &Prune) -> Result<()> {
             "{dir} is already pruned (from {original}); prune the original checkpoint"
         )));
     }
+    apply::check_effect(&checkpoint, &args.output)?;
     if let Some(path) = &args.save_stats {
         let read = args.data.files();
         models::check_file("--save-stats", path, Some(&args.model), &read)?;
@@ -39,7 +40,7 @@ pub(super) fn run(args: &Prune) -> Result<()> {
     let rehearsed = requests::rehearse(&checkpoint, names, &request)?;
     let form: OutputForm = args.output.form.into();
     check_form(&checkpoint, &rehearsed, form)?;
-    let bytes_after = output_bytes(&checkpoint, &rehearsed, form)?;
+    let bytes_after = output_bytes(&checkpoint, &rehearsed, &apply::options(&args.output))?;
     let (out, force) = (&args.output.output, args.output.force);
     check_output(
         &checkpoint,
@@ -60,7 +61,7 @@ pub(super) fn run(args: &Prune) -> Result<()> {
         (checkpoint.fingerprint(), samples.inputs(), place.name()),
         (
             format!("{request:?} {:?}", args.recover),
-            form.name(),
+            format!("{form:?} {:?}", args.output.dtype),
             args.output.shard_size,
             args.folds,
         ),

@@ -10,6 +10,9 @@ mod doctor;
 mod evaluation;
 mod families;
 mod folding;
+mod fp8;
+#[path = "../../../tenp-checkpoint/tests/support/fp8.rs"]
+mod fp8_folder;
 mod outputs;
 mod plans;
 mod recovery;

@@ -1,6 +1,6 @@
 //! Merging within experts: the neurons that a narrow expert loses, into those it keeps.
 
-use tenp_checkpoint::{LayerPlan, RewrittenLayer};
+use tenp_checkpoint::{LayerPlan, OutputDtype, RewrittenLayer};
 use tenp_kernels::KernelError;
 use tenp_kernels::cpu::moe::ExpertWeights;
 use tenp_kernels::cpu::segments::Segments;
@@ -24,6 +24,7 @@ impl Dern<'_> {
     pub(super) fn fold(
         &self,
         plan: &LayerPlan,
+        dtype: OutputDtype,
     ) -> Result<(RewrittenLayer, LayerOutcome), ModelError> {
         let layer = plan.layer;
         let config = self.checkpoint.config();
@@ -52,7 +53,9 @@ impl Dern<'_> {
             if let Some(merged) = folded.merged {
                 outcome.merged += 1;
                 outcome.rounds = outcome.rounds.max(merged.rounds);
-                new.experts.push(self.encode(layer, id, &merged.centres)?);
+                let place = (layer, id);
+                new.experts
+                    .push(self.encode(place, &merged.centres, dtype)?);
             }
         }
         Ok((new, outcome))
