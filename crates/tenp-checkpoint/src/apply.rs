@@ -6,19 +6,21 @@ mod form;
 mod gather;
 mod layout;
 mod rewrite;
+mod tensors;
 
 use std::path::Path;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::hex;
 use crate::plan::Plan;
 use crate::shard::Shard;
-use crate::writer::{DEFAULT_SHARD_BYTES, WrittenShards, write_shards};
+use crate::work::Inputs;
+use crate::writer::DEFAULT_SHARD_BYTES;
 use crate::{Checkpoint, CheckpointError, Dtype, PlannedTensor};
 
-use folder::Target;
+use folder::{Folder, Target};
 use form::{Kind, Output};
 use rewrite::Rewritten;
 
@@ -59,6 +61,14 @@ pub enum OutputDtype {
 }
 
 impl OutputDtype {
+    /// For fingerprints and messages.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Same => "same",
+            Self::Bf16 => "bf16",
+        }
+    }
+
     /// What a weight of this type becomes.
     pub fn of(self, input: Dtype) -> Dtype {
         match (self, input) {
@@ -79,6 +89,8 @@ pub struct ApplyOptions {
     pub shard_bytes: u64,
     /// Replace an output folder that is not empty.
     pub force: bool,
+    /// Discard what an unfinished run of other inputs has left.
+    pub restart: bool,
     /// Files to put beside the checkpoint, such as its model card.
     pub extra_files: Vec<(String, Vec<u8>)>,
     /// Becomes `report.json`, together with the run's fingerprint and sizes.
@@ -97,6 +109,7 @@ impl Default for ApplyOptions {
             dtype: OutputDtype::default(),
             shard_bytes: DEFAULT_SHARD_BYTES,
             force: false,
+            restart: false,
             extra_files: Vec::new(),
             report: Map::new(),
             page: None,
@@ -115,6 +128,8 @@ pub enum ApplyOutcome {
         tensors: usize,
         /// Number of shards.
         shards: usize,
+        /// Of these, written by an earlier run that did not finish.
+        resumed_shards: usize,
         /// The plan keeps everything: shards, index and config are byte for byte those of the input.
         identical: bool,
     },
@@ -125,12 +140,14 @@ pub enum ApplyOutcome {
 /// Writes the checkpoint that a plan makes of another into `out`, which appears as a whole or not at all.
 ///
 /// `progress` is called with tensor bytes written and the total. Same checkpoint, plan and options give the same bytes.
-/// Everything is built in a temporary folder beside `out`, which is removed on error; the input is never touched. With
-/// [`ApplyOptions::force`] a finished output is written again.
+/// Everything is built in a work folder beside `out`; the input is never touched. Shards that are whole stay there on
+/// error, and when the process is killed: the same call goes on behind them. With [`ApplyOptions::force`] a finished
+/// output is written again.
 ///
 /// # Errors
 /// An unsound plan or another checkpoint's, a plan that merges experts (see [`apply_rewritten`]), a form that cannot hold it, an `out` that is the input, contains it, lies
-/// inside it or is not empty, a full disk, any failed file operation.
+/// inside it, is not empty or is being written by another process, an unfinished run of other inputs, a full disk, any
+/// failed file operation.
 pub fn apply(
     checkpoint: &Checkpoint,
     plan: &Plan,
@@ -142,7 +159,7 @@ pub fn apply(
 }
 
 /// [`apply`] with weights of the MoE layers that are what `rewriter` makes of them. It is asked for each layer once, in
-/// depth order, before tensors are written, and not at all where nothing is cut.
+/// depth order, before tensors are written, and not at all where nothing is cut. Layers that are made stay on error too.
 ///
 /// # Errors
 /// Those of [`apply`] and of the rewriter.
@@ -165,66 +182,106 @@ pub fn apply_rewritten(
     files::check_extra(out, &options.extra_files)?;
     let output = form::decide(checkpoint, plan, options.form, options.dtype)?;
     let settings = rewriter.as_ref().map(|rewriter| rewriter.settings());
-    let fingerprint = run_fingerprint(checkpoint, plan, out, options, settings.as_deref())?;
-    let Some(target) = Target::find(out, checkpoint.dir(), options.force, &fingerprint)? else {
+    let inputs = inputs(checkpoint, plan, out, options, settings)?;
+    let fingerprint = hex(&Sha256::digest(json!(inputs).to_string()));
+    let find = || Target::find(out, checkpoint.dir(), options.force, &fingerprint);
+    let Some(target) = find()? else {
+        folder::remove_leftover(out);
         return Ok(ApplyOutcome::AlreadyFinished);
     };
     let tensors = layout::tensors(checkpoint, plan, &output);
-    let planned: Vec<PlannedTensor> = tensors.iter().map(|out| out.tensor.clone()).collect();
     let total = match output.kind {
         Kind::Identical => checkpoint.shards.iter().map(Shard::num_bytes).sum(),
-        _ => planned.iter().map(PlannedTensor::num_bytes).sum(),
+        _ => tensors.iter().map(|out| out.tensor.num_bytes()).sum(),
     };
-    let folder = target.create(total)?;
-    let rewritten = match rewriter {
-        Some(rewriter) if output.kind != Kind::Identical => Some(Rewritten::collect(
-            checkpoint,
-            plan,
-            (rewriter, options.dtype),
-            folder.parent(),
-            total,
-        )?),
-        _ => None,
+    let mut folder = target.begin(inputs, options.restart, total)?;
+    // Looked at again: another run may have finished between the look and the hold, or left its place half replaced.
+    let Some(target) = find()? else {
+        folder.abandon();
+        return Ok(ApplyOutcome::AlreadyFinished);
     };
-    let written = if output.kind == Kind::Identical {
-        files::copy_checkpoint(checkpoint, folder.path(), total, progress)?
-    } else {
-        let written = write_tensors(
-            gather::Source {
-                checkpoint,
-                rewritten: rewritten.as_ref(),
-                dtype: options.dtype,
-            },
-            &tensors,
-            &planned,
-            folder.path(),
-            options.shard_bytes,
-            total,
-            progress,
-        )?;
-        let config = form::config(checkpoint, plan, &output);
-        files::write_json(&folder.path().join("config.json"), &config, total)?;
-        written
-    };
-    let side = files::Side {
+    folder.target = target;
+    let run = Run {
         checkpoint,
         plan,
         options,
-        notes: rewritten.as_ref().map(Rewritten::notes),
-        output: &output,
-        fingerprint: &fingerprint,
-        written: &written,
-        num_tensors: planned.len(),
-        needed: total,
+        output,
+        fingerprint,
+        total,
     };
-    side.write(folder.path())?;
-    folder.commit()?;
-    Ok(ApplyOutcome::Written {
-        bytes: written.bytes,
-        tensors: planned.len(),
-        shards: written.shards.len(),
-        identical: output.kind == Kind::Identical,
-    })
+    run.write(folder, &tensors, rewriter, progress)
+}
+
+/// A run that is to be made.
+struct Run<'a> {
+    checkpoint: &'a Checkpoint,
+    plan: &'a Plan,
+    options: &'a ApplyOptions,
+    output: Output,
+    fingerprint: String,
+    /// Bytes of the output's tensors.
+    total: u64,
+}
+
+impl Run<'_> {
+    fn write(
+        &self,
+        mut folder: Folder,
+        tensors: &[layout::OutputTensor<'_>],
+        rewriter: Option<&mut dyn LayerRewriter>,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<ApplyOutcome, CheckpointError> {
+        let (checkpoint, total) = (self.checkpoint, self.total);
+        let identical = self.output.kind == Kind::Identical;
+        let dir = folder.path().to_path_buf();
+        let rewritten = match rewriter {
+            Some(rewriter) if !identical => {
+                let work = folder.work();
+                let rewriter = (rewriter, self.options.dtype);
+                let all = Rewritten::collect(checkpoint, self.plan, rewriter, work, total)?;
+                Some(all)
+            }
+            _ => None,
+        };
+        let mut copying = tensors::Copying::new(folder.work(), total, progress);
+        let written = if identical {
+            files::copy_checkpoint(checkpoint, &dir, &mut copying)?
+        } else {
+            let planned: Vec<PlannedTensor> =
+                tensors.iter().map(|out| out.tensor.clone()).collect();
+            let source = gather::Source {
+                checkpoint,
+                rewritten: rewritten.as_ref(),
+                dtype: self.options.dtype,
+            };
+            let written =
+                tensors::write(source, tensors, &planned, self.options, &dir, &mut copying)?;
+            let config = form::config(checkpoint, self.plan, &self.output);
+            files::write_json(&dir.join("config.json"), &config, total)?;
+            written
+        };
+        let resumed_shards = copying.kept;
+        let side = files::Side {
+            checkpoint,
+            plan: self.plan,
+            options: self.options,
+            notes: rewritten.as_ref().map(Rewritten::notes),
+            output: &self.output,
+            fingerprint: &self.fingerprint,
+            written: &written,
+            num_tensors: tensors.len(),
+            needed: total,
+        };
+        side.write(&dir)?;
+        folder.commit()?;
+        Ok(ApplyOutcome::Written {
+            bytes: written.bytes,
+            tensors: tensors.len(),
+            shards: written.shards.len(),
+            resumed_shards,
+            identical,
+        })
+    }
 }
 
 /// Refuses an output folder that [`apply`] would refuse, before any other work. An earlier output passes: only the run's
@@ -271,59 +328,25 @@ pub fn check_form(
     form::decide(checkpoint, plan, form, OutputDtype::Same).map(drop)
 }
 
-fn write_tensors(
-    source: gather::Source<'_>,
-    tensors: &[layout::OutputTensor<'_>],
-    planned: &[PlannedTensor],
-    dir: &Path,
-    shard_bytes: u64,
-    total: u64,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<WrittenShards, CheckpointError> {
-    let mut done = 0;
-    let mut layer = None;
-    progress(0, total);
-    write_shards(dir, planned, shard_bytes, &mut |index, sink| {
-        let output = &tensors[index];
-        source.write(output, sink)?;
-        // The source's pages of a finished layer would otherwise pile up in this process.
-        let own = crate::layer_of(&output.tensor.name);
-        if layer != own {
-            if let Some(finished) = layer {
-                source.checkpoint.release_layer(finished);
-            }
-            layer = own;
-        }
-        done += output.tensor.num_bytes();
-        progress(done, total);
-        Ok(())
-    })
-}
-
-/// Identifies a run: two runs of the same fingerprint write the same checkpoint.
-fn run_fingerprint(
+/// What decides the output's bytes: two runs of the same inputs write the same checkpoint.
+fn inputs(
     checkpoint: &Checkpoint,
     plan: &Plan,
     out: &Path,
     options: &ApplyOptions,
-    rewriter: Option<&str>,
-) -> Result<String, CheckpointError> {
-    let plan = plan.to_json(out)?;
-    let mut hash = Sha256::new();
-    hash.update(b"tenp-apply 1\0");
-    hash.update(checkpoint.fingerprint());
-    hash.update((plan.len() as u64).to_le_bytes());
-    hash.update(&plan);
-    hash.update(options.form.name());
-    hash.update(options.shard_bytes.to_le_bytes());
-    if options.dtype == OutputDtype::Bf16 {
-        hash.update(b"bf16\0");
-    }
-    if let Some(settings) = rewriter {
-        hash.update(b"rewriter\0");
-        hash.update(settings);
-    }
-    Ok(hex(&hash.finalize()))
+    settings: Option<String>,
+) -> Result<Inputs, CheckpointError> {
+    let plan = hex(&Sha256::digest(plan.to_json(out)?));
+    let pairs = [
+        ("checkpoint", checkpoint.fingerprint().to_owned()),
+        ("plan", plan),
+        ("form", options.form.name().to_owned()),
+        ("dtype", options.dtype.name().to_owned()),
+        ("shard size", options.shard_bytes.to_string()),
+        ("recovery", settings.unwrap_or_default()),
+        ("program version", env!("CARGO_PKG_VERSION").to_owned()),
+    ];
+    Ok(pairs.map(|(name, value)| (name.to_owned(), value)).into())
 }
 
 impl Output {

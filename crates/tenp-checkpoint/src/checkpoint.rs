@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
@@ -31,6 +33,7 @@ pub struct Checkpoint {
     fingerprint: String,
     pub(crate) ranges: LayerRanges,
     is_fp8: bool,
+    stop: Arc<AtomicBool>,
 }
 
 /// A tensor inside a checkpoint.
@@ -110,6 +113,7 @@ impl Checkpoint {
             fingerprint,
             ranges,
             is_fp8: false,
+            stop: Arc::default(),
         };
         for expected in expected_tensors(&checkpoint.config, spelling) {
             checkpoint.check(&expected)?;
@@ -135,6 +139,22 @@ impl Checkpoint {
             return Err(unreadable(shard, entry));
         }
         check_dtype(shard, entry)
+    }
+
+    /// Work on this checkpoint ends with [`CheckpointError::Interrupted`] soon after `stop` becomes true.
+    pub fn stop_when(&mut self, stop: Arc<AtomicBool>) {
+        self.stop = stop;
+    }
+
+    /// To be asked between parts of long work.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Interrupted`] once the work is to stop.
+    pub fn check_stop(&self) -> Result<(), CheckpointError> {
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(CheckpointError::Interrupted);
+        }
+        Ok(())
     }
 
     /// Shard names of the index that are not in the folder.

@@ -230,6 +230,9 @@ pub enum CheckpointError {
         /// Bytes the whole output needs.
         needed: u64,
     },
+    /// The work was told to stop.
+    #[error("interrupted")]
+    Interrupted,
     /// A statistics file or a merge of two is not sound.
     #[error("{place}: {problem}")]
     Statistics {

@@ -10,6 +10,7 @@
 //! | write the pruned checkpoint | [`apply()`] |
 //! | make a random checkpoint of given shapes | [`synthesise()`] |
 //! | write any checkpoint, a tensor at a time | [`write_shards`] |
+//! | keep what an unfinished run has done | [`Work`] |
 //!
 //! This crate knows no kernel: it moves bytes and checks them.
 
@@ -33,6 +34,7 @@ mod shard;
 mod size;
 pub mod statistics;
 mod synthesise;
+mod work;
 mod writer;
 
 pub use access::{ExpertTensors, Matrix, RouterTensors, SharedTensors};
@@ -55,4 +57,5 @@ pub use plan::{Accounting, ExpertPlan, LayerPlan, Plan};
 pub use size::{CheckpointSize, PrunedFrom};
 pub use statistics::{Folds, LayerStatistics, Statistics};
 pub use synthesise::{SynthesiseOptions, synthesise, synthesise_statistics};
+pub use work::{Inputs, Work};
 pub use writer::{DEFAULT_SHARD_BYTES, WrittenShards, write_shards};

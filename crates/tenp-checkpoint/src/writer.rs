@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::CheckpointError;
 use crate::atomic::{Sink, write_error, write_new};
@@ -36,6 +36,38 @@ pub fn write_shards(
     shard_bytes: u64,
     fill: &mut dyn FnMut(usize, &mut Sink<'_>) -> Result<(), CheckpointError>,
 ) -> Result<WrittenShards, CheckpointError> {
+    struct All<'a>(&'a mut dyn FnMut(usize, &mut Sink<'_>) -> Result<(), CheckpointError>);
+    impl Source for All<'_> {
+        fn fill(&mut self, index: usize, sink: &mut Sink<'_>) -> Result<(), CheckpointError> {
+            (self.0)(index, sink)
+        }
+    }
+    write_from(dir, tensors, shard_bytes, &mut All(fill))
+}
+
+/// Where [`write_from`] takes tensors from.
+pub(crate) trait Source {
+    /// Writes exactly the bytes of the tensor at a position of the list.
+    fn fill(&mut self, index: usize, sink: &mut Sink<'_>) -> Result<(), CheckpointError>;
+
+    /// Whether a whole shard of that name and length, from an earlier run of the same inputs, may stay.
+    fn keeps(&mut self, _shard: &Path, _num_bytes: u64) -> bool {
+        false
+    }
+
+    /// A shard is whole, and is about to get its name.
+    fn completed(&mut self) -> Result<(), CheckpointError> {
+        Ok(())
+    }
+}
+
+/// [`write_shards`], but for shards that `source` keeps.
+pub(crate) fn write_from(
+    dir: &Path,
+    tensors: &[PlannedTensor],
+    shard_bytes: u64,
+    source: &mut dyn Source,
+) -> Result<WrittenShards, CheckpointError> {
     let groups = assign(tensors, shard_bytes);
     let total: u64 = tensors.iter().map(PlannedTensor::num_bytes).sum();
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
@@ -47,20 +79,29 @@ pub fn write_shards(
     for (number, group) in groups.iter().enumerate() {
         let name = shard_name(number, groups.len());
         let path = dir.join(&name);
-        let file = File::create(&path).map_err(|error| write_error(error, &path, total))?;
-        let mut sink = Sink::new(&file, &path, total);
         let planned: Vec<&PlannedTensor> = group.iter().map(|index| &tensors[*index]).collect();
-        sink.write(&header::build(&metadata, &planned))?;
-        for (index, tensor) in group.iter().zip(planned) {
-            let end = sink.written() + tensor.num_bytes();
-            fill(*index, &mut sink)?;
-            if sink.written() != end {
-                return Err(wrong_length(&path, tensor, end, sink.written()));
+        let header = header::build(&metadata, &planned);
+        let data: u64 = planned.iter().map(|tensor| tensor.num_bytes()).sum();
+        let num_bytes = header.len() as u64 + data;
+        if !source.keeps(&path, num_bytes) {
+            let (partial, file) = create_partial(&path, total)?;
+            let mut sink = Sink::new(&file, &path, total);
+            sink.write(&header)?;
+            for (index, tensor) in group.iter().zip(&planned) {
+                let end = sink.written() + tensor.num_bytes();
+                source.fill(*index, &mut sink)?;
+                if sink.written() != end {
+                    return Err(wrong_length(&path, tensor, end, sink.written()));
+                }
             }
+            sink.finish()?;
+            source.completed()?;
+            name_partial(&partial, &path)?;
+        }
+        for tensor in planned {
             weight_map.insert(tensor.name.as_str(), name.clone());
         }
-        written.bytes += sink.written();
-        sink.finish()?;
+        written.bytes += num_bytes;
         written.shards.push(name);
     }
     let index = serde_json::json!({
@@ -69,6 +110,20 @@ pub fn write_shards(
     });
     write_new(&dir.join(INDEX_FILE), &pretty(&index), total)?;
     Ok(written)
+}
+
+/// A file under another name than the one it gets when it is whole.
+pub(crate) fn create_partial(path: &Path, needed: u64) -> Result<(PathBuf, File), CheckpointError> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".partial");
+    let partial = path.with_file_name(name);
+    let file = File::create(&partial).map_err(|error| write_error(error, path, needed))?;
+    Ok((partial, file))
+}
+
+/// Gives a whole file its name.
+pub(crate) fn name_partial(partial: &Path, path: &Path) -> Result<(), CheckpointError> {
+    std::fs::rename(partial, path).map_err(CheckpointError::io("rename to", path))
 }
 
 /// JSON as people read it, ending in a newline.

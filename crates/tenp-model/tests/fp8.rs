@@ -244,7 +244,12 @@ fn rewritten(folder: &Path, fit: bool, dtype: OutputDtype) -> Vec<(Vec<f32>, Vec
             ..RecoverOptions::default()
         };
         let nothing = Box::new(|_| ());
-        let fit = LeastSquares::new(&checkpoint, &sequences, Compute::F32, options, nothing);
+        let fit = LeastSquares::new(
+            &Model::new(&checkpoint, Compute::F32),
+            &sequences,
+            options,
+            nothing,
+        );
         Box::new(fit.expect("a pass"))
     } else {
         let factors = plan

@@ -291,6 +291,9 @@ pub(crate) struct OutputArgs {
     /// Replace an output folder that is not empty.
     #[arg(long)]
     pub(crate) force: bool,
+    /// Discard what an unfinished run left beside the output, instead of going on with it.
+    #[arg(long)]
+    pub(crate) restart: bool,
 }
 
 /// Element type of the weights written.

@@ -19,6 +19,7 @@ mod recovery;
 mod report_page;
 mod requests;
 mod search;
+mod unfinished;
 
 use std::process::ExitCode;
 

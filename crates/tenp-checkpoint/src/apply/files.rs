@@ -5,13 +5,14 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::form::Output;
+use super::tensors::Copying;
 use super::{ApplyOptions, Kind, Notes};
-use crate::atomic::{Sink, write_error, write_new};
+use crate::atomic::{Sink, write_new};
 use crate::index::{INDEX_FILE, SINGLE_FILE};
 use crate::names::layer_of;
 use crate::plan::Plan;
 use crate::shard::Shard;
-use crate::writer::{WrittenShards, pretty};
+use crate::writer::{WrittenShards, create_partial, name_partial, pretty};
 use crate::{Checkpoint, CheckpointError};
 
 const CHUNK_BYTES: usize = 16 << 20;
@@ -71,28 +72,32 @@ pub(super) fn write_json(path: &Path, value: &Value, needed: u64) -> Result<(), 
 pub(super) fn copy_checkpoint(
     checkpoint: &Checkpoint,
     dir: &Path,
-    total: u64,
-    progress: &mut dyn FnMut(u64, u64),
+    copying: &mut Copying<'_>,
 ) -> Result<WrittenShards, CheckpointError> {
+    let total = copying.total;
     let mut written = WrittenShards {
         shards: Vec::new(),
-        bytes: 0,
+        bytes: total,
     };
     for shard in &checkpoint.shards {
         let path = dir.join(&shard.name);
-        let file =
-            std::fs::File::create(&path).map_err(|error| write_error(error, &path, total))?;
+        written.shards.push(shard.name.clone());
+        if copying.keeps(&path, shard.num_bytes()) {
+            continue;
+        }
+        let (partial, file) = create_partial(&path, total)?;
         let mut sink = Sink::new(&file, &path, total);
         let length = shard.num_bytes() as usize;
         for start in (0..length).step_by(CHUNK_BYTES) {
+            checkpoint.check_stop()?;
             let range = start..length.min(start + CHUNK_BYTES);
             sink.write(shard.slice(range.clone()))?;
-            written.bytes += range.len() as u64;
+            copying.advance(range.len() as u64);
             shard.release(range);
-            progress(written.bytes, total);
         }
         sink.finish()?;
-        written.shards.push(shard.name.clone());
+        copying.completed()?;
+        name_partial(&partial, &path)?;
     }
     for name in ["config.json", INDEX_FILE] {
         let from = checkpoint.dir().join(name);

@@ -1,12 +1,18 @@
-//! The output folder: refused early, built beside its place, moved into it last.
+//! The output folder: refused early, built in a folder beside its place, moved into it last.
 
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use tempfile::TempDir;
 
 use crate::atomic::{sync_folder, write_error};
+use crate::work::{Inputs, Work};
 use crate::{Checkpoint, CheckpointError};
+
+/// In the work folder: the output as far as it is done.
+const OUTPUT: &str = "output";
+
+/// In the work folder: the output that is being replaced, while the new one takes its place.
+const REPLACED: &str = "replaced";
 
 /// Where the output goes, checked.
 pub(super) struct Target {
@@ -84,10 +90,16 @@ impl Target {
         report.is_some_and(|report| report["run_fingerprint"] == fingerprint)
     }
 
-    /// Whether the disk has room for `needed` bytes.
+    /// The folder that an unfinished run leaves.
+    fn work_place(&self) -> PathBuf {
+        Work::place(&self.path, "work")
+    }
+
+    /// Whether the disk has room for `needed` bytes, of which an unfinished run may have written some.
     pub(super) fn check_room(&self, needed: u64) -> Result<(), CheckpointError> {
+        let there = bytes_in(&self.work_place().join(OUTPUT));
         match free_bytes(&self.parent) {
-            Some(free) if free < needed => Err(CheckpointError::DiskFull {
+            Some(free) if free < needed.saturating_sub(there) => Err(CheckpointError::DiskFull {
                 path: self.path.clone(),
                 needed,
             }),
@@ -95,35 +107,48 @@ impl Target {
         }
     }
 
-    /// Makes the temporary folder, if the disk has room for `needed` bytes.
-    pub(super) fn create(self, needed: u64) -> Result<Folder, CheckpointError> {
+    /// Holds the folder that the output is built in, and goes on with what is there, if the disk has room for `needed`
+    /// bytes.
+    pub(super) fn begin(
+        self,
+        inputs: Inputs,
+        restart: bool,
+        needed: u64,
+    ) -> Result<Folder, CheckpointError> {
+        let mut work = Work::hold(self.work_place(), &self.path)?;
+        let replaced = work.dir().join(REPLACED);
+        if replaced.exists() {
+            if self.path.exists() {
+                std::fs::remove_dir_all(&replaced)
+            } else {
+                std::fs::rename(&replaced, &self.path)
+            }
+            .map_err(CheckpointError::io("clear away", &replaced))?;
+        }
+        work.resume(inputs, restart)?;
         self.check_room(needed)?;
-        let prefix = temporary_prefix(&self.path);
-        let temporary = make_folder(&self.parent, &prefix)
-            .map_err(CheckpointError::io("create a folder in", &self.parent))?;
+        let output = work.dir().join(OUTPUT);
+        std::fs::create_dir_all(&output).map_err(|error| write_error(error, &output, needed))?;
         Ok(Folder {
             target: self,
-            temporary,
+            output,
+            work,
         })
     }
 }
 
-/// `.<name>.tenp-`
-fn temporary_prefix(path: &Path) -> String {
-    let name = path.file_name().unwrap_or_default();
-    format!(".{}.tenp-", name.to_string_lossy())
+fn bytes_in(dir: &Path) -> u64 {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| Some(entry.metadata().ok()?.len()))
+        .sum()
 }
 
-fn make_folder(parent: &Path, prefix: &str) -> std::io::Result<TempDir> {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(prefix);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt as _;
-        // Narrowed by the umask: the folder stays, under its final name.
-        builder.permissions(std::fs::Permissions::from_mode(0o777));
+/// Removes what a run that was killed in its last moments left beside its finished output.
+pub(super) fn remove_leftover(out: &Path) {
+    if let Ok((path, _)) = resolve(out) {
+        Work::remove_leftover(Work::place(&path, "work"), &path);
     }
-    builder.tempdir_in(parent)
 }
 
 struct Content {
@@ -208,45 +233,49 @@ fn free_bytes(_dir: &Path) -> Option<u64> {
     None
 }
 
-/// The folder being built; removed when dropped before [`Folder::commit`].
+/// The folder being built. Dropped before [`Folder::commit`] it stays for a later run, once something in it is done.
 pub(super) struct Folder {
-    target: Target,
-    temporary: TempDir,
+    pub(super) target: Target,
+    output: PathBuf,
+    work: Work,
 }
 
 impl Folder {
     pub(super) fn path(&self) -> &Path {
-        self.temporary.path()
+        &self.output
     }
 
-    /// The folder that the output will be in, on the same disk.
-    pub(super) fn parent(&self) -> &Path {
-        &self.target.parent
+    pub(super) fn work(&mut self) -> &mut Work {
+        &mut self.work
+    }
+
+    /// Removes what was built.
+    pub(super) fn abandon(self) {
+        self.work.finish();
     }
 
     /// Moves the folder to its place. An old one is moved aside first, and removed when the new one is in place.
     pub(super) fn commit(self) -> Result<(), CheckpointError> {
-        let Self { target, temporary } = self;
-        sync_folder(temporary.path());
+        let Self {
+            target,
+            output,
+            work,
+        } = self;
+        sync_folder(&output);
         let failed = |error| write_error(error, &target.path, 0);
-        let old = if target.replaces {
-            let aside =
-                make_folder(&target.parent, &temporary_prefix(&target.path)).map_err(failed)?;
-            std::fs::rename(&target.path, aside.path()).map_err(failed)?;
-            Some(aside)
-        } else {
-            None
-        };
-        if let Err(error) = std::fs::rename(temporary.path(), &target.path) {
-            if let Some(aside) = old {
+        let aside = work.dir().join(REPLACED);
+        if target.replaces {
+            std::fs::rename(&target.path, &aside).map_err(failed)?;
+        }
+        if let Err(error) = std::fs::rename(&output, &target.path) {
+            if target.replaces {
                 // Back in its place, or left under the other name: never removed.
-                let aside = aside.keep();
-                let _ = std::fs::rename(aside, &target.path);
+                let _ = std::fs::rename(&aside, &target.path);
             }
             return Err(failed(error));
         }
-        let _ = temporary.keep();
         sync_folder(&target.parent);
+        work.finish();
         Ok(())
     }
 }

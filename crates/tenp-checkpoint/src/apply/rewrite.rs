@@ -1,20 +1,26 @@
-//! Weights that are computed and not copied: kept in a scratch file between being made, layer by layer in depth order,
-//! and being written, in the order of the shards.
+//! Weights that are computed and not copied: a file per layer in the work folder between being made, in depth order, and
+//! being written, in the order of the shards.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::error::Error;
-use std::fs::File;
-use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde_json::{Map, Value};
 
-use crate::atomic::write_error;
+use crate::atomic::replace_file;
+use crate::header::{self, PlannedTensor};
 use crate::names::Part;
 use crate::plan::{LayerPlan, Plan};
+use crate::shard::Shard;
+use crate::work::Work;
 use crate::{Checkpoint, CheckpointError, Dtype, OwnedMatrix};
 
 use super::OutputDtype;
+
+/// In a layer file's metadata.
+const OUTCOME: &str = "outcome";
+
+const ROUTER: &str = "router";
 
 /// Makes new weights for the MoE layers of a plan.
 pub trait LayerRewriter {
@@ -24,15 +30,28 @@ pub trait LayerRewriter {
     /// The new weights of a layer, of `dtype` in the output. Layers are asked for in depth order, each once.
     ///
     /// # Errors
-    /// Whatever stands in the way; nothing is written then.
+    /// Whatever stands in the way.
     fn layer(
         &mut self,
         layer: &LayerPlan,
         dtype: OutputDtype,
     ) -> Result<RewrittenLayer, Box<dyn Error + Send + Sync>>;
 
-    /// What there is to say, after the last layer.
-    fn notes(&self) -> Notes {
+    /// Instead of [`Self::layer`], for a layer that an earlier run of the same settings has made.
+    ///
+    /// # Errors
+    /// Whatever stands in the way of the layers behind it.
+    fn made_before(
+        &mut self,
+        _layer: &LayerPlan,
+        _made: &RewrittenLayer,
+        _dtype: OutputDtype,
+    ) -> Result<(), Box<dyn Error + Send + Sync>> {
+        Ok(())
+    }
+
+    /// What there is to say, from the outcomes of all layers in depth order.
+    fn notes(&self, _outcomes: &[Value]) -> Notes {
         Notes::default()
     }
 }
@@ -53,6 +72,8 @@ pub struct RewrittenLayer {
     pub experts: Vec<RewrittenExpert>,
     /// `[experts that stay, H]`; rows of the input where absent.
     pub router: Option<Vec<u8>>,
+    /// What the rewriter wants to know of this layer when all are done.
+    pub outcome: Value,
 }
 
 /// New matrices of an expert, of the width W that the plan gives it; the input's kept neurons where absent.
@@ -68,112 +89,54 @@ pub struct RewrittenExpert {
     pub down: Option<OwnedMatrix>,
 }
 
-/// Offset and length in the scratch file.
-type Place = (u64, usize);
-
-/// Where a matrix's elements and scales are.
-#[derive(Clone, Copy, Debug)]
-struct MatrixPlace {
-    dtype: Dtype,
-    rows: usize,
-    cols: usize,
-    bytes: Place,
-    scales: Place,
-}
-
 /// New weights of all layers.
 #[derive(Debug)]
 pub(super) struct Rewritten {
-    file: File,
-    /// Where the file is, for messages: it has no name.
-    dir: PathBuf,
-    routers: HashMap<usize, Place>,
-    experts: HashMap<(usize, usize, Part), MatrixPlace>,
-    /// Bytes in the file.
-    end: u64,
+    files: HashMap<usize, Shard>,
     notes: Notes,
 }
 
 impl Rewritten {
-    /// Asks for every layer. The scratch file lies in `dir`, without a name, and goes away with this value.
-    pub(super) fn collect(
-        checkpoint: &Checkpoint,
-        plan: &Plan,
+    /// Asks for every layer that is not in the work folder.
+    pub(super) fn collect<'a>(
+        checkpoint: &'a Checkpoint,
+        plan: &'a Plan,
         (rewriter, dtype): (&mut dyn LayerRewriter, OutputDtype),
-        dir: &Path,
+        work: &mut Work,
         needed: u64,
     ) -> Result<Self, CheckpointError> {
-        let file =
-            tempfile::tempfile_in(dir).map_err(CheckpointError::io("create a file in", dir))?;
-        let mut all = Self {
-            file,
-            dir: dir.to_path_buf(),
-            routers: HashMap::new(),
-            experts: HashMap::new(),
-            end: 0,
-            notes: Notes::default(),
+        let dir = work.dir().to_path_buf();
+        let mut files = HashMap::new();
+        let mut outcomes = Vec::with_capacity(plan.layers.len());
+        let failed = |source| CheckpointError::Rewrite { source };
+        let file = |layer: &'a LayerPlan| LayerFile {
+            checkpoint,
+            layer,
+            dtype,
+            path: dir.join(format!("layer-{}.safetensors", layer.layer)),
         };
+        let all_made = plan.layers.iter().all(|layer| file(layer).path.exists());
         for layer in &plan.layers {
-            let index = layer.layer;
-            let new = rewriter
-                .layer(layer, dtype)
-                .map_err(|source| CheckpointError::Rewrite { source })?;
-            for expert in &new.experts {
-                let planned = layer.kept().find(|plan| plan.id == expert.id);
-                let width = planned.map_or(0, |plan| plan.width);
-                let old = checkpoint.expert(index, expert.id)?;
-                let hidden = checkpoint.config().hidden_size;
-                for (part, matrix, old, shape) in [
-                    (Part::Gate, &expert.gate, old.gate, (width, hidden)),
-                    (Part::Up, &expert.up, old.up, (width, hidden)),
-                    (Part::Down, &expert.down, old.down, (hidden, width)),
-                ] {
-                    if let Some(matrix) = matrix {
-                        if (matrix.rows, matrix.cols) != shape
-                            || matrix.dtype != dtype.of(old.dtype)
-                        {
-                            return Err(misfit(index, matrix));
-                        }
-                        let place = all.add_matrix(matrix, needed)?;
-                        all.experts.insert((index, expert.id, part), place);
-                    }
+            checkpoint.check_stop()?;
+            let file = file(layer);
+            if file.path.exists() {
+                let made = file.read()?;
+                if !all_made {
+                    rewriter.made_before(layer, &made, dtype).map_err(failed)?;
                 }
+                outcomes.push(made.outcome);
+            } else {
+                let made = rewriter.layer(layer, dtype).map_err(failed)?;
+                work.begin()?;
+                file.write(&made, needed)?;
+                outcomes.push(made.outcome);
             }
-            if let Some(bytes) = &new.router {
-                let old = checkpoint.router(index)?.weight;
-                let expected = layer.kept().count() * old.row(0).len();
-                if bytes.len() != expected {
-                    return Err(wrong_size(index, expected, bytes.len()));
-                }
-                let place = all.add(bytes, needed)?;
-                all.routers.insert(index, place);
-            }
-            checkpoint.release_layer(index);
+            checkpoint.release_layer(layer.layer);
+            files.insert(layer.layer, file.open()?);
         }
-        all.notes = rewriter.notes();
-        Ok(all)
-    }
-
-    fn add(&mut self, bytes: &[u8], needed: u64) -> Result<Place, CheckpointError> {
-        self.file
-            .write_all(bytes)
-            .map_err(|error| write_error(error, &self.dir, needed))?;
-        let start = self.end;
-        self.end += bytes.len() as u64;
-        Ok((start, bytes.len()))
-    }
-
-    fn add_matrix(
-        &mut self,
-        matrix: &OwnedMatrix,
-        needed: u64,
-    ) -> Result<MatrixPlace, CheckpointError> {
-        Ok(MatrixPlace {
-            dtype: matrix.dtype,
-            rows: matrix.rows,
-            cols: matrix.cols,
-            bytes: self.add(&matrix.bytes, needed)?,
-            scales: self.add(&matrix.scales, needed)?,
+        Ok(Self {
+            files,
+            notes: rewriter.notes(&outcomes),
         })
     }
 
@@ -183,8 +146,7 @@ impl Rewritten {
 
     /// A new router, if the layer has one.
     pub(super) fn router(&self, layer: usize) -> Result<Option<Vec<u8>>, CheckpointError> {
-        let place = self.routers.get(&layer);
-        place.map(|place| self.read(*place)).transpose()
+        Ok(bytes_of(self.file(layer)?, ROUTER))
     }
 
     /// A new matrix of an expert, if it has one.
@@ -194,28 +156,150 @@ impl Rewritten {
         expert: usize,
         part: Part,
     ) -> Result<Option<OwnedMatrix>, CheckpointError> {
-        let Some(place) = self.experts.get(&(layer, expert, part)) else {
-            return Ok(None);
-        };
-        Ok(Some(OwnedMatrix {
-            dtype: place.dtype,
-            rows: place.rows,
-            cols: place.cols,
-            bytes: self.read(place.bytes)?,
-            scales: self.read(place.scales)?,
-        }))
+        Ok(matrix_of(self.file(layer)?, expert, part))
     }
 
-    fn read(&self, (offset, length): Place) -> Result<Vec<u8>, CheckpointError> {
-        let mut bytes = vec![0; length];
-        let mut file = &self.file;
-        file.seek(SeekFrom::Start(offset))
-            .and_then(|_| file.read_exact(&mut bytes))
-            .map_err(CheckpointError::io(
-                "read back a scratch file in",
-                &self.dir,
-            ))?;
-        Ok(bytes)
+    fn file(&self, layer: usize) -> Result<&Shard, CheckpointError> {
+        self.files
+            .get(&layer)
+            .ok_or(CheckpointError::NotMoe { layer })
+    }
+}
+
+fn matrix_name(expert: usize, part: Part) -> String {
+    format!("{expert}.{part:?}").to_lowercase()
+}
+
+/// Of the scales of an fp8 matrix.
+fn scales_name(matrix: &str) -> String {
+    format!("{matrix}.scales")
+}
+
+fn matrix_of(file: &Shard, expert: usize, part: Part) -> Option<OwnedMatrix> {
+    let name = matrix_name(expert, part);
+    let entry = file.entries.iter().find(|entry| entry.name == name)?;
+    let &[rows, cols] = &entry.shape[..] else {
+        return None;
+    };
+    Some(OwnedMatrix {
+        dtype: entry.dtype,
+        rows,
+        cols,
+        bytes: bytes_of(file, &name)?,
+        scales: bytes_of(file, &scales_name(&name)).unwrap_or_default(),
+    })
+}
+
+fn bytes_of(file: &Shard, name: &str) -> Option<Vec<u8>> {
+    let entry = file.entries.iter().find(|entry| entry.name == name)?;
+    let bytes = file.bytes(entry).to_vec();
+    file.release(entry.start..entry.end);
+    Some(bytes)
+}
+
+/// The new weights of one layer on the disk: a safetensors file; routers and scales as bytes.
+struct LayerFile<'a> {
+    checkpoint: &'a Checkpoint,
+    layer: &'a LayerPlan,
+    dtype: OutputDtype,
+    path: PathBuf,
+}
+
+impl LayerFile<'_> {
+    fn open(&self) -> Result<Shard, CheckpointError> {
+        Shard::open_file(self.path.clone(), "new weights")
+    }
+
+    fn read(&self) -> Result<RewrittenLayer, CheckpointError> {
+        let file = self.open()?;
+        let outcome = file.metadata.get(OUTCOME).map_or("null", String::as_str);
+        let mut made = RewrittenLayer {
+            router: bytes_of(&file, ROUTER),
+            outcome: serde_json::from_str(outcome).map_err(|source| CheckpointError::Json {
+                path: self.path.clone(),
+                source,
+            })?,
+            experts: Vec::new(),
+        };
+        for plan in self.layer.kept() {
+            let find = |part| matrix_of(&file, plan.id, part);
+            let expert = RewrittenExpert {
+                id: plan.id,
+                gate: find(Part::Gate),
+                up: find(Part::Up),
+                down: find(Part::Down),
+            };
+            if expert.gate.is_some() || expert.up.is_some() || expert.down.is_some() {
+                made.experts.push(expert);
+            }
+        }
+        Ok(made)
+    }
+
+    fn write(&self, made: &RewrittenLayer, needed: u64) -> Result<(), CheckpointError> {
+        let parts = self.parts(made)?;
+        let planned: Vec<&PlannedTensor> = parts.iter().map(|(planned, _)| planned).collect();
+        let metadata = BTreeMap::from([(OUTCOME.to_owned(), made.outcome.to_string())]);
+        replace_file(&self.path, needed, |sink| {
+            sink.write(&header::build(&metadata, &planned))?;
+            parts.iter().try_for_each(|(_, bytes)| sink.write(bytes))
+        })
+    }
+
+    /// Every new tensor, of the type and size that it should have.
+    fn parts<'m>(
+        &self,
+        made: &'m RewrittenLayer,
+    ) -> Result<Vec<(PlannedTensor, &'m [u8])>, CheckpointError> {
+        let (checkpoint, index) = (self.checkpoint, self.layer.layer);
+        let hidden = checkpoint.config().hidden_size;
+        let plain = |name, bytes: &'m [u8]| {
+            let planned = PlannedTensor {
+                name,
+                dtype: Dtype::U8,
+                shape: vec![bytes.len()],
+            };
+            (planned, bytes)
+        };
+        let mut parts: Vec<(PlannedTensor, &[u8])> = Vec::new();
+        for expert in &made.experts {
+            let planned = self.layer.kept().find(|plan| plan.id == expert.id);
+            let width = planned.map_or(0, |plan| plan.width);
+            let old = checkpoint.expert(index, expert.id)?;
+            for (part, matrix, old, shape) in [
+                (Part::Gate, &expert.gate, old.gate, (width, hidden)),
+                (Part::Up, &expert.up, old.up, (width, hidden)),
+                (Part::Down, &expert.down, old.down, (hidden, width)),
+            ] {
+                let Some(matrix) = matrix else { continue };
+                let (rows, cols) = shape;
+                let fits = (matrix.rows, matrix.cols) == shape
+                    && matrix.dtype == self.dtype.of(old.dtype)
+                    && matrix.bytes.len() == rows * cols * matrix.dtype.size();
+                if !fits {
+                    return Err(misfit(index, matrix));
+                }
+                let name = matrix_name(expert.id, part);
+                if !matrix.scales.is_empty() {
+                    parts.push(plain(scales_name(&name), &matrix.scales));
+                }
+                let planned = PlannedTensor {
+                    name,
+                    dtype: matrix.dtype,
+                    shape: vec![rows, cols],
+                };
+                parts.push((planned, &matrix.bytes));
+            }
+        }
+        if let Some(bytes) = &made.router {
+            let old = checkpoint.router(index)?.weight;
+            let expected = self.layer.kept().count() * old.row(0).len();
+            if bytes.len() != expected {
+                return Err(wrong_size(index, expected, bytes.len()));
+            }
+            parts.push(plain(ROUTER.to_owned(), bytes));
+        }
+        Ok(parts)
     }
 }
 

@@ -8,6 +8,7 @@ mod hostile;
 mod output;
 mod plans;
 mod reading;
+mod resuming;
 mod statistics;
 #[path = "../support/fp8.rs"]
 mod support;

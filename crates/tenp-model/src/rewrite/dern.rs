@@ -33,7 +33,6 @@ pub struct Dern<'c> {
     checkpoint: &'c Checkpoint,
     settings: &'c plan::Dern,
     comparing: Box<dyn Comparing + 'c>,
-    layers: Vec<LayerOutcome>,
     progress: Box<dyn Fn(usize) + 'c>,
 }
 
@@ -110,21 +109,16 @@ impl<'c> Dern<'c> {
             checkpoint,
             settings: plan.dern.as_ref()?,
             comparing,
-            layers: Vec::new(),
             progress,
         })
     }
 
-    fn rewrite(
-        &mut self,
-        plan: &LayerPlan,
-        dtype: OutputDtype,
-    ) -> Result<RewrittenLayer, ModelError> {
-        let (new, outcome) = match self.settings.scope {
+    fn rewrite(&self, plan: &LayerPlan, dtype: OutputDtype) -> Result<RewrittenLayer, ModelError> {
+        let (mut new, outcome) = match self.settings.scope {
             Scope::Experts => self.merge_dropped(plan, dtype)?,
             Scope::Neurons => self.fold(plan, dtype)?,
         };
-        self.layers.push(outcome);
+        new.outcome = outcome.json();
         (self.progress)(plan.layer);
         Ok(new)
     }
@@ -347,13 +341,21 @@ impl LayerRewriter for Dern<'_> {
         Ok(self.rewrite(layer, dtype)?)
     }
 
-    fn notes(&self) -> Notes {
-        let sum = |of: &dyn Fn(&LayerOutcome) -> usize| self.layers.iter().map(of).sum::<usize>();
-        let (moved, discarded) = (sum(&|l| l.moved), sum(&|l| l.discarded));
+    fn made_before(
+        &mut self,
+        layer: &LayerPlan,
+        _made: &RewrittenLayer,
+        _dtype: OutputDtype,
+    ) -> Result<(), Box<dyn Error + Send + Sync>> {
+        (self.progress)(layer.layer);
+        Ok(())
+    }
+
+    fn notes(&self, outcomes: &[Value]) -> Notes {
+        let sum = |of: &str| outcomes.iter().filter_map(|l| l[of].as_u64()).sum::<u64>();
+        let (moved, discarded) = (sum("moved"), sum("discarded"));
         let mut report = Map::new();
-        let layers = self.layers.iter().map(LayerOutcome::json);
-        let value =
-            json!({"moved": moved, "discarded": discarded, "layers": layers.collect::<Vec<_>>()});
+        let value = json!({"moved": moved, "discarded": discarded, "layers": outcomes});
         report.insert("dern".to_owned(), value);
         let (of, into) = match self.settings.scope {
             Scope::Experts => ("neurons of dropped experts", "kept experts"),

@@ -49,7 +49,6 @@ pub struct LeastSquares<'c> {
     pass: Box<dyn Pass + 'c>,
     /// By token: whether it only serves to choose the ridge.
     held: Vec<bool>,
-    layers: Vec<LayerOutcome>,
     progress: Box<dyn Fn(usize) + Sync + 'c>,
 }
 
@@ -92,7 +91,6 @@ impl<'c> LeastSquares<'c> {
             ),
             pass: model.pass(sequences, None)?,
             held: held_out(sequences),
-            layers: Vec::new(),
             progress,
         })
     }
@@ -103,9 +101,7 @@ impl<'c> LeastSquares<'c> {
         dtype: OutputDtype,
     ) -> Result<RewrittenLayer, ModelError> {
         let layer = plan.layer;
-        while self.pass.layer() < layer {
-            self.pass.step(&Passing(&*self.progress))?;
-        }
+        self.reach(layer)?;
         let width = self.checkpoint.config().moe.expert_width;
         let narrow = |e: &ExpertPlan| e.width > 0 && e.width < width;
         let narrow: Vec<bool> = plan.experts.iter().map(narrow).collect();
@@ -154,13 +150,31 @@ impl<'c> LeastSquares<'c> {
                 ..RewrittenExpert::default()
             });
         }
-        self.layers.push(outcome);
-        if self.options.on_pruned {
-            self.step_pruned(plan, &new, dtype)?;
-        } else {
-            self.pass.step(&())?;
-        }
+        new.outcome = outcome.json();
+        self.pass_rewritten(plan, &new, dtype)?;
         Ok(new)
+    }
+
+    /// Runs all layers before this one.
+    fn reach(&mut self, layer: usize) -> Result<(), ModelError> {
+        while self.pass.layer() < layer {
+            self.pass.step(&Passing(&*self.progress))?;
+        }
+        Ok(())
+    }
+
+    /// Runs the layer that was fitted, as the layers behind it are to see it.
+    fn pass_rewritten(
+        &mut self,
+        plan: &LayerPlan,
+        new: &RewrittenLayer,
+        dtype: OutputDtype,
+    ) -> Result<(), ModelError> {
+        if self.options.on_pruned {
+            self.step_pruned(plan, new, dtype)
+        } else {
+            self.pass.step(&()).map(drop)
+        }
     }
 
     /// Runs the layer with its experts as they will be written.
@@ -252,8 +266,20 @@ impl LayerRewriter for LeastSquares<'_> {
         Ok(self.rewrite(layer, dtype)?)
     }
 
-    fn notes(&self) -> Notes {
-        let layers: Vec<Value> = self.layers.iter().map(LayerOutcome::json).collect();
+    /// Only the fit is spared: what the layers behind get is run again.
+    fn made_before(
+        &mut self,
+        layer: &LayerPlan,
+        made: &RewrittenLayer,
+        dtype: OutputDtype,
+    ) -> Result<(), Box<dyn Error + Send + Sync>> {
+        self.reach(layer.layer)?;
+        self.pass_rewritten(layer, made, dtype)?;
+        (self.progress)(self.held.len());
+        Ok(())
+    }
+
+    fn notes(&self, outcomes: &[Value]) -> Notes {
         let mut report = Map::new();
         report.insert(
             "recovery".to_owned(),
@@ -261,18 +287,25 @@ impl LayerRewriter for LeastSquares<'_> {
                 "method": "least-squares",
                 "gates": if self.options.gated { "gated" } else { "ungated" },
                 "inputs": if self.options.on_pruned { "pruned" } else { "original" },
-                "layers": layers,
+                "layers": outcomes,
             }),
         );
         let mut card = "\n## Recovery\n\nThe down projections were fitted by least squares on the calibration text. Error of the \
              experts' outputs, relative to their size:\n\n| layer | cut | recovered | held-out text: cut | recovered |\n\
              |---:|---:|---:|---:|---:|\n"
             .to_owned();
-        for layer in &self.layers {
-            let [[a, b], [c, d]] = layer.errors();
-            let layer = layer.layer;
+        for outcome in outcomes {
+            let error = |name: &str| outcome[name].as_f64().unwrap_or_default();
             // Writing to a String cannot fail.
-            let _ = writeln!(card, "| {layer} | {a:.3} | {b:.3} | {c:.3} | {d:.3} |");
+            let _ = writeln!(
+                card,
+                "| {} | {:.3} | {:.3} | {:.3} | {:.3} |",
+                outcome["layer"],
+                error("error_cut"),
+                error("error_recovered"),
+                error("held_out_error_cut"),
+                error("held_out_error_recovered")
+            );
         }
         Notes { report, card }
     }

@@ -88,7 +88,7 @@ impl LayerRewriter for Rescale<'_> {
         Ok(self.rewrite(layer, dtype)?)
     }
 
-    fn notes(&self) -> Notes {
+    fn notes(&self, _outcomes: &[Value]) -> Notes {
         let mut report: Map<String, Value> = Map::new();
         report.insert(
             "recovery".to_owned(),

@@ -69,8 +69,9 @@ fn rewritten(mut dern: Dern<'_>, plan: &Plan) -> (Vec<RewrittenLayer>, serde_jso
         .layers
         .iter()
         .map(|layer| dern.layer(layer, OutputDtype::Same).expect("merges"));
-    let layers = layers.collect();
-    (layers, dern.notes().report["dern"].clone())
+    let layers: Vec<_> = layers.collect();
+    let outcomes: Vec<_> = layers.iter().map(|layer| layer.outcome.clone()).collect();
+    (layers, dern.notes(&outcomes).report["dern"].clone())
 }
 
 /// The centres are means of the same weights on both sides, so where every neuron goes to the same place all bytes are the

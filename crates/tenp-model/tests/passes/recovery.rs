@@ -1,7 +1,7 @@
 //! Least squares on the moments that kernels make, against the CPU in bf16.
 
 use serde_json::Value;
-use tenp_checkpoint::{ExpertPlan, LayerPlan, LayerRewriter as _};
+use tenp_checkpoint::{ExpertPlan, LayerPlan, LayerRewriter as _, OutputDtype};
 use tenp_kernels::Compute;
 use tenp_kernels::device::Backend;
 use tenp_model::Model;
@@ -34,14 +34,11 @@ fn narrowed(layer: usize, experts: usize, full: usize) -> LayerPlan {
 
 /// What the report says of every layer, once all are fitted.
 fn fitted(mut fit: LeastSquares<'_>, layers: &[LayerPlan]) -> Vec<Value> {
-    for layer in layers {
-        fit.layer(layer).expect("fits");
-    }
-    let report = fit.notes().report;
-    report["recovery"]["layers"]
-        .as_array()
-        .expect("layers")
-        .clone()
+    let made = layers.iter().map(|layer| {
+        let made = fit.layer(layer, OutputDtype::Same);
+        made.expect("fits").outcome
+    });
+    made.collect()
 }
 
 /// The errors before and after, over the tokens fitted and those held out, of every layer: the later ones see what the

@@ -20,7 +20,7 @@ use crate::models::Domains;
 use crate::place::Place;
 use crate::progress::{Progress, Unit};
 use crate::recovery::{self, Recovery};
-use crate::{cards, console, models, report_page};
+use crate::{cards, console, models, report_page, unfinished};
 
 pub(super) fn run(args: &Apply) -> Result<()> {
     recovery::check(args.recover)?;
@@ -91,6 +91,7 @@ pub(super) fn options(output: &OutputArgs) -> ApplyOptions {
         },
         shard_bytes: output.shard_size,
         force: output.force,
+        restart: output.restart,
         ..ApplyOptions::default()
     }
 }
@@ -186,7 +187,8 @@ pub(super) fn write(
                     .set(done);
             },
         )?)
-    })?;
+    });
+    let outcome = outcome.map_err(|error| unfinished::explain(error, &output.output, "work"))?;
     for progress in computing.get().into_iter().chain(&progress) {
         progress.finish();
     }
@@ -200,11 +202,18 @@ pub(super) fn write(
         } => {
             format!("wrote {out}: everything is kept, so it is an identical copy")
         }
-        ApplyOutcome::Written { bytes, shards, .. } => {
-            format!(
-                "wrote {out}: {} in {shards} shard(s)",
-                console::bytes(bytes)
-            )
+        ApplyOutcome::Written {
+            bytes,
+            shards,
+            resumed_shards,
+            ..
+        } => {
+            let bytes = console::bytes(bytes);
+            let earlier = match resumed_shards {
+                0 => String::new(),
+                n => format!(", {n} of them by an earlier run"),
+            };
+            format!("wrote {out}: {bytes} in {shards} shard(s){earlier}")
         }
     });
     Ok(outcome)
@@ -269,11 +278,13 @@ pub(super) fn outcome_json(plan: &Plan, outcome: ApplyOutcome) -> Value {
             bytes,
             tensors,
             shards,
+            resumed_shards,
             identical,
         } => {
             value["bytes"] = json!(bytes);
             value["tensors"] = json!(tensors);
             value["shards"] = json!(shards);
+            value["resumed_shards"] = json!(resumed_shards);
             value["identical"] = json!(identical);
         }
     }

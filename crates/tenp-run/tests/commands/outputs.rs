@@ -33,6 +33,7 @@ fn a_ragged_folder_explains_itself() {
             "bytes",
             "tensors",
             "shards",
+            "resumed_shards",
             "identical"
         ]
     );
