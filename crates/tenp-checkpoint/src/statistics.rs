@@ -6,8 +6,11 @@
 mod fields;
 mod file;
 mod merge;
+mod parts;
 
 use std::collections::BTreeMap;
+
+pub use parts::{read_parts, write_parts};
 
 /// Statistics of one layer over one domain's tokens.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -67,6 +70,8 @@ pub struct Statistics {
     pub version: String,
     /// Compute dtype of the calibration run(s), `f32` or `bf16`, sorted and deduplicated.
     pub compute: Vec<String>,
+    /// Fingerprint of the one run that made the file, if it is of one: the same run makes the same file.
+    pub run: String,
     /// Layers by domain, then by the model's own layer index.
     pub domains: BTreeMap<String, BTreeMap<usize, LayerStatistics>>,
 }

@@ -121,6 +121,7 @@ pub fn synthesise_statistics(checkpoint: &crate::Checkpoint, seed: u64) -> crate
         checkpoint: checkpoint.fingerprint().to_owned(),
         tokens: [("default".to_owned(), vec!["synthetic".to_owned()])].into(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        run: String::new(),
         compute: vec!["f32".to_owned()],
         domains: [("default".to_owned(), layers.collect())].into(),
     }

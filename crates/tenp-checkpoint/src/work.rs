@@ -35,6 +35,11 @@ impl Work {
         output.with_file_name(format!(".{name}.tenp-{purpose}"))
     }
 
+    /// Whether there is something to go on with in a folder.
+    pub fn is_unfinished(dir: &Path) -> bool {
+        dir.join(JOURNAL).exists()
+    }
+
     /// Makes the folder `dir`, if need be, and holds it. Nothing else in it is looked at.
     ///
     /// # Errors

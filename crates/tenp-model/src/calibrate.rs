@@ -1,5 +1,7 @@
 //! One pass over the calibration text, every statistic (`docs/methods.md`).
 
+mod keep;
+
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
 
@@ -11,6 +13,9 @@ use tenp_kernels::{Compute, RaggedLayout};
 
 use crate::weights::non_finite_expert;
 use crate::{BlockSums, Model, ModelError, Observer, Sequences, WeightNorms};
+
+use keep::Collected;
+pub use keep::Keep;
 
 /// Groups that the samples of a domain are put into, at most.
 const MAX_FOLDS: usize = 8;
@@ -35,22 +40,62 @@ pub fn calibrate(
     domains: &[(String, Vec<Vec<u32>>)],
     progress: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<Statistics, ModelError> {
-    let (statistics, _) = calibrate_in_folds(model, domains, &FoldOptions::default(), progress)?;
+    let options = FoldOptions::default();
+    let (statistics, _) = calibrate_in_folds(model, domains, &options, None, progress)?;
     Ok(statistics)
 }
 
 /// [`calibrate`], with the sums of groups of samples beside those of the domains. A group is a run of consecutive samples.
 ///
-/// The number of groups decides the order of additions, and with it the last bits of the domains' sums.
+/// The number of groups decides the order of additions, and with it the last bits of the domains' sums. With `keep` the
+/// calibration goes on where an earlier one of the same inputs stopped; the result does not depend on it.
 ///
 /// # Errors
-/// As [`calibrate`].
+/// As [`calibrate`]; what was kept cannot be read back.
 pub fn calibrate_in_folds(
     model: &Model<'_>,
     domains: &[(String, Vec<Vec<u32>>)],
     options: &FoldOptions,
+    mut keep: Option<&mut Keep>,
     progress: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<(Statistics, Folds), ModelError> {
+    let (sequences, labels, mut collected) = prepare(model, domains, options);
+    let collector = Collector {
+        checkpoint: model.checkpoint(),
+        num_domains: domains.len(),
+        labels,
+        fold_tables: &options.tables,
+        current: Mutex::new(None),
+        progress,
+    };
+    let (layers, num_layers) = (&model.config().moe_layers[..], model.config().num_layers);
+    let mut run = model.begin(&sequences)?;
+    if let Some(keep) = &mut keep {
+        keep.restore((layers, num_layers), &mut collected, &mut run, &sequences)?;
+    }
+    for layer in 0..run.layer() {
+        progress(layer, sequences.num_tokens());
+    }
+    while run.step(&collector)? {
+        if let Some((layer, sums)) = collector.finish_layer()? {
+            collected.add(domains, layer, sums);
+        }
+        if let Some(keep) = &mut keep {
+            keep.layer_done(layers, &collected, &run, &sequences);
+        }
+    }
+    if let Some(keep) = &mut keep {
+        keep.all_done(layers, &collected, num_layers);
+    }
+    Ok((collected.statistics, collected.folds))
+}
+
+/// The sequences, domain and group of each of their labels, and statistics without any layer.
+fn prepare(
+    model: &Model<'_>,
+    domains: &[(String, Vec<Vec<u32>>)],
+    options: &FoldOptions,
+) -> (Sequences, Vec<(usize, usize)>, Collected) {
     let mut sequences = Sequences::default();
     let mut statistics = Statistics {
         checkpoint: model.checkpoint().fingerprint().to_owned(),
@@ -78,30 +123,21 @@ pub fn calibrate_in_folds(
         statistics.domains.insert(name.clone(), BTreeMap::new());
         folds.insert(name.clone(), vec![BTreeMap::new(); num_folds]);
     }
-    let collector = Collector {
-        checkpoint: model.checkpoint(),
-        num_domains: domains.len(),
-        labels,
-        fold_tables: &options.tables,
-        current: Mutex::new(None),
-        progress,
-    };
-    let mut run = model.begin(&sequences)?;
-    while run.step(&collector)? {
-        let Some((layer, sums)) = collector.finish_layer()? else {
-            continue;
-        };
+    (sequences, labels, Collected { statistics, folds })
+}
+
+impl Collected {
+    fn add(&mut self, domains: &[(String, Vec<Vec<u32>>)], layer: usize, sums: LayerSums) {
         for (d, (name, _)) in domains.iter().enumerate() {
-            let tables = statistics.domains.entry(name.clone()).or_default();
+            let tables = self.statistics.domains.entry(name.clone()).or_default();
             tables.insert(layer, sums.statistics(&sums.domains[d], &|_| true));
         }
         for ((d, fold), sums) in sums.folds {
-            if let Some(groups) = folds.get_mut(&domains[d].0) {
+            if let Some(groups) = self.folds.get_mut(&domains[d].0) {
                 groups[fold].insert(layer, sums);
             }
         }
     }
-    Ok((statistics, folds))
 }
 
 /// Groups of a domain: as many as asked for, or as many as have a block of tokens each, so that no block is smaller than
@@ -113,7 +149,7 @@ fn num_folds(model: &Model<'_>, samples: &[Vec<u32>], asked: Option<usize>) -> u
 }
 
 /// Fingerprint of token ids: the order of samples and their boundaries count.
-pub(crate) fn tokens_fingerprint(samples: &[Vec<u32>]) -> String {
+pub fn tokens_fingerprint(samples: &[Vec<u32>]) -> String {
     let mut hash = Sha256::new();
     for sample in samples {
         hash.update((sample.len() as u64).to_le_bytes());

@@ -281,6 +281,22 @@ impl Pass for CpuPass<'_> {
         Ok(moments.finish())
     }
 
+    fn skip_to(&mut self, layer: usize) {
+        self.layer = layer;
+    }
+
+    fn read_hidden(&self, first_row: usize, rows: &mut [f32]) -> Result<(), ModelError> {
+        let start = first_row * self.model.config().hidden_size;
+        rows.copy_from_slice(&self.hidden[start..start + rows.len()]);
+        Ok(())
+    }
+
+    fn write_hidden(&mut self, first_row: usize, rows: &[f32]) -> Result<(), ModelError> {
+        let start = first_row * self.model.config().hidden_size;
+        self.hidden[start..start + rows.len()].copy_from_slice(rows);
+        Ok(())
+    }
+
     fn finish(self: Box<Self>) -> Result<Vec<f32>, ModelError> {
         let checkpoint = self.model.checkpoint;
         let config = checkpoint.config();
@@ -356,6 +372,7 @@ impl BlockContext<'_> {
         block: Block<'_>,
         buffers: &mut Buffers,
     ) -> Result<(), ModelError> {
+        self.model.checkpoint.check_stop()?;
         let config = self.model.config();
         let eps = config.rms_norm_eps;
         let Block { rows, hidden, .. } = block;

@@ -38,6 +38,15 @@ pub(crate) trait Pass {
     /// Collects moments, by expert, of the MoE layer that the next step runs, and stays before it.
     fn moments(&mut self, wanted: &MomentsWanted<'_>) -> Result<Vec<ExpertMoments>, ModelError>;
 
+    /// Goes on at `layer`, with the hidden states that are there.
+    fn skip_to(&mut self, layer: usize);
+
+    /// Copies the hidden states `[rows, H]` from `first_row` on.
+    fn read_hidden(&self, first_row: usize, rows: &mut [f32]) -> Result<(), ModelError>;
+
+    /// Replaces them.
+    fn write_hidden(&mut self, first_row: usize, rows: &[f32]) -> Result<(), ModelError>;
+
     /// Applies the final norm: `[tokens, H]`.
     fn finish(self: Box<Self>) -> Result<Vec<f32>, ModelError>;
 }

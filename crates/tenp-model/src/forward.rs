@@ -39,6 +39,7 @@ pub struct WorkingBytes {
 /// A pass in progress: hidden states of all tokens after some layers.
 pub struct Run<'s> {
     pass: Box<dyn Pass + 's>,
+    hidden_size: usize,
 }
 
 impl Run<'_> {
@@ -53,6 +54,30 @@ impl Run<'_> {
     /// Unreadable tensors, or activations that are not finite.
     pub fn step(&mut self, observer: &dyn Observer) -> Result<bool, ModelError> {
         self.pass.step(observer)
+    }
+
+    /// Width of the hidden states.
+    pub(crate) fn hidden_size(&self) -> usize {
+        self.hidden_size
+    }
+
+    /// Goes on at `layer`, with the hidden states that are there or that [`Self::write_hidden`] puts there.
+    pub(crate) fn skip_to(&mut self, layer: usize) {
+        self.pass.skip_to(layer);
+    }
+
+    /// Copies the hidden states `[rows, H]` from `first_row` on.
+    pub(crate) fn read_hidden(&self, first_row: usize, rows: &mut [f32]) -> Result<(), ModelError> {
+        self.pass.read_hidden(first_row, rows)
+    }
+
+    /// Replaces them.
+    pub(crate) fn write_hidden(
+        &mut self,
+        first_row: usize,
+        rows: &[f32],
+    ) -> Result<(), ModelError> {
+        self.pass.write_hidden(first_row, rows)
     }
 
     /// Applies the final norm: `[tokens, H]`.
@@ -115,7 +140,10 @@ impl<'c> Model<'c> {
         'c: 's,
     {
         let pass = self.pass(sequences, None)?;
-        Ok(Run { pass })
+        Ok(Run {
+            pass,
+            hidden_size: self.config().hidden_size,
+        })
     }
 
     /// Starts a pass over sequences that continue those of `cache`, one each, and will be in it afterwards.
@@ -131,7 +159,10 @@ impl<'c> Model<'c> {
         'c: 's,
     {
         let pass = self.pass(sequences, Some(cache))?;
-        Ok(Run { pass })
+        Ok(Run {
+            pass,
+            hidden_size: self.config().hidden_size,
+        })
     }
 
     pub(crate) fn pass<'s>(

@@ -1,8 +1,13 @@
 //! Answers that the full model gives to the prompts of the calibration text itself.
 
+use std::time::Instant;
+
 use anyhow::Result;
-use serde_json::{Map, Value};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use tenp_checkpoint::{Inputs, replace_file};
 use tenp_model::Model;
+use tenp_model::calibrate::{Keep, tokens_fingerprint};
 use tenp_model::generate::{Limits, complete};
 
 use crate::cli::{AnswersArg, AnswersArgs, DataArgs};
@@ -22,7 +27,11 @@ pub(crate) struct Samples {
     limits: Option<Limits>,
 }
 
+/// In the folder of an unfinished calibration.
+const ANSWERS: &str = "answers.json";
+
 /// Calibration text with its answers.
+#[derive(Deserialize, Serialize)]
 pub(crate) struct Answered {
     pub(crate) domains: Domains,
     /// Tokens that were generated, where any were to be.
@@ -68,6 +77,23 @@ impl Samples {
         (&self.domains, self.limits.map(|l| (l.new_tokens, l.len)))
     }
 
+    /// The same by name, for people.
+    pub(crate) fn named_inputs(&self) -> Inputs {
+        let texts = self.domains.iter().enumerate();
+        let mut inputs: Inputs = texts
+            .map(|(place, (name, samples))| {
+                let text = format!("{} in place {place}", tokens_fingerprint(samples));
+                (format!("text of domain {name}"), text)
+            })
+            .collect();
+        let answers = match self.limits {
+            None => "given".to_owned(),
+            Some(limits) => format!("generated, {} of {} tokens", limits.new_tokens, limits.len),
+        };
+        inputs.insert("answers".to_owned(), answers);
+        inputs
+    }
+
     /// Tokens with their answers, at most.
     pub(crate) fn most_tokens(&self, model: &Model<'_>) -> usize {
         let given = models::num_tokens(&self.domains);
@@ -81,17 +107,32 @@ impl Samples {
             .sum()
     }
 
-    /// The model's answers behind the prompts, where none are given.
+    /// The model's answers behind the prompts, where none are given. What took long is kept.
     ///
     /// # Errors
     /// Those of the model.
-    pub(crate) fn answer(self, model: &Model<'_>) -> Result<Answered> {
+    pub(crate) fn answer(self, model: &Model<'_>, keep: &mut Keep) -> Result<Answered> {
         let Some(limits) = self.limits else {
             return Ok(Answered {
                 domains: self.domains,
                 generated: None,
             });
         };
+        let path = keep.work().dir().join(ANSWERS);
+        if path.exists() {
+            return Ok(serde_json::from_slice(&std::fs::read(&path)?)?);
+        }
+        let started = Instant::now();
+        let answered = self.generate(model, limits)?;
+        if keep.is_worth(started.elapsed()) {
+            let text = json!(answered).to_string();
+            keep.work().begin()?;
+            replace_file(&path, text.len() as u64, |sink| sink.write(text.as_bytes()))?;
+        }
+        Ok(answered)
+    }
+
+    fn generate(self, model: &Model<'_>, limits: Limits) -> Result<Answered> {
         let total = self.room(limits, model);
         let mut domains = self.domains;
         let samples = || domains.iter().flat_map(|(_, samples)| samples);

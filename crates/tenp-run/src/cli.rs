@@ -2,6 +2,7 @@
 
 mod alpha;
 mod data;
+mod keep;
 mod run;
 mod weights;
 
@@ -13,6 +14,7 @@ use tenp_prune::{ErrorScale, ExpertScore, Method, NeuronScore};
 
 pub(crate) use alpha::AlphaArg;
 pub(crate) use data::{AnswersArg, AnswersArgs, DataArgs, MIN_TOKENS};
+pub(crate) use keep::KeepArgs;
 pub(crate) use run::{ComputeArg, DeviceArg, RunArgs};
 pub(crate) use weights::{DernArgs, GatesArg, InputsArg, RecoverArg, RecoverArgs};
 
@@ -21,7 +23,7 @@ pub(crate) use weights::{DernArgs, GatesArg, InputsArg, RecoverArg, RecoverArgs}
 /// Reads a Hugging Face folder, measures on a few calibration samples which experts and neurons matter, and writes a
 /// smaller checkpoint. Data goes to stdout, progress and notes to stderr.
 ///
-/// Exit codes: 0 done, 1 failed, 2 usage, 3 environment (no GPU, no driver).
+/// Exit codes: 0 done, 1 failed, 2 usage, 3 environment (no GPU, no driver), 130 and 143 stopped by Ctrl-C and SIGTERM.
 #[derive(Debug, Parser)]
 #[command(
     version,
@@ -43,7 +45,7 @@ pub(crate) enum Command {
     Inspect(Inspect),
     /// Run calibration text through the model and collect every statistic in one pass.
     #[command(
-        after_help = "Example:\n  tenp-run calibrate ./DeepSeek-V2-Lite --data math=math.jsonl --data code=code.jsonl -o stats.safetensors"
+        after_help = "Example:\n  tenp-run calibrate ./DeepSeek-V2-Lite --data math=math.jsonl --data code=code.jsonl -o stats.safetensors\n\nThe same command goes on where an earlier one was stopped."
     )]
     Calibrate(Calibrate),
     /// Merge or show statistics files.
@@ -59,12 +61,12 @@ pub(crate) enum Command {
     Plan(PlanCommand),
     /// Write the checkpoint that a plan describes.
     #[command(
-        after_help = "Examples:\n  tenp-run apply ./DeepSeek-V2-Lite --plan plan.json -o ./DeepSeek-V2-Lite-60\n  tenp-run apply ./DeepSeek-V2-Lite --plan plan.json --recover least-squares --data calibration.jsonl -o ./DeepSeek-V2-Lite-60"
+        after_help = "Examples:\n  tenp-run apply ./DeepSeek-V2-Lite --plan plan.json -o ./DeepSeek-V2-Lite-60\n  tenp-run apply ./DeepSeek-V2-Lite --plan plan.json --recover least-squares --data calibration.jsonl -o ./DeepSeek-V2-Lite-60\n\nThe same command goes on where an earlier one was stopped."
     )]
     Apply(Apply),
     /// Calibrate, plan and apply in one go.
     #[command(
-        after_help = "Examples:\n  tenp-run prune ./DeepSeek-V2-Lite --data calibration.jsonl --keep 0.6 -o ./DeepSeek-V2-Lite-60\n  tenp-run prune ./DeepSeek-V2-Lite --data calibration.jsonl --method dern --experts 48 -o ./DeepSeek-V2-Lite-48"
+        after_help = "Examples:\n  tenp-run prune ./DeepSeek-V2-Lite --data calibration.jsonl --keep 0.6 -o ./DeepSeek-V2-Lite-60\n  tenp-run prune ./DeepSeek-V2-Lite --data calibration.jsonl --method dern --experts 48 -o ./DeepSeek-V2-Lite-48\n\nThe same command goes on where an earlier one was stopped."
     )]
     Prune(Prune),
     /// Measure a model: multiple choice, perplexity, distance from a reference model.
@@ -127,6 +129,12 @@ pub(crate) struct Calibrate {
     /// Statistics file to write.
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: PathBuf,
+    /// Begin again, instead of going on with what an unfinished run left beside the file, or leaving the finished file of
+    /// the same run as it is.
+    #[arg(long)]
+    pub(crate) restart: bool,
+    #[command(flatten)]
+    pub(crate) keep: KeepArgs,
 }
 
 #[derive(Debug, Subcommand)]
@@ -382,6 +390,8 @@ pub(crate) struct Prune {
     /// Only say what it would take: sizes, memory, time.
     #[arg(long)]
     pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) keep: KeepArgs,
     /// Print the outcome as JSON.
     #[arg(long)]
     pub(crate) json: bool,

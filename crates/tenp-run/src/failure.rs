@@ -51,8 +51,8 @@ pub(crate) fn usage(message: impl Into<String>) -> anyhow::Error {
 /// Prints the error with its causes and says what the process ends with.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     crate::console::note(&format!("tenp-run: {}", message(error)));
-    let code = error.chain().map(code_of).max().unwrap_or(FAILED);
-    ExitCode::from(code)
+    let own = || error.chain().map(code_of).max().unwrap_or(FAILED);
+    ExitCode::from(crate::interrupt::exit_code().unwrap_or_else(own))
 }
 
 /// The error and its causes, each said once: many errors name their cause themselves.

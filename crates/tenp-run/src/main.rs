@@ -10,6 +10,7 @@ mod commands;
 mod console;
 mod coverage;
 mod failure;
+mod interrupt;
 mod models;
 mod picture;
 mod place;
@@ -23,6 +24,7 @@ mod unfinished;
 
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::Parser;
 
 fn main() -> ExitCode {
@@ -31,7 +33,11 @@ fn main() -> ExitCode {
         Some(why) => Err(anyhow::anyhow!("cannot write to standard output: {why}")),
         None => Ok(()),
     };
-    match commands::run(cli).and_then(|()| unwritten()) {
+    let listening = interrupt::listen().context("cannot listen for signals");
+    match listening
+        .and_then(|()| commands::run(cli))
+        .and_then(|()| unwritten())
+    {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => failure::report(&error),
     }

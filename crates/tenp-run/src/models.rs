@@ -13,18 +13,28 @@ use tenp_model::text::{Data, Task, Tokenizer, read_prompts, read_samples, read_t
 
 use crate::cli::DataArgs;
 use crate::failure::usage;
+use crate::interrupt;
 
 /// Opens a whole checkpoint.
 pub(crate) fn open(dir: &Path) -> Result<Checkpoint> {
-    check_folder(dir)?;
-    Checkpoint::open(dir).with_context(|| format!("cannot open the checkpoint {}", dir.display()))
+    opened(dir, Checkpoint::open)
 }
 
 /// Opens a checkpoint whose shards need not all be there.
 pub(crate) fn open_partial(dir: &Path) -> Result<Checkpoint> {
+    opened(dir, Checkpoint::open_partial)
+}
+
+fn opened(
+    dir: &Path,
+    open: fn(&Path) -> Result<Checkpoint, CheckpointError>,
+) -> Result<Checkpoint> {
     check_folder(dir)?;
-    Checkpoint::open_partial(dir)
-        .with_context(|| format!("cannot open the checkpoint {}", dir.display()))
+    let checkpoint = open(dir);
+    let mut checkpoint =
+        checkpoint.with_context(|| format!("cannot open the checkpoint {}", dir.display()))?;
+    checkpoint.stop_when(interrupt::stop());
+    Ok(checkpoint)
 }
 
 fn check_folder(dir: &Path) -> Result<()> {

@@ -1,21 +1,95 @@
-//! What is said of a run that ended before its time.
+//! Runs that end before their time: what is kept of them, and what is said.
 
 use std::path::Path;
+use std::time::Duration;
 
-use tenp_checkpoint::{CheckpointError, Work};
+use anyhow::Result;
+use tenp_checkpoint::{Checkpoint, CheckpointError, Inputs, Work};
+use tenp_model::calibrate::{FoldOptions, Keep};
 
-/// Adds to an error how to go on, where there is something to go on with. A refused output says itself what helps.
+use crate::answers::Samples;
+use crate::place::Place;
+use crate::{console, interrupt};
+
+/// The folder of an output that is being written.
+pub(crate) const OUTPUT: &str = "work";
+
+/// The folder of a calibration whose statistics go into a plan.
+pub(crate) const CALIBRATION: &str = "calibration";
+
+/// What decides the statistics of a calibration.
+pub(crate) fn calibration_inputs(
+    checkpoint: &Checkpoint,
+    samples: &Samples,
+    place: &Place,
+) -> Inputs {
+    let mut inputs = samples.named_inputs();
+    for (name, value) in [
+        ("checkpoint", checkpoint.fingerprint().to_owned()),
+        ("device and precision", place.name()),
+        ("program version", env!("CARGO_PKG_VERSION").to_owned()),
+    ] {
+        inputs.insert(name.to_owned(), value);
+    }
+    inputs
+}
+
+/// Goes on with what an unfinished calibration has left beside `output`, or begins one.
+///
+/// # Errors
+/// Another process is at it, or it was one of other inputs.
+pub(crate) fn keep(
+    (output, purpose): (&Path, &str),
+    mut inputs: Inputs,
+    folds: &FoldOptions,
+    restart: bool,
+    every: Duration,
+) -> Result<Keep> {
+    let groups = folds
+        .num_folds
+        .map_or("default".to_owned(), |groups| groups.to_string());
+    inputs.insert("groups of samples".to_owned(), groups);
+    inputs.insert("tables of groups".to_owned(), folds.tables.join(", "));
+    let mut work = Work::hold(Work::place(output, purpose), output)?;
+    work.resume(inputs, restart)?;
+    if work.is_begun() {
+        console::note(&format!(
+            "going on with the calibration in {}",
+            work.dir().display()
+        ));
+    }
+    Ok(Keep::new(work, every))
+}
+
+/// Says so where a calibration could not be kept.
+pub(crate) fn tell_trouble(keep: &Keep) {
+    if let Some(trouble) = keep.trouble() {
+        console::note(&format!(
+            "the calibration could not be kept on the way ({trouble}); stopped now, it would begin again"
+        ));
+    }
+}
+
+/// Adds to an error how to go on, where something is kept in one of the folders. A refused output says itself what helps.
 pub(crate) fn explain(
     error: impl Into<anyhow::Error>,
     output: &Path,
-    purpose: &str,
+    purposes: &[&str],
 ) -> anyhow::Error {
     let error = error.into();
-    let refused = matches!(error.downcast_ref(), Some(CheckpointError::Output { .. }));
-    let work = Work::place(output, purpose);
-    if refused || !work.is_dir() {
+    if matches!(error.downcast_ref(), Some(CheckpointError::Output { .. })) {
         return error;
     }
+    let places = purposes.iter().map(|purpose| Work::place(output, purpose));
+    let Some(work) = places.into_iter().find(|place| Work::is_unfinished(place)) else {
+        return match interrupt::exit_code() {
+            Some(_) => error.context(format!(
+                "nothing is kept of {} yet, the same command begins again",
+                output.display()
+            )),
+            None => error,
+        };
+    };
     error.context(format!(
         "{} is unfinished (the same command goes on with what is kept in {}; --restart begins again)",
         output.display(),

@@ -37,6 +37,7 @@ impl Statistics {
             path,
             shard,
             wanted,
+            partial: false,
         };
         file.read()
     }
@@ -65,6 +66,7 @@ impl Statistics {
     }
 
     fn metadata(&self) -> BTreeMap<String, String> {
+        let run = (!self.run.is_empty()).then(|| ("run", self.run.clone()));
         [
             ("format", FORMAT.to_owned()),
             ("format_version", FORMAT_VERSION.to_owned()),
@@ -73,12 +75,14 @@ impl Statistics {
             ("version", self.version.clone()),
             ("compute", serde_json::json!(self.compute).to_string()),
         ]
+        .into_iter()
+        .chain(run)
         .map(|(key, value)| (key.to_owned(), value))
-        .into()
+        .collect()
     }
 }
 
-fn plan_layer(
+pub(super) fn plan_layer(
     planned: &mut Vec<PlannedTensor>,
     domain: &str,
     layer: usize,
@@ -101,17 +105,20 @@ fn plan_layer(
     add("total_tokens", Dtype::I64, vec![1], 1)?;
     for field in FIELDS {
         let values = (field.get)(statistics);
-        add(
-            field.name,
-            Dtype::F64,
-            field.shape(experts, width),
-            values.len(),
-        )?;
+        // Tables that were not kept of a group: the width is told all the same.
+        let shape = match values.len() {
+            0 if field.per_neuron => vec![0, width],
+            _ => field.shape(experts, width),
+        };
+        add(field.name, Dtype::F64, shape, values.len())?;
     }
     Ok(())
 }
 
-fn write_layer(sink: &mut Sink<'_>, layer: &LayerStatistics) -> Result<(), CheckpointError> {
+pub(super) fn write_layer(
+    sink: &mut Sink<'_>,
+    layer: &LayerStatistics,
+) -> Result<(), CheckpointError> {
     let mut bytes = Vec::new();
     let counts = layer.tokens.iter().chain([&layer.total_tokens]);
     bytes.extend(counts.flat_map(|count| count.to_le_bytes()));
@@ -128,11 +135,13 @@ fn write_layer(sink: &mut Sink<'_>, layer: &LayerStatistics) -> Result<(), Check
     Ok(())
 }
 
-struct StatisticsFile<'a> {
-    path: &'a Path,
-    shard: Shard,
+pub(super) struct StatisticsFile<'a> {
+    pub(super) path: &'a Path,
+    pub(super) shard: Shard,
     /// Which `[N,K]` tables are read.
-    wanted: &'a dyn Fn(&str) -> bool,
+    pub(super) wanted: &'a dyn Fn(&str) -> bool,
+    /// Whether such tables may be missing.
+    pub(super) partial: bool,
 }
 
 impl StatisticsFile<'_> {
@@ -144,17 +153,13 @@ impl StatisticsFile<'_> {
         if metadata.get("format_version").map(String::as_str) != Some(FORMAT_VERSION) {
             return Err(self.error("written by another version of this program; calibrate again"));
         }
-        let entries: BTreeMap<&str, &Entry> = self
-            .shard
-            .entries
-            .iter()
-            .map(|entry| (entry.name.as_str(), entry))
-            .collect();
+        let entries = self.entries();
         let mut statistics = Statistics {
             checkpoint: self.text("checkpoint")?.to_owned(),
             tokens: self.json("tokens")?,
             version: self.text("version")?.to_owned(),
             compute: self.json("compute")?,
+            run: metadata.get("run").cloned().unwrap_or_default(),
             domains: BTreeMap::new(),
         };
         for name in entries.keys() {
@@ -176,7 +181,12 @@ impl StatisticsFile<'_> {
         Ok(statistics)
     }
 
-    fn layer(
+    pub(super) fn entries(&self) -> BTreeMap<&str, &Entry> {
+        let entries = self.shard.entries.iter();
+        entries.map(|entry| (entry.name.as_str(), entry)).collect()
+    }
+
+    pub(super) fn layer(
         &self,
         entries: &BTreeMap<&str, &Entry>,
         prefix: &str,
@@ -198,7 +208,10 @@ impl StatisticsFile<'_> {
             ..LayerStatistics::default()
         };
         for field in FIELDS {
-            let shape = field.shape(num_experts, width);
+            let mut shape = field.shape(num_experts, width);
+            if self.partial && self.entry(entries, prefix, field.name)?.shape == [0, width] {
+                shape[0] = 0;
+            }
             let bytes = self.bytes(entries, prefix, field.name, Dtype::F64, &shape)?;
             if field.per_neuron && !(self.wanted)(field.name) {
                 continue;

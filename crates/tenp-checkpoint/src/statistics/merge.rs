@@ -22,6 +22,7 @@ impl Statistics {
             return Ok(());
         }
         self.check(&other)?;
+        self.run.clear();
         for (domain, layers) in other.domains {
             let own = self.domains.entry(domain).or_default();
             for (index, layer) in layers {

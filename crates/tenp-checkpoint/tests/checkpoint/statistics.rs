@@ -26,6 +26,7 @@ fn file(domain: &str, tokens: &str, start: f64) -> Statistics {
         checkpoint: "abc".to_owned(),
         tokens: BTreeMap::from([(domain.to_owned(), vec![tokens.to_owned()])]),
         version: "0.1.0".to_owned(),
+        run: String::new(),
         compute: vec!["f32".to_owned()],
         domains: BTreeMap::from([(
             domain.to_owned(),

@@ -123,6 +123,7 @@ impl<'s, 'c, B: Backend + 'static> DevicePass<'s, 'c, B> {
         beside: Beside<'_, '_, B>,
     ) -> Result<(), ModelError> {
         let (layer, model) = (self.layer, self.model);
+        model.checkpoint.check_stop()?;
         let width = model.hidden();
         let sequences = self.blocks[index].clone();
         let rows = self.sequences.rows(&sequences);
@@ -293,6 +294,24 @@ impl<B: Backend + 'static> Pass for DevicePass<'_, '_, B> {
         let mut store = model.store.borrow_mut();
         store.release(backend, loaded).at(layer)?;
         Ok(moments)
+    }
+
+    fn skip_to(&mut self, layer: usize) {
+        self.layer = layer;
+    }
+
+    fn read_hidden(&self, first_row: usize, rows: &mut [f32]) -> Result<(), ModelError> {
+        let start = first_row * self.model.hidden();
+        let part = self.hidden.view().slice(start..start + rows.len());
+        let part = part.at(self.layer)?;
+        self.model.backend.read(part, rows).at(self.layer)
+    }
+
+    fn write_hidden(&mut self, first_row: usize, rows: &[f32]) -> Result<(), ModelError> {
+        let start = first_row * self.model.hidden();
+        let part = self.hidden.view_mut().slice(start..start + rows.len());
+        let part = part.at(self.layer)?;
+        self.model.backend.write(part, rows).at(self.layer)
     }
 
     fn finish(mut self: Box<Self>) -> Result<Vec<f32>, ModelError> {

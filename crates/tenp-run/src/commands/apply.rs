@@ -20,7 +20,8 @@ use crate::models::Domains;
 use crate::place::Place;
 use crate::progress::{Progress, Unit};
 use crate::recovery::{self, Recovery};
-use crate::{cards, console, models, report_page, unfinished};
+use crate::unfinished::{self, CALIBRATION, OUTPUT};
+use crate::{cards, console, models, report_page};
 
 pub(super) fn run(args: &Apply) -> Result<()> {
     recovery::check(args.recover)?;
@@ -188,7 +189,8 @@ pub(super) fn write(
             },
         )?)
     });
-    let outcome = outcome.map_err(|error| unfinished::explain(error, &output.output, "work"))?;
+    let left = &[OUTPUT, CALIBRATION];
+    let outcome = outcome.map_err(|error| unfinished::explain(error, &output.output, left))?;
     for progress in computing.get().into_iter().chain(&progress) {
         progress.finish();
     }

@@ -1,31 +1,61 @@
 //! `calibrate`: every statistic in one pass.
 
-use anyhow::Result;
-use tenp_checkpoint::{Checkpoint, Folds, Statistics};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use tenp_checkpoint::{Checkpoint, Folds, Statistics, Work};
 use tenp_model::Model;
-use tenp_model::calibrate::{FoldOptions, calibrate_in_folds};
+use tenp_model::calibrate::{FoldOptions, Keep, calibrate_in_folds};
 
 use crate::answers::Samples;
 use crate::cli::Calibrate;
 use crate::coverage::Coverage;
 use crate::place::Place;
 use crate::progress::{Progress, Unit};
+use crate::unfinished::{self, OUTPUT};
 use crate::{answers, console, models};
 
 pub(super) fn run(args: &Calibrate) -> Result<()> {
     answers::check(args.answers)?;
     let checkpoint = models::open(&args.model)?;
-    let read = args.data.files();
-    models::check_file("--output", &args.output, Some(&args.model), &read)?;
+    let (out, read) = (&args.output, args.data.files());
+    models::check_file("--output", out, Some(&args.model), &read)?;
     let place = Place::new(args.run)?;
     let samples = Samples::read(&models::Texts::new(&checkpoint), &args.data, args.answers)?;
-    let statistics = place.with_model(&checkpoint, |model| {
-        run_domains_on(&model, &samples.answer(&model)?.domains)
-    })?;
+    let inputs = unfinished::calibration_inputs(&checkpoint, &samples, &place);
+    let fingerprint = models::fingerprint(&inputs);
+    if !args.restart && is_finished(out, &fingerprint) {
+        Work::remove_leftover(Work::place(out, OUTPUT), out);
+        console::note(&format!(
+            "{} is already the finished output of this run; nothing to do",
+            out.display()
+        ));
+        return Ok(());
+    }
+    let (folds, every) = (FoldOptions::default(), args.keep.every());
+    let mut keep = unfinished::keep((out, OUTPUT), inputs, &folds, args.restart, every)?;
+    let calibrated = place.with_model(&checkpoint, |model| {
+        let answered = samples.answer(&model, &mut keep)?;
+        run_in_folds(&model, &answered.domains, &folds, Some(&mut keep))
+    });
+    let calibrated = calibrated.map_err(|error| unfinished::explain(error, out, &[OUTPUT]));
+    let (mut statistics, _) = calibrated?;
+    unfinished::tell_trouble(&keep);
     Coverage::of(&statistics).warn(args.data.min_tokens);
-    statistics.write(&args.output)?;
-    console::note(&format!("wrote {}", args.output.display()));
+    statistics.run = fingerprint;
+    // Written in the folder first: a process that dies leaves nothing anywhere else.
+    let whole = keep.work().dir().join("statistics");
+    statistics.write(&whole)?;
+    std::fs::rename(&whole, out).with_context(|| format!("cannot write {}", out.display()))?;
+    keep.finish();
+    console::note(&format!("wrote {}", out.display()));
     Ok(())
+}
+
+/// Whether a file is what the very same run has written.
+fn is_finished(path: &Path, fingerprint: &str) -> bool {
+    path.is_file()
+        && Statistics::read_tables(path, &|_| false).is_ok_and(|there| there.run == fingerprint)
 }
 
 /// Runs samples that are already token ids.
@@ -42,7 +72,7 @@ pub(super) fn run_domains_on(
     model: &Model<'_>,
     domains: &[(String, Vec<Vec<u32>>)],
 ) -> Result<Statistics> {
-    Ok(run_in_folds(model, domains, &FoldOptions::default())?.0)
+    Ok(run_in_folds(model, domains, &FoldOptions::default(), None)?.0)
 }
 
 /// The same, and the sums of groups of samples.
@@ -50,12 +80,13 @@ pub(super) fn run_in_folds(
     model: &Model<'_>,
     domains: &[(String, Vec<Vec<u32>>)],
     folds: &FoldOptions,
+    keep: Option<&mut Keep>,
 ) -> Result<(Statistics, Folds)> {
     let layers = model.config().num_layers;
     let total = models::num_tokens(domains) * layers;
     let progress = Progress::new("calibrate", Unit::Tokens, total as u64, layers);
     let advance = |_, tokens| progress.advance(tokens as u64);
-    let statistics = calibrate_in_folds(model, domains, folds, &advance)?;
+    let statistics = calibrate_in_folds(model, domains, folds, keep, &advance)?;
     progress.finish();
     Ok(statistics)
 }

@@ -5,10 +5,12 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 use tenp_checkpoint::{
-    ApplyOutcome, Checkpoint, OutputForm, Plan, Statistics, check_form, check_output, output_bytes,
+    ApplyOutcome, Checkpoint, Folds, OutputForm, Plan, Statistics, Work, check_form, check_output,
+    output_bytes,
 };
 use tenp_model::Model;
 use tenp_model::calibrate::FoldOptions;
+use tenp_prune::PlanRequest;
 
 use super::apply::{self, Making};
 use crate::answers::{Answered, Samples};
@@ -18,6 +20,7 @@ use crate::failure::usage;
 use crate::place::Place;
 use crate::recovery::{self, Recovery};
 use crate::search::{self, Search};
+use crate::unfinished::{self, CALIBRATION, OUTPUT};
 use crate::{answers, console, models, requests};
 
 pub(super) fn run(args: &Prune) -> Result<()> {
@@ -25,30 +28,7 @@ pub(super) fn run(args: &Prune) -> Result<()> {
     recovery::check(args.recover)?;
     answers::check(args.answers)?;
     let checkpoint = models::open(&args.model)?;
-    if let Some(original) = checkpoint.pruned_from() {
-        let dir = args.model.display();
-        return Err(usage(format!(
-            "{dir} is already pruned (from {original}); prune the original checkpoint"
-        )));
-    }
-    apply::check_effect(&checkpoint, &args.output)?;
-    if let Some(path) = &args.save_stats {
-        let read = args.data.files();
-        models::check_file("--save-stats", path, Some(&args.model), &read)?;
-    }
-    let names = args.data.data.iter().map(|data| data.domain.as_str());
-    let rehearsed = requests::rehearse(&checkpoint, names, &request)?;
-    let form: OutputForm = args.output.form.into();
-    check_form(&checkpoint, &rehearsed, form)?;
-    let bytes_after = output_bytes(&checkpoint, &rehearsed, &apply::options(&args.output))?;
-    let (out, force) = (&args.output.output, args.output.force);
-    check_output(
-        &checkpoint,
-        out,
-        force,
-        if args.dry_run { 0 } else { bytes_after },
-    )?;
-    recovery::check_plan(args.recover, &checkpoint, &rehearsed)?;
+    let bytes_after = refuse_early(args, &request, &checkpoint)?;
     let samples = Samples::read(&models::Texts::new(&checkpoint), &args.data, args.answers)?;
     search::check(&request, &samples.domains)?;
     let place = Place::new(args.run)?;
@@ -57,6 +37,7 @@ pub(super) fn run(args: &Prune) -> Result<()> {
             dry_run(&model, args, bytes_after, samples.most_tokens(&model))
         });
     }
+    let form: OutputForm = args.output.form.into();
     let inputs = models::fingerprint(&(
         (checkpoint.fingerprint(), samples.inputs(), place.name()),
         (
@@ -67,7 +48,13 @@ pub(super) fn run(args: &Prune) -> Result<()> {
         ),
         env!("CARGO_PKG_VERSION"),
     ));
-    if !force && let Some(plan) = finished(out, &inputs)? {
+    let out = &args.output.output;
+    if !args.output.force
+        && let Some(plan) = finished(out, &inputs)?
+    {
+        for purpose in [OUTPUT, CALIBRATION] {
+            Work::remove_leftover(Work::place(out, purpose), out);
+        }
         report(&checkpoint, args, &plan, ApplyOutcome::AlreadyFinished);
         return Ok(());
     }
@@ -75,24 +62,73 @@ pub(super) fn run(args: &Prune) -> Result<()> {
         num_folds: args.folds.map(|n| n as usize),
         tables: request.tables()?,
     };
-    let (answered, (statistics, folds)) = place.with_model(&checkpoint, |model| {
-        let answered = samples.answer(&model)?;
-        let sums = super::calibrate::run_in_folds(&model, &answered.domains, &folds)?;
+    let decisive = unfinished::calibration_inputs(&checkpoint, &samples, &place);
+    let run = models::fingerprint(&decisive);
+    let (restart, every) = (args.output.restart, args.keep.every());
+    let mut keep = unfinished::keep((out, CALIBRATION), decisive, &folds, restart, every)?;
+    let calibrated = place.with_model(&checkpoint, |model| {
+        let answered = samples.answer(&model, &mut keep)?;
+        let domains = &answered.domains;
+        let sums = super::calibrate::run_in_folds(&model, domains, &folds, Some(&mut keep))?;
         Ok((answered, sums))
-    })?;
+    });
+    let calibrated = calibrated.map_err(|e| unfinished::explain(e, out, &[CALIBRATION]));
+    let (answered, (mut statistics, folds)) = calibrated?;
+    statistics.run = run;
+    unfinished::tell_trouble(&keep);
+    let calibrated = (&answered, &statistics, folds);
+    let (plan, outcome) = make(args, (&checkpoint, &place), &request, calibrated, &inputs)?;
+    keep.finish();
+    report(&checkpoint, args, &plan, outcome);
+    Ok(())
+}
+
+/// Refuses what would be refused later, and says how many bytes the output will have.
+fn refuse_early(args: &Prune, request: &PlanRequest, checkpoint: &Checkpoint) -> Result<u64> {
+    if let Some(original) = checkpoint.pruned_from() {
+        let dir = args.model.display();
+        return Err(usage(format!(
+            "{dir} is already pruned (from {original}); prune the original checkpoint"
+        )));
+    }
+    apply::check_effect(checkpoint, &args.output)?;
+    if let Some(path) = &args.save_stats {
+        let read = args.data.files();
+        models::check_file("--save-stats", path, Some(&args.model), &read)?;
+    }
+    let names = args.data.data.iter().map(|data| data.domain.as_str());
+    let rehearsed = requests::rehearse(checkpoint, names, request)?;
+    let form: OutputForm = args.output.form.into();
+    check_form(checkpoint, &rehearsed, form)?;
+    let bytes_after = output_bytes(checkpoint, &rehearsed, &apply::options(&args.output))?;
+    let (out, force) = (&args.output.output, args.output.force);
+    let needed = if args.dry_run { 0 } else { bytes_after };
+    check_output(checkpoint, out, force, needed)?;
+    recovery::check_plan(args.recover, checkpoint, &rehearsed)?;
+    Ok(bytes_after)
+}
+
+/// Plans and applies.
+fn make(
+    args: &Prune,
+    (checkpoint, place): (&Checkpoint, &Place),
+    request: &PlanRequest,
+    (answered, statistics, folds): (&Answered, &Statistics, Folds),
+    inputs: &str,
+) -> Result<(Plan, ApplyOutcome)> {
     let domains = &answered.domains;
-    let coverage = Coverage::of(&statistics);
+    let coverage = Coverage::of(statistics);
     coverage.warn(args.data.min_tokens);
     if let Some(path) = &args.save_stats {
         statistics.write(path)?;
         console::note(&format!("wrote {}", path.display()));
     }
-    let searched = Search::new(&checkpoint, domains, &place).settle(&statistics, &request)?;
-    let plan = requests::plan(&checkpoint, &statistics, &searched)?;
-    let stability = requests::stability(&checkpoint, (&statistics, &folds), &searched, &plan)?;
+    let searched = Search::new(checkpoint, domains, place).settle(statistics, request)?;
+    let plan = requests::plan(checkpoint, statistics, &searched)?;
+    let stability = requests::stability(checkpoint, (statistics, &folds), &searched, &plan)?;
     drop(folds);
     let mut calibration = Map::new();
-    let about = about(&answered, &statistics, &inputs);
+    let about = about(answered, statistics, inputs);
     calibration.insert("calibration".to_owned(), about);
     let few = coverage.json(args.data.min_tokens);
     calibration.insert("coverage".to_owned(), few);
@@ -105,14 +141,13 @@ pub(super) fn run(args: &Prune) -> Result<()> {
         calibration,
         recovery: match args.recover.recover {
             RecoverArg::None => Recovery::None,
-            RecoverArg::Rescale => recovery::rescale(&checkpoint, &plan, &statistics, weights)?,
+            RecoverArg::Rescale => recovery::rescale(checkpoint, &plan, statistics, weights)?,
             RecoverArg::LeastSquares => recovery::least_squares(args.recover, &sequences),
         },
-        place: &place,
+        place,
     };
-    let outcome = super::apply::write(&checkpoint, &plan, &args.output, making)?;
-    report(&checkpoint, args, &plan, outcome);
-    Ok(())
+    let outcome = super::apply::write(checkpoint, &plan, &args.output, making)?;
+    Ok((plan, outcome))
 }
 
 /// What a report says of the text.
