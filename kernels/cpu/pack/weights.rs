@@ -57,6 +57,10 @@ impl<'a> BlockRows<'a> {
     pub(crate) fn pack(&self, packing: Packing, out: &mut [u32]) {
         let steps = packing.steps(self.inner);
         assert_eq!(out.len(), steps * TILE_COLS);
+        // The down projection of an expert without neurons.
+        if steps == 0 {
+            return;
+        }
         let mut done = 0;
         #[cfg(target_arch = "x86_64")]
         if crate::cpu::isa() >= crate::cpu::Isa::Avx512 {
