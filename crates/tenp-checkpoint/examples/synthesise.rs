@@ -1,9 +1,10 @@
-//! Writes a random-weight bf16 checkpoint of a config's real shapes, to try sizes and memory without a download.
+//! Writes a random-weight bf16 or fp8 checkpoint of a config's real shapes, to try sizes and memory without a download.
 //!
-//! `cargo run --release -p tenp-checkpoint --example synthesise -- CONFIG.json OUT [--layers N] [--shard-size 5GB]
-//! [--seed 0] [--fused] [--holes] [--statistics FILE]`
+//! `cargo run --release -p tenp-checkpoint --example synthesise -- CONFIG.json OUT [--layers N] [--experts N]
+//! [--dtype bf16|fp8] [--mtp] [--shard-size 5GB] [--seed 0] [--fused] [--holes] [--statistics FILE]`
 //!
-//! `--holes` leaves the weights out (zeros that take no room), for what reads headers only; `--statistics` writes a
+//! `--dtype fp8` writes the projections as DeepSeek-V3 stores them, some of the scales in another shard than their matrix;
+//! `--mtp` adds the MTP layers that the config announces. `--holes` leaves the weights out (zeros that take no room), for what reads headers only; `--statistics` writes a
 //! statistics file of random numbers beside it, to try planning.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
@@ -11,10 +12,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use tenp_checkpoint::{Checkpoint, SynthesiseOptions, synthesise, synthesise_statistics};
+use tenp_checkpoint::{Checkpoint, Dtype, SynthesiseOptions, synthesise, synthesise_statistics};
 
-const USAGE: &str = "usage: synthesise CONFIG.json OUT [--layers N] [--shard-size 5GB] [--seed 0] [--fused] \
-     [--holes] [--statistics FILE]";
+const USAGE: &str = "usage: synthesise CONFIG.json OUT [--layers N] [--experts N] [--dtype bf16|fp8] [--mtp] \
+     [--shard-size 5GB] [--seed 0] [--fused] [--holes] [--statistics FILE]";
 
 struct Arguments {
     config: PathBuf,
@@ -88,6 +89,15 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Arguments, Strin
         };
         match argument.as_str() {
             "--layers" => options.num_layers = Some(number(&value()?)? as usize),
+            "--experts" => options.num_experts = Some(number(&value()?)? as usize),
+            "--dtype" => {
+                options.dtype = match value()?.as_str() {
+                    "bf16" => Dtype::BF16,
+                    "fp8" => Dtype::F8E4M3,
+                    other => return Err(format!("--dtype {other} is not known; bf16 and fp8 are")),
+                }
+            }
+            "--mtp" => options.mtp = true,
             "--seed" => options.seed = number(&value()?)?,
             "--shard-size" => options.shard_bytes = bytes(&value()?)?,
             "--fused" => options.fused = true,
@@ -96,6 +106,9 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Arguments, Strin
             flag if flag.starts_with("--") => return Err(format!("unknown flag {flag}")),
             place => places.push(PathBuf::from(place)),
         }
+    }
+    if options.dtype == Dtype::F8E4M3 && options.fused {
+        return Err("--fused experts are not fp8; leave one of the two out".to_owned());
     }
     match <[PathBuf; 2]>::try_from(places) {
         Ok([config, out]) => Ok(Arguments {

@@ -178,9 +178,14 @@ impl Checkpoint {
         layer: usize,
         expert: usize,
     ) -> Result<ExpertTensors<'_>, CheckpointError> {
-        let index = self.moe_index(layer)?;
         let config = self.config();
-        let num_experts = config.num_experts(index);
+        let index = config.moe_index(layer);
+        // An MTP layer has its experts at full width; what a ragged checkpoint left of it is not read.
+        let mtp = layer >= config.num_layers && self.layer_bytes(layer) > 0;
+        if index.is_none() && (!mtp || config.widths.is_some()) {
+            return Err(CheckpointError::NotMoe { layer });
+        }
+        let num_experts = index.map_or(config.moe.num_experts, |index| config.num_experts(index));
         if expert >= num_experts {
             return Err(CheckpointError::NoSuchExpert {
                 layer,
@@ -188,7 +193,8 @@ impl Checkpoint {
                 num_experts,
             });
         }
-        let (width, hidden) = (config.width(index, expert), config.hidden_size);
+        let width = index.map_or(config.moe.expert_width, |index| config.width(index, expert));
+        let hidden = config.hidden_size;
         let spelling = self.spelling();
         if !spelling.fused {
             let name = |part| spelling.expert(layer, expert, part);

@@ -5,6 +5,7 @@ mod folder;
 mod form;
 mod gather;
 mod layout;
+mod mtp;
 mod rewrite;
 mod tensors;
 
@@ -14,7 +15,7 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::hex;
-use crate::plan::Plan;
+use crate::plan::{LayerPlan, Plan};
 use crate::shard::Shard;
 use crate::work::Inputs;
 use crate::writer::DEFAULT_SHARD_BYTES;
@@ -78,6 +79,29 @@ impl OutputDtype {
     }
 }
 
+/// What becomes of the layers for multi-token prediction, which are not calibrated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mtp {
+    /// Widths and number of experts of the last MoE layer; neurons and experts by their weight norms.
+    #[default]
+    Prune,
+    /// As they are.
+    Keep,
+    /// Gone, and the config announces none.
+    Drop,
+}
+
+impl Mtp {
+    /// `prune`, `keep` or `drop`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Prune => "prune",
+            Self::Keep => "keep",
+            Self::Drop => "drop",
+        }
+    }
+}
+
 /// What else decides an output folder.
 #[derive(Clone, Debug)]
 pub struct ApplyOptions {
@@ -85,6 +109,8 @@ pub struct ApplyOptions {
     pub form: OutputForm,
     /// Element type of weights.
     pub dtype: OutputDtype,
+    /// Layers for multi-token prediction.
+    pub mtp: Mtp,
     /// Upper bound of a shard's tensor bytes (a single larger tensor gets a shard of its own).
     pub shard_bytes: u64,
     /// Replace an output folder that is not empty.
@@ -107,6 +133,7 @@ impl Default for ApplyOptions {
         Self {
             form: OutputForm::default(),
             dtype: OutputDtype::default(),
+            mtp: Mtp::default(),
             shard_bytes: DEFAULT_SHARD_BYTES,
             force: false,
             restart: false,
@@ -180,7 +207,7 @@ pub fn apply_rewritten(
         });
     }
     files::check_extra(out, &options.extra_files)?;
-    let output = form::decide(checkpoint, plan, options.form, options.dtype)?;
+    let output = form::decide(checkpoint, plan, options)?;
     let settings = rewriter.as_ref().map(|rewriter| rewriter.settings());
     let inputs = inputs(checkpoint, plan, out, options, settings)?;
     let fingerprint = hex(&Sha256::digest(json!(inputs).to_string()));
@@ -189,7 +216,10 @@ pub fn apply_rewritten(
         folder::remove_leftover(out);
         return Ok(ApplyOutcome::AlreadyFinished);
     };
-    let tensors = layout::tensors(checkpoint, plan, &output);
+    let mtp_plans = mtp_plans(checkpoint, plan, &output, &|layer| {
+        mtp::weight_norms(checkpoint, layer)
+    })?;
+    let tensors = layout::tensors(checkpoint, plan, &mtp_plans, &output);
     let total = match output.kind {
         Kind::Identical => checkpoint.shards.iter().map(Shard::num_bytes).sum(),
         _ => tensors.iter().map(|out| out.tensor.num_bytes()).sum(),
@@ -208,6 +238,7 @@ pub fn apply_rewritten(
         output,
         fingerprint,
         total,
+        mtp_plans: &mtp_plans,
     };
     run.write(folder, &tensors, rewriter, progress)
 }
@@ -221,6 +252,7 @@ struct Run<'a> {
     fingerprint: String,
     /// Bytes of the output's tensors.
     total: u64,
+    mtp_plans: &'a [LayerPlan],
 }
 
 impl Run<'_> {
@@ -256,7 +288,7 @@ impl Run<'_> {
             };
             let written =
                 tensors::write(source, tensors, &planned, self.options, &dir, &mut copying)?;
-            let config = form::config(checkpoint, self.plan, &self.output);
+            let config = form::config(checkpoint, self.plan, self.mtp_plans, &self.output);
             files::write_json(&dir.join("config.json"), &config, total)?;
             written
         };
@@ -267,6 +299,12 @@ impl Run<'_> {
             options: self.options,
             notes: rewritten.as_ref().map(Rewritten::notes),
             output: &self.output,
+            mtp: mtp::report(
+                checkpoint,
+                self.options.mtp,
+                self.output.kind,
+                self.mtp_plans,
+            ),
             fingerprint: &self.fingerprint,
             written: &written,
             num_tensors: tensors.len(),
@@ -311,8 +349,11 @@ pub fn output_bytes(
     plan: &Plan,
     options: &ApplyOptions,
 ) -> Result<u64, CheckpointError> {
-    let output = form::decide(checkpoint, plan, options.form, options.dtype)?;
-    let tensors = layout::tensors(checkpoint, plan, &output);
+    let output = form::decide(checkpoint, plan, options)?;
+    let sizes = mtp_plans(checkpoint, plan, &output, &|_| {
+        Ok(mtp::no_norms(checkpoint))
+    })?;
+    let tensors = layout::tensors(checkpoint, plan, &sizes, &output);
     Ok(tensors.iter().map(|out| out.tensor.num_bytes()).sum())
 }
 
@@ -323,9 +364,22 @@ pub fn output_bytes(
 pub fn check_form(
     checkpoint: &Checkpoint,
     plan: &Plan,
-    form: OutputForm,
+    options: &ApplyOptions,
 ) -> Result<(), CheckpointError> {
-    form::decide(checkpoint, plan, form, OutputDtype::Same).map(drop)
+    form::decide(checkpoint, plan, options).map(drop)
+}
+
+/// Plans of the MTP layers that are pruned like the others.
+fn mtp_plans(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    output: &Output,
+    norms: &mtp::Norms<'_>,
+) -> Result<Vec<LayerPlan>, CheckpointError> {
+    if output.mtp != Mtp::Prune || output.kind == Kind::Identical {
+        return Ok(Vec::new());
+    }
+    mtp::plan(checkpoint, plan, norms)
 }
 
 /// What decides the output's bytes: two runs of the same inputs write the same checkpoint.
@@ -341,6 +395,7 @@ fn inputs(
         ("checkpoint", checkpoint.fingerprint().to_owned()),
         ("plan", plan),
         ("form", options.form.name().to_owned()),
+        ("treatment of MTP layers", options.mtp.name().to_owned()),
         ("dtype", options.dtype.name().to_owned()),
         ("shard size", options.shard_bytes.to_string()),
         ("recovery", settings.unwrap_or_default()),

@@ -8,7 +8,7 @@ use crate::names::{Part, Spelling, dense};
 pub enum Role {
     /// Token embedding.
     Embedding,
-    /// Output head.
+    /// Output head, and the projection that joins the two inputs of an MTP layer: what is never fp8.
     Head,
     /// A projection; rows are outputs, except in fused tensors where the last axis is the input.
     Projection,
@@ -43,32 +43,67 @@ pub fn expected_tensors(config: &ModelConfig, spelling: Spelling) -> Vec<Expecte
         Role::Embedding,
     );
     for layer in 0..config.num_layers {
-        let prefix = format!("model.layers.{layer}");
-        list.add(
-            format!("{prefix}.input_layernorm.weight"),
-            &[hidden],
-            Role::Norm,
-        );
-        attention(&mut list, config, &prefix);
-        list.add(
-            format!("{prefix}.post_attention_layernorm.weight"),
-            &[hidden],
-            Role::Norm,
-        );
-        match config.moe_index(layer) {
-            Some(index) => moe(&mut list, config, spelling, layer, index),
-            None => {
-                for part in Part::ALL {
-                    list.mlp(dense(layer, part), part, config.dense_width, hidden);
-                }
-            }
-        }
+        let widths = config.moe_index(layer).map(|index| {
+            let experts = 0..config.num_experts(index);
+            experts.map(|expert| config.width(index, expert)).collect()
+        });
+        decoder_layer(&mut list, config, spelling, layer, widths);
     }
     list.add("model.norm.weight", &[hidden], Role::Norm);
     if !config.tie_word_embeddings {
         list.add("lm_head.weight", &[config.vocab_size, hidden], Role::Head);
     }
     list.0
+}
+
+/// Every tensor of the MTP layers that the config announces, at the experts' full width, as DeepSeek-V3 names them. A
+/// checkpoint may lack them.
+pub fn mtp_tensors(config: &ModelConfig, spelling: Spelling) -> Vec<ExpectedTensor> {
+    let (hidden, vocab) = (config.hidden_size, config.vocab_size);
+    let mut list = List(Vec::new());
+    for layer in config.num_layers..config.num_layers + config.num_mtp_layers {
+        let name = |tensor: &str| format!("model.layers.{layer}.{tensor}.weight");
+        list.add(name("embed_tokens"), &[vocab, hidden], Role::Embedding);
+        list.add(name("enorm"), &[hidden], Role::Norm);
+        list.add(name("hnorm"), &[hidden], Role::Norm);
+        list.add(name("eh_proj"), &[hidden, 2 * hidden], Role::Head);
+        let widths = vec![config.moe.expert_width; config.moe.num_experts];
+        decoder_layer(&mut list, config, spelling, layer, Some(widths));
+        list.add(name("shared_head.norm"), &[hidden], Role::Norm);
+        list.add(name("shared_head.head"), &[vocab, hidden], Role::Head);
+    }
+    list.0
+}
+
+/// A layer with experts of these widths, or a dense one.
+fn decoder_layer(
+    list: &mut List,
+    config: &ModelConfig,
+    spelling: Spelling,
+    layer: usize,
+    widths: Option<Vec<usize>>,
+) {
+    let hidden = config.hidden_size;
+    let prefix = format!("model.layers.{layer}");
+    list.add(
+        format!("{prefix}.input_layernorm.weight"),
+        &[hidden],
+        Role::Norm,
+    );
+    attention(list, config, &prefix);
+    list.add(
+        format!("{prefix}.post_attention_layernorm.weight"),
+        &[hidden],
+        Role::Norm,
+    );
+    match widths {
+        Some(widths) => moe(list, config, spelling, layer, &widths),
+        None => {
+            for part in Part::ALL {
+                list.mlp(dense(layer, part), part, config.dense_width, hidden);
+            }
+        }
+    }
 }
 
 struct List(Vec<ExpectedTensor>);
@@ -159,9 +194,9 @@ fn attention(list: &mut List, config: &ModelConfig, prefix: &str) {
     }
 }
 
-fn moe(list: &mut List, config: &ModelConfig, spelling: Spelling, layer: usize, index: usize) {
+fn moe(list: &mut List, config: &ModelConfig, spelling: Spelling, layer: usize, widths: &[usize]) {
     let hidden = config.hidden_size;
-    let (moe, num_experts) = (&config.moe, config.num_experts(index));
+    let (moe, num_experts) = (&config.moe, widths.len());
     list.add(spelling.router(layer), &[num_experts, hidden], Role::Router);
     if moe.router.correction_bias {
         list.add(
@@ -183,10 +218,10 @@ fn moe(list: &mut List, config: &ModelConfig, spelling: Spelling, layer: usize, 
             Role::Projection,
         );
     } else {
-        for expert in 0..num_experts {
+        for (expert, &width) in widths.iter().enumerate() {
             for part in Part::ALL {
                 let name = spelling.expert(layer, expert, part);
-                list.mlp(name, part, config.width(index, expert), hidden);
+                list.mlp(name, part, width, hidden);
             }
         }
     }

@@ -39,7 +39,7 @@ mod writer;
 
 pub use access::{ExpertTensors, Matrix, RouterTensors, SharedTensors};
 pub use apply::{
-    ApplyOptions, ApplyOutcome, LayerRewriter, Notes, OutputDtype, OutputForm, ReportPage,
+    ApplyOptions, ApplyOutcome, LayerRewriter, Mtp, Notes, OutputDtype, OutputForm, ReportPage,
     RewrittenExpert, RewrittenLayer, apply, apply_rewritten, check_form, check_output,
     output_bytes,
 };
@@ -48,7 +48,7 @@ pub use checkpoint::{Checkpoint, TensorView};
 pub use config::{Family, ModelConfig};
 pub use dtype::Dtype;
 pub use error::CheckpointError;
-pub use expected::{ExpectedTensor, Role, expected_tensors};
+pub use expected::{ExpectedTensor, Role, expected_tensors, mtp_tensors};
 pub use fp8::{FP8_BLOCK, NonFinite, holds_nan, weight_of_scale};
 pub use header::PlannedTensor;
 pub use names::{Part, Spelling, dense, layer_of};

@@ -124,10 +124,7 @@ impl Plan {
 
     /// Widths of the experts that stay, `[MoE layer][expert]`.
     pub fn widths(&self) -> Vec<Vec<usize>> {
-        self.layers
-            .iter()
-            .map(|layer| layer.kept().map(|expert| expert.width).collect())
-            .collect()
+        self.layers.iter().map(LayerPlan::widths).collect()
     }
 
     fn kept_experts(&self) -> impl Iterator<Item = &ExpertPlan> {
@@ -147,6 +144,11 @@ impl ExpertPlan {
 }
 
 impl LayerPlan {
+    /// Widths of the experts that stay.
+    pub fn widths(&self) -> Vec<usize> {
+        self.kept().map(|expert| expert.width).collect()
+    }
+
     /// Experts that stay in the router, ascending by id; their position is their id in the output.
     pub fn kept(&self) -> impl Iterator<Item = &ExpertPlan> {
         self.experts.iter().filter(|expert| !expert.dropped)

@@ -4,10 +4,11 @@ use std::num::NonZero;
 use std::path::Path;
 
 use half::bf16;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::atomic::{Sink, write_new};
-use crate::expected::{ExpectedTensor, Role, expected_tensors};
+use crate::expected::{ExpectedTensor, Role, expected_tensors, mtp_tensors};
+use crate::fp8::{self, scale_name, scale_shape};
 use crate::names::Spelling;
 use crate::writer::{DEFAULT_SHARD_BYTES, WrittenShards, pretty, write_shards};
 use crate::{CheckpointError, Dtype, ModelConfig, PlannedTensor};
@@ -17,6 +18,12 @@ use crate::{CheckpointError, Dtype, ModelConfig, PlannedTensor};
 pub struct SynthesiseOptions {
     /// Fewer layers than the config says.
     pub num_layers: Option<usize>,
+    /// Another number of routed experts than the config says.
+    pub num_experts: Option<usize>,
+    /// `BF16`; or `F8E4M3` for the projections, the scales of every eighth in the last shards, apart from their matrices.
+    pub dtype: Dtype,
+    /// The MTP layers that the config announces, too.
+    pub mtp: bool,
     /// Upper bound of a shard's tensor bytes.
     pub shard_bytes: u64,
     /// Seed: same config, options and seed give the same bytes.
@@ -31,6 +38,9 @@ impl Default for SynthesiseOptions {
     fn default() -> Self {
         Self {
             num_layers: None,
+            num_experts: None,
+            dtype: Dtype::BF16,
+            mtp: false,
             shard_bytes: DEFAULT_SHARD_BYTES,
             seed: 0,
             fused: false,
@@ -39,11 +49,11 @@ impl Default for SynthesiseOptions {
     }
 }
 
-/// Writes `config.json`, shards and index of a random bf16 checkpoint into an existing folder.
+/// Writes `config.json`, shards and index of a random bf16 or fp8 checkpoint into an existing folder.
 ///
 /// Projections and router rows are near-normal with standard deviation `1/sqrt(fan_in)`, embeddings have 1, norms are
 /// 1, biases small; score correction biases are f32, as DeepSeek-V3 stores them. `progress` is called with tensor bytes
-/// written and the total. A `quantization_config` is left out of the written config.
+/// written and the total. The written config has a `quantization_config` where the weights are fp8, and only there.
 ///
 /// # Errors
 /// A config that [`ModelConfig::from_json`] refuses, or a file that cannot be written.
@@ -59,28 +69,19 @@ pub fn synthesise(
             path: config_path.to_path_buf(),
             source,
         })?;
-    json.shift_remove("quantization_config");
-    if let Some(layers) = options.num_layers {
-        json.insert("num_hidden_layers".to_owned(), layers.into());
-    }
+    edit_config(&mut json, options);
     let config = ModelConfig::from_json(config_path, &json)?;
     let spelling = if options.fused {
         Spelling::fused(config.family)
     } else {
         Spelling::classic(config.family)
     };
-    let tensors = expected_tensors(&config, spelling);
-    let planned: Vec<PlannedTensor> = tensors
-        .iter()
-        .map(|tensor| PlannedTensor {
-            name: tensor.name.clone(),
-            dtype: match tensor.role {
-                Role::CorrectionBias => Dtype::F32,
-                _ => Dtype::BF16,
-            },
-            shape: tensor.shape.clone(),
-        })
-        .collect();
+    let mut expected = expected_tensors(&config, spelling);
+    if options.mtp {
+        expected.extend(mtp_tensors(&config, spelling));
+    }
+    let tensors = contents(expected, options.dtype);
+    let planned: Vec<PlannedTensor> = tensors.iter().map(|(tensor, _)| tensor.clone()).collect();
     let total = planned.iter().map(PlannedTensor::num_bytes).sum();
     write_new(
         &out.join("config.json"),
@@ -99,6 +100,81 @@ pub fn synthesise(
         progress(done, total);
         Ok(())
     })
+}
+
+/// What a tensor is filled with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fill {
+    Role(Role),
+    Codes,
+    /// Scales of codes whose rows are this long.
+    Scales(usize),
+}
+
+/// The config as it will be written.
+fn edit_config(json: &mut Map<String, Value>, options: SynthesiseOptions) {
+    if options.dtype != Dtype::F8E4M3 {
+        json.shift_remove("quantization_config");
+    } else if !json.contains_key("quantization_config") {
+        let quantisation = json!({
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [fp8::FP8_BLOCK, fp8::FP8_BLOCK],
+        });
+        json.insert("quantization_config".to_owned(), quantisation);
+    }
+    if let Some(layers) = options.num_layers {
+        json.insert("num_hidden_layers".to_owned(), layers.into());
+    }
+    let fields = ["n_routed_experts", "num_local_experts", "num_experts"];
+    if let Some(experts) = options.num_experts {
+        for field in fields
+            .into_iter()
+            .filter(|field| json.contains_key(*field))
+            .collect::<Vec<_>>()
+        {
+            json.insert(field.to_owned(), experts.into());
+        }
+    }
+}
+
+/// Every tensor to write, in order.
+fn contents(expected: Vec<ExpectedTensor>, dtype: Dtype) -> Vec<(PlannedTensor, Fill)> {
+    let mut tensors = Vec::with_capacity(expected.len());
+    let mut last = Vec::new();
+    for (number, tensor) in expected.into_iter().enumerate() {
+        let quantised =
+            dtype == Dtype::F8E4M3 && tensor.role == Role::Projection && tensor.shape.len() == 2;
+        let dtype = match tensor.role {
+            Role::CorrectionBias => Dtype::F32,
+            _ if quantised => dtype,
+            _ => Dtype::BF16,
+        };
+        let scales = quantised.then(|| {
+            let (rows, cols) = (tensor.shape[0], tensor.shape[1]);
+            let planned = PlannedTensor {
+                name: scale_name(&tensor.name),
+                dtype: Dtype::F32,
+                shape: scale_shape(rows, cols).to_vec(),
+            };
+            (planned, Fill::Scales(cols))
+        });
+        let fill = if quantised {
+            Fill::Codes
+        } else {
+            Fill::Role(tensor.role)
+        };
+        let (name, shape) = (tensor.name, tensor.shape);
+        tensors.push((PlannedTensor { name, dtype, shape }, fill));
+        match scales {
+            Some(scales) if number % 8 == 7 => last.push(scales),
+            Some(scales) => tensors.push(scales),
+            None => {}
+        }
+    }
+    tensors.append(&mut last);
+    tensors
 }
 
 /// Statistics of random numbers in the shapes that a calibration of `checkpoint` has, one domain `default`, to try how long
@@ -133,12 +209,14 @@ const BLOCKS_AT_ONCE: usize = 64;
 const TABLE: usize = 1 << 12;
 const DRAWS_PER_WORD: usize = 5;
 
+/// A draw goes up to 6 standard deviations, fp8 to 448.
+const CODES_PER_DEVIATION: f32 = 448.0 / 6.0;
+
 struct Generator {
     seed: u64,
     threads: usize,
     /// Standard normal draws, approximated by sums of twelve uniform ones.
     normal: Vec<f32>,
-    buffer: Vec<u16>,
 }
 
 impl Generator {
@@ -154,25 +232,41 @@ impl Generator {
             seed,
             threads: std::thread::available_parallelism().map_or(1, NonZero::get),
             normal,
-            buffer: Vec::new(),
         }
     }
 
     fn fill(
         &mut self,
         tensor_index: u64,
-        tensor: &ExpectedTensor,
+        (tensor, fill): &(PlannedTensor, Fill),
         sink: &mut Sink<'_>,
     ) -> Result<(), CheckpointError> {
         let count: usize = tensor.shape.iter().product();
         let fan_in = tensor.shape.last().copied().unwrap_or(1).max(1) as f32;
-        let scale = match tensor.role {
-            Role::Norm => return ones(count, sink),
-            Role::Embedding => 1.0,
-            Role::Head | Role::Projection | Role::Router => fan_in.sqrt().recip(),
-            Role::Bias => 0.02,
-            Role::CorrectionBias => {
-                let mut state = mix(self.seed ^ mix(tensor_index));
+        let seed = mix(self.seed ^ mix(tensor_index));
+        let scale = match fill {
+            Fill::Codes => {
+                let codes = self
+                    .normal
+                    .iter()
+                    .map(|draw| fp8::encode(draw * CODES_PER_DEVIATION));
+                return self.blocks(&codes.collect::<Vec<u8>>(), count, seed, sink);
+            }
+            Fill::Scales(inner) => {
+                let mut state = seed;
+                let largest = (*inner as f32).sqrt().recip() / CODES_PER_DEVIATION;
+                // From three quarters to five: neighbouring blocks differ.
+                let draw =
+                    |_| largest * (0.75 + (next(&mut state) >> 40) as f32 / (1 << 25) as f32);
+                let bytes: Vec<u8> = (0..count).map(draw).flat_map(f32::to_le_bytes).collect();
+                return sink.write(&bytes);
+            }
+            Fill::Role(Role::Norm) => return ones(count, sink),
+            Fill::Role(Role::Embedding) => 1.0,
+            Fill::Role(Role::Head | Role::Projection | Role::Router) => fan_in.sqrt().recip(),
+            Fill::Role(Role::Bias) => 0.02,
+            Fill::Role(Role::CorrectionBias) => {
+                let mut state = seed;
                 let draw = |_| self.normal[next(&mut state) as usize % TABLE] * 0.01;
                 let bytes: Vec<u8> = (0..count).map(draw).flat_map(f32::to_le_bytes).collect();
                 return sink.write(&bytes);
@@ -183,14 +277,24 @@ impl Generator {
             .iter()
             .map(|draw| bf16::from_f32(draw * scale).to_bits().to_le())
             .collect();
-        let mut first_block = 0;
-        let mut left = count;
+        self.blocks(&table, count, seed, sink)
+    }
+
+    /// Writes `count` draws from a table.
+    fn blocks<T: bytemuck::Pod + Send + Sync>(
+        &self,
+        table: &[T],
+        count: usize,
+        seed: u64,
+        sink: &mut Sink<'_>,
+    ) -> Result<(), CheckpointError> {
+        let mut buffer = vec![T::zeroed(); count.min(BLOCK * BLOCKS_AT_ONCE)];
+        let (mut left, mut first_block) = (count, 0);
         while left > 0 {
-            let length = left.min(BLOCK * BLOCKS_AT_ONCE);
-            self.buffer.resize(length, 0);
-            let seed = mix(self.seed ^ mix(tensor_index));
-            fill_blocks(&mut self.buffer, &table, seed, first_block, self.threads);
-            sink.write(bytemuck::cast_slice(&self.buffer))?;
+            let length = left.min(buffer.len());
+            let part = &mut buffer[..length];
+            fill_blocks(part, table, seed, first_block, self.threads);
+            sink.write(bytemuck::cast_slice(part))?;
             left -= length;
             first_block += BLOCKS_AT_ONCE as u64;
         }
@@ -202,7 +306,13 @@ fn ones(count: usize, sink: &mut Sink<'_>) -> Result<(), CheckpointError> {
     sink.write(&bf16::ONE.to_le_bytes().repeat(count))
 }
 
-fn fill_blocks(buffer: &mut [u16], table: &[u16], seed: u64, first_block: u64, threads: usize) {
+fn fill_blocks<T: Copy + Send + Sync>(
+    buffer: &mut [T],
+    table: &[T],
+    seed: u64,
+    first_block: u64,
+    threads: usize,
+) {
     let share = buffer.len().div_ceil(BLOCK).div_ceil(threads.max(1)).max(1);
     let total = buffer.len();
     std::thread::scope(|scope| {
@@ -222,7 +332,7 @@ fn fill_blocks(buffer: &mut [u16], table: &[u16], seed: u64, first_block: u64, t
     });
 }
 
-fn fill_block(block: &mut [u16], table: &[u16], mut state: u64) {
+fn fill_block<T: Copy>(block: &mut [T], table: &[T], mut state: u64) {
     for group in block.chunks_mut(DRAWS_PER_WORD) {
         let mut word = next(&mut state);
         for value in group {

@@ -3,6 +3,7 @@
 mod alpha;
 mod data;
 mod keep;
+mod output;
 mod run;
 mod weights;
 
@@ -15,6 +16,7 @@ use tenp_prune::{ErrorScale, ExpertScore, Method, NeuronScore};
 pub(crate) use alpha::AlphaArg;
 pub(crate) use data::{AnswersArg, AnswersArgs, DataArgs, MIN_TOKENS};
 pub(crate) use keep::KeepArgs;
+pub(crate) use output::{DtypeArg, MtpArg};
 pub(crate) use run::{ComputeArg, DeviceArg, RunArgs};
 pub(crate) use weights::{DernArgs, GatesArg, InputsArg, RecoverArg, RecoverArgs};
 
@@ -296,19 +298,15 @@ pub(crate) struct OutputArgs {
     /// Write the weights of an fp8 model in bf16. Otherwise every tensor keeps its type.
     #[arg(long, value_enum)]
     pub(crate) dtype: Option<DtypeArg>,
+    /// What becomes of the layers for multi-token prediction, which no text is calibrated on (default: prune).
+    #[arg(long, value_enum)]
+    pub(crate) mtp: Option<MtpArg>,
     /// Replace an output folder that is not empty.
     #[arg(long)]
     pub(crate) force: bool,
     /// Discard what an unfinished run left beside the output, instead of going on with it.
     #[arg(long)]
     pub(crate) restart: bool,
-}
-
-/// Element type of the weights written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum DtypeArg {
-    /// bfloat16, without scales.
-    Bf16,
 }
 
 fn size(text: &str) -> Result<u64, String> {

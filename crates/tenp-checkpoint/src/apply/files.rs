@@ -6,10 +6,9 @@ use serde_json::{Value, json};
 
 use super::form::Output;
 use super::tensors::Copying;
-use super::{ApplyOptions, Kind, Notes};
+use super::{ApplyOptions, Notes};
 use crate::atomic::{Sink, write_new};
 use crate::index::{INDEX_FILE, SINGLE_FILE};
-use crate::names::layer_of;
 use crate::plan::Plan;
 use crate::shard::Shard;
 use crate::writer::{WrittenShards, create_partial, name_partial, pretty};
@@ -121,6 +120,8 @@ pub(super) struct Side<'a> {
     /// Of the rewriter, if one was at work.
     pub(super) notes: Option<&'a Notes>,
     pub(super) output: &'a Output,
+    /// What became of the MTP layers.
+    pub(super) mtp: Option<Value>,
     pub(super) fingerprint: &'a str,
     pub(super) written: &'a WrittenShards,
     pub(super) num_tensors: usize,
@@ -173,7 +174,6 @@ impl Side<'_> {
     }
 
     fn report(&self) -> Value {
-        let config = self.checkpoint.config();
         let mut report = self.options.report.clone();
         if let Some(notes) = self.notes {
             report.extend(notes.report.clone());
@@ -201,15 +201,8 @@ impl Side<'_> {
                 "experts": self.output.num_experts,
             }),
         );
-        let extra_layer =
-            |name: &str| layer_of(name).is_some_and(|layer| layer >= config.num_layers);
-        if self
-            .checkpoint
-            .tensors()
-            .any(|tensor| extra_layer(tensor.name))
-        {
-            let pruned = self.output.kind != Kind::Identical;
-            add("mtp", json!(if pruned { "kept unpruned" } else { "kept" }));
+        if let Some(mtp) = &self.mtp {
+            add("mtp", mtp.clone());
         }
         Value::Object(report)
     }

@@ -2,10 +2,10 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{OutputDtype, OutputForm};
+use super::{ApplyOptions, Mtp, OutputDtype, OutputForm, mtp};
 use crate::config::RAGGED_PREFIX;
 use crate::names::Spelling;
-use crate::plan::Plan;
+use crate::plan::{LayerPlan, Plan};
 use crate::{Checkpoint, CheckpointError, ModelConfig};
 
 /// What really comes out.
@@ -13,7 +13,7 @@ use crate::{Checkpoint, CheckpointError, ModelConfig};
 pub(super) enum Kind {
     /// Nothing is cut.
     Identical,
-    /// Whole experts are dropped, or fp8 is left; no expert is narrowed.
+    /// Whole experts or MTP layers are dropped, or fp8 is left; no expert is narrowed.
     Stock,
     Ragged,
     Padded,
@@ -25,6 +25,7 @@ pub(super) enum Kind {
 pub(super) struct Output {
     pub(super) kind: Kind,
     pub(super) dtype: OutputDtype,
+    pub(super) mtp: Mtp,
     /// Experts per layer; the most of any layer where they differ.
     pub(super) num_experts: usize,
     /// Width of the shared expert.
@@ -35,12 +36,13 @@ pub(super) struct Output {
 pub(super) fn decide(
     checkpoint: &Checkpoint,
     plan: &Plan,
-    form: OutputForm,
-    dtype: OutputDtype,
+    options: &ApplyOptions,
 ) -> Result<Output, CheckpointError> {
+    let (form, dtype) = (options.form, options.dtype);
     let config = checkpoint.config();
     let converted = dtype == OutputDtype::Bf16 && checkpoint.is_fp8();
-    let kind = if plan.keeps_everything(config) && !converted {
+    let lost = options.mtp == Mtp::Drop && checkpoint.has_mtp();
+    let kind = if plan.keeps_everything(config) && !converted && !lost {
         Kind::Identical
     } else if plan.is_stock(config) {
         Kind::Stock
@@ -53,14 +55,16 @@ pub(super) fn decide(
         }
     };
     let shared = config.moe.shared_width;
+    let most = plan.num_experts().into_iter().max();
+    let num_experts = most.unwrap_or(config.moe.num_experts);
+    if options.mtp == Mtp::Keep {
+        mtp::check_kept(checkpoint, kind, num_experts, form.name())?;
+    }
     Ok(Output {
         kind,
         dtype,
-        num_experts: plan
-            .num_experts()
-            .into_iter()
-            .max()
-            .unwrap_or(config.moe.num_experts),
+        mtp: options.mtp,
+        num_experts,
         shared_width: match kind {
             Kind::Uniform(width) if config.family.is_deepseek() => shared.next_multiple_of(width),
             _ => shared,
@@ -112,7 +116,12 @@ fn uniform_width(plan: &Plan) -> Result<usize, CheckpointError> {
 }
 
 /// The output's `config.json`.
-pub(super) fn config(checkpoint: &Checkpoint, plan: &Plan, output: &Output) -> Value {
+pub(super) fn config(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    mtp: &[LayerPlan],
+    output: &Output,
+) -> Value {
     let config = checkpoint.config();
     let mut json = checkpoint.config_json().clone();
     keep_remote_code(&mut json);
@@ -126,6 +135,9 @@ pub(super) fn config(checkpoint: &Checkpoint, plan: &Plan, output: &Output) -> V
             }
         }
     }
+    if output.mtp == Mtp::Drop && config.num_mtp_layers > 0 {
+        json.insert("num_nextn_predict_layers".to_owned(), json!(0));
+    }
     match output.kind {
         Kind::Ragged => ragged(&mut json, config),
         Kind::Uniform(width) => uniform(&mut json, config, width, output.shared_width),
@@ -135,6 +147,14 @@ pub(super) fn config(checkpoint: &Checkpoint, plan: &Plan, output: &Output) -> V
     let mut origin = json!({ "version": 1, "form": output.name() });
     if output.kind == Kind::Ragged {
         origin["widths"] = json!(plan.widths());
+        let kept = mtp::layers(checkpoint);
+        if output.mtp != Mtp::Drop && !kept.is_empty() {
+            let whole = vec![config.moe.expert_width; config.moe.num_experts];
+            origin["mtp_widths"] = match mtp {
+                [] => json!(vec![whole; kept.len()]),
+                pruned => json!(pruned.iter().map(LayerPlan::widths).collect::<Vec<_>>()),
+            };
+        }
     }
     origin["source_fingerprint"] = json!(checkpoint.fingerprint());
     json.insert("tenp".to_owned(), origin);

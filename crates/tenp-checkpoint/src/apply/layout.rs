@@ -2,9 +2,10 @@
 
 use std::collections::HashMap;
 
+use super::Mtp;
 use super::form::{Kind, Output};
 use crate::fp8::{scale_name, scale_shape, weight_of_scale};
-use crate::names::{Part, Spelling};
+use crate::names::{Part, Spelling, layer_of};
 use crate::plan::{ExpertPlan, LayerPlan, Plan};
 use crate::{Checkpoint, Dtype, PlannedTensor, TensorView};
 
@@ -58,21 +59,25 @@ enum Slot<'a> {
 pub(super) fn tensors<'a>(
     checkpoint: &'a Checkpoint,
     plan: &'a Plan,
+    mtp: &'a [LayerPlan],
     output: &Output,
 ) -> Vec<OutputTensor<'a>> {
-    let slots = slots(checkpoint, plan);
+    let layers = || plan.layers.iter().chain(mtp);
+    let slots = slots(checkpoint, layers());
     let builder = Builder {
         hidden: checkpoint.config().hidden_size,
         full: checkpoint.config().moe.expert_width,
         output,
-        new_ids: plan
-            .layers
-            .iter()
+        new_ids: layers()
             .map(|layer| (layer.layer, new_ids(layer)))
             .collect(),
     };
+    let config = checkpoint.config();
+    let dropped = |name: &str| {
+        output.mtp == Mtp::Drop && layer_of(name).is_some_and(|layer| layer >= config.num_layers)
+    };
     let mut list = Vec::new();
-    for source in checkpoint.tensors() {
+    for source in checkpoint.tensors().filter(|tensor| !dropped(tensor.name)) {
         if output.kind == Kind::Identical {
             list.push(copy(source, source.name.to_owned()));
             continue;
@@ -104,10 +109,13 @@ fn new_ids(layer: &LayerPlan) -> Vec<Option<usize>> {
         .collect()
 }
 
-fn slots<'a>(checkpoint: &Checkpoint, plan: &'a Plan) -> HashMap<String, Slot<'a>> {
+fn slots<'a>(
+    checkpoint: &Checkpoint,
+    layers: impl Iterator<Item = &'a LayerPlan>,
+) -> HashMap<String, Slot<'a>> {
     let spelling: Spelling = checkpoint.spelling();
     let mut slots = HashMap::new();
-    for layer in &plan.layers {
+    for layer in layers {
         let index = layer.layer;
         slots.insert(spelling.router(index), Slot::Router(layer));
         slots.insert(spelling.correction_bias(index), Slot::CorrectionBias(layer));

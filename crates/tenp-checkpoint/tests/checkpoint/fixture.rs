@@ -83,7 +83,7 @@ impl Fixture {
         fixture
     }
 
-    fn with(name: &str, options: SynthesiseOptions) -> Self {
+    pub(crate) fn with(name: &str, options: SynthesiseOptions) -> Self {
         Self::of(&data(&format!("tiny/{name}.json")), options)
     }
 

@@ -2,7 +2,8 @@
 
 use serde_json::json;
 use tenp_checkpoint::{
-    ApplyOutcome, Checkpoint, ExpertTensors, Matrix, OutputForm, Part, Plan, Spelling,
+    ApplyOptions, ApplyOutcome, Checkpoint, ExpertTensors, Matrix, Mtp, OutputForm, Part, Plan,
+    Spelling,
 };
 
 use crate::fixture::{
@@ -306,7 +307,7 @@ fn keeping_everything_copies_every_byte() {
 }
 
 #[test]
-fn a_multi_token_prediction_layer_is_copied() {
+fn a_layer_beyond_the_config_is_not_passed_over() {
     let fixture = Fixture::new("deepseek_v3");
     let path = fixture.shard();
     let extra = "model.layers.3.mlp.experts.0.gate_proj.weight";
@@ -319,11 +320,19 @@ fn a_multi_token_prediction_layer_is_copied() {
         );
     });
     let source = fixture.open();
-    fixture.apply(&ragged(&source), OutputForm::Ragged).unwrap();
+    let error = fixture.apply(&ragged(&source), OutputForm::Ragged);
+    let text = error.unwrap_err().to_string();
+    assert!(text.contains(extra) && text.contains("[48, 64]"), "{text}");
+    let options = ApplyOptions {
+        mtp: Mtp::Keep,
+        ..ApplyOptions::default()
+    };
+    let plan = ragged(&source);
+    tenp_checkpoint::apply(&source, &plan, &fixture.out(), &options, &mut |_, _| ()).unwrap();
     let output = Checkpoint::open(&fixture.out()).unwrap();
     assert_eq!(output.tensor(extra).unwrap().bytes, [7; 16]);
     let report = read_json(&fixture.out().join("report.json"));
-    assert_eq!(report["mtp"], "kept unpruned");
+    assert_eq!(report["mtp"], json!({"mode": "keep", "layers": [3]}));
     assert_eq!(
         output.size().parameters_total + 8,
         output.size().bytes_total / 2 - 16

@@ -5,6 +5,7 @@ mod fixture;
 mod forms;
 mod fp8;
 mod hostile;
+mod mtp;
 mod output;
 mod plans;
 mod reading;

@@ -6,14 +6,15 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use tenp_checkpoint::{
-    ApplyOptions, ApplyOutcome, Checkpoint, LayerRewriter, OutputDtype, OutputForm, Plan,
+    ApplyOptions, ApplyOutcome, Checkpoint, LayerRewriter, Mtp, OutputDtype, OutputForm, Plan,
     apply_rewritten, check_form, check_output, output_bytes,
 };
 use tenp_kernels::Compute;
 use tenp_model::rewrite::{Dern, LeastSquares, Rescale};
 
 use crate::cli::{
-    Apply, ComputeArg, DataArgs, DeviceArg, DtypeArg, FormArg, MIN_TOKENS, OutputArgs, RecoverArg,
+    Apply, ComputeArg, DataArgs, DeviceArg, DtypeArg, FormArg, MIN_TOKENS, MtpArg, OutputArgs,
+    RecoverArg,
 };
 use crate::failure::usage;
 use crate::models::Domains;
@@ -90,6 +91,11 @@ pub(super) fn options(output: &OutputArgs) -> ApplyOptions {
             Some(DtypeArg::Bf16) => OutputDtype::Bf16,
             None => OutputDtype::Same,
         },
+        mtp: match output.mtp {
+            None | Some(MtpArg::Prune) => Mtp::Prune,
+            Some(MtpArg::Keep) => Mtp::Keep,
+            Some(MtpArg::Drop) => Mtp::Drop,
+        },
         shard_bytes: output.shard_size,
         force: output.force,
         restart: output.restart,
@@ -104,6 +110,11 @@ pub(super) fn check_effect(checkpoint: &Checkpoint, output: &OutputArgs) -> Resu
             "--dtype bf16 has no effect here: no weight of the model is fp8, and others keep their type; leave it out",
         ));
     }
+    if output.mtp.is_some() && !checkpoint.has_mtp() {
+        return Err(usage(
+            "--mtp has no effect here: the model has no layer for multi-token prediction; leave it out",
+        ));
+    }
     Ok(())
 }
 
@@ -114,9 +125,9 @@ fn calibration(
     checkpoint: &Checkpoint,
     plan: &Plan,
 ) -> Result<(Domains, BTreeMap<String, f64>)> {
-    let form = args.output.form.into();
-    check_form(checkpoint, plan, form)?;
-    let needed = output_bytes(checkpoint, plan, &options(&args.output))?;
+    let writing = options(&args.output);
+    check_form(checkpoint, plan, &writing)?;
+    let needed = output_bytes(checkpoint, plan, &writing)?;
     check_output(checkpoint, &args.output.output, args.output.force, needed)?;
     let data = DataArgs {
         data: args.data.clone(),

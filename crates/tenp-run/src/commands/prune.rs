@@ -38,11 +38,12 @@ pub(super) fn run(args: &Prune) -> Result<()> {
         });
     }
     let form: OutputForm = args.output.form.into();
+    let writing = apply::options(&args.output);
     let inputs = models::fingerprint(&(
         (checkpoint.fingerprint(), samples.inputs(), place.name()),
         (
             format!("{request:?} {:?}", args.recover),
-            format!("{form:?} {:?}", args.output.dtype),
+            format!("{form:?} {:?} {:?}", writing.dtype, writing.mtp),
             args.output.shard_size,
             args.folds,
         ),
@@ -98,9 +99,9 @@ fn refuse_early(args: &Prune, request: &PlanRequest, checkpoint: &Checkpoint) ->
     }
     let names = args.data.data.iter().map(|data| data.domain.as_str());
     let rehearsed = requests::rehearse(checkpoint, names, request)?;
-    let form: OutputForm = args.output.form.into();
-    check_form(checkpoint, &rehearsed, form)?;
-    let bytes_after = output_bytes(checkpoint, &rehearsed, &apply::options(&args.output))?;
+    let writing = apply::options(&args.output);
+    check_form(checkpoint, &rehearsed, &writing)?;
+    let bytes_after = output_bytes(checkpoint, &rehearsed, &writing)?;
     let (out, force) = (&args.output.output, args.output.force);
     let needed = if args.dry_run { 0 } else { bytes_after };
     check_output(checkpoint, out, force, needed)?;

@@ -1,8 +1,9 @@
-//! fp8 models through the program.
+//! fp8 models and layers for multi-token prediction through the program.
 
 use crate::fp8_folder::quantise;
 use crate::support::fixtures::{golden, read_json, tensor};
 use crate::support::{Scratch, tenp};
+use tenp_checkpoint::{Dtype, SynthesiseOptions, synthesise};
 
 #[test]
 fn an_fp8_model_is_pruned_in_its_own_type_or_leaves_it() {
@@ -78,6 +79,53 @@ fn a_type_without_effect_is_refused() {
         "no weight of the model is fp8",
         "leave it out",
     ];
+    tenp(line, &[&model, &ids, &out]).refused(2, &words);
+    assert!(!out.exists());
+}
+
+#[test]
+fn layers_for_multi_token_prediction_are_never_passed_over() {
+    let scratch = Scratch::new();
+    let model = scratch.join("model");
+    std::fs::create_dir(&model).unwrap();
+    let config = golden("deepseek_v3").join("config.json");
+    let options = SynthesiseOptions {
+        dtype: Dtype::F8E4M3,
+        mtp: true,
+        ..SynthesiseOptions::default()
+    };
+    synthesise(&config, &model, options, &mut |_, _| ()).unwrap();
+    let ids = golden("deepseek_v3").join("golden.safetensors");
+    for (mode, flag) in [
+        ("prune", ""),
+        ("keep", " --mtp keep"),
+        ("drop", " --mtp drop"),
+    ] {
+        let out = scratch.join(mode);
+        let line = format!("prune {{}} --data all={{}} --keep 0.6 -o {{}} --json{flag}");
+        let dry = tenp(&format!("{line} --dry-run"), &[&model, &ids, &out])
+            .ok()
+            .json();
+        tenp(&line, &[&model, &ids, &out]).ok();
+        let index = read_json(&out.join("model.safetensors.index.json"));
+        // Which layers get the last quanta of width is not known before the calibration.
+        let [foreseen, came] = [&dry["bytes_after"], &index["metadata"]["total_size"]]
+            .map(|bytes| bytes.as_f64().unwrap());
+        let tolerance = if mode == "prune" { 0.01 } else { 0.0 };
+        assert!((foreseen - came).abs() <= tolerance * came, "{mode}");
+        let report = read_json(&out.join("report.json"));
+        assert_eq!(report["mtp"]["mode"], mode);
+        let layers = read_json(&out.join("config.json"))["num_nextn_predict_layers"].clone();
+        assert_eq!(layers, u32::from(mode != "drop"));
+        let logits = scratch.join("logits.safetensors");
+        tenp("logits {} --input {} --output {}", &[&out, &ids, &logits]).ok();
+    }
+    let out = scratch.join("refused");
+    let line = "prune {} --data all={} --method enp --keep 0.6 --form uniform --mtp keep -o {}";
+    tenp(line, &[&model, &ids, &out]).refused(2, &["uniform", "MTP", "--mtp prune"]);
+    let model = golden("olmoe");
+    let line = "prune {} --data all={} --keep 0.6 --mtp drop -o {}";
+    let words = ["--mtp has no effect", "leave it out"];
     tenp(line, &[&model, &ids, &out]).refused(2, &words);
     assert!(!out.exists());
 }
