@@ -32,6 +32,7 @@ pub enum RotaryScaling {
 pub struct RotaryTable {
     pairs: usize,
     interleaved: bool,
+    leading: bool,
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
@@ -78,9 +79,19 @@ impl RotaryTable {
         Ok(Self {
             pairs,
             interleaved,
+            leading: false,
             cos,
             sin,
         })
+    }
+
+    /// The same table for the first elements of a head instead of the last.
+    #[must_use]
+    pub fn of_leading_elements(self) -> Self {
+        Self {
+            leading: true,
+            ..self
+        }
     }
 
     /// Number of positions the table holds.
@@ -113,8 +124,8 @@ impl RotaryTable {
         &self.sin
     }
 
-    /// Rotates the last `2 · pairs` elements of each head of `x`: `[tokens, heads, head_dim]`, token t at
-    /// `positions[t]`.
+    /// Rotates the last `2 · pairs` elements of each head of `x` (the first, [`Self::of_leading_elements`]): `[tokens,
+    /// heads, head_dim]`, token t at `positions[t]`.
     ///
     /// # Errors
     /// [`KernelError::Length`] for lengths that do not fit, [`KernelError::Index`] for a position past the table.
@@ -149,7 +160,11 @@ impl RotaryTable {
                     &self.sin[at..at + self.pairs],
                 );
                 for head in token.chunks_exact_mut(head_dim) {
-                    let part = &mut head[head_dim - 2 * self.pairs..];
+                    let part = if self.leading {
+                        &mut head[..2 * self.pairs]
+                    } else {
+                        &mut head[head_dim - 2 * self.pairs..]
+                    };
                     if self.interleaved {
                         for ((pair, &c), &s) in
                             part.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin)

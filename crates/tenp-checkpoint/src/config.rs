@@ -17,6 +17,8 @@ pub enum Family {
     DeepseekV2,
     /// `deepseek_v3`: DeepSeek-V3, R1, Moonlight (MLA, sigmoid router with correction bias).
     DeepseekV3,
+    /// `glm4_moe`: GLM-4.5, 4.6 (grouped-query attention, the router of DeepSeek-V3).
+    Glm4Moe,
     /// `qwen2_moe`: Qwen1.5-MoE, Qwen2-57B-A14B.
     Qwen2Moe,
     /// `qwen3_moe`: Qwen3-30B-A3B and larger.
@@ -154,6 +156,8 @@ pub enum Attention {
         num_kv_heads: usize,
         /// Head size.
         head_dim: usize,
+        /// Elements at the beginning of a head that have a rotary position; all but in `glm4_moe`.
+        rotary_dim: usize,
         /// Biases on q, k and v projections.
         qkv_bias: bool,
         /// Bias on the output projection.
@@ -172,7 +176,7 @@ pub enum Attention {
 pub enum QkNorm {
     /// None.
     None,
-    /// Over each head (`qwen3_moe`).
+    /// Over each head (`qwen3_moe`, `glm4_moe`).
     PerHead,
     /// Over the whole projection (olmoe).
     WholeProjection,

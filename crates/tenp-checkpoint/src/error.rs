@@ -36,7 +36,7 @@ pub enum CheckpointError {
     },
     /// `model_type` names a family this program does not know.
     #[error(
-        "{}: model_type `{model_type}` is not supported; known: deepseek, deepseek_v2, deepseek_v3, qwen2_moe, \
+        "{}: model_type `{model_type}` is not supported; known: deepseek, deepseek_v2, deepseek_v3, glm4_moe, qwen2_moe, \
          qwen3_moe, mixtral, olmoe (and tenp_… of these); use a model of one of these",
         path.display()
     )]

@@ -296,7 +296,7 @@ pub(crate) fn rotary(
 ) -> Result<(RotaryTable, f64), ModelError> {
     let (dim, mla) = match &config.attention {
         Attention::Mla { rope_dim, .. } => (*rope_dim, true),
-        Attention::Gqa { head_dim, .. } => (*head_dim, false),
+        Attention::Gqa { rotary_dim, .. } => (*rotary_dim, false),
     };
     // arXiv 2309.00071 section 3.4, as DeepSeek-V2 uses it.
     let mscale = |factor: f64, m: f64| {
@@ -347,5 +347,11 @@ pub(crate) fn rotary(
         positions,
     )
     .at(0)?;
+    // MLA rotates the end of a head, everything else its beginning.
+    let table = if mla {
+        table
+    } else {
+        table.of_leading_elements()
+    };
     Ok((table, softmax))
 }

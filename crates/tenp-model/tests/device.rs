@@ -61,3 +61,8 @@ fn neurons_are_merged_as_on_the_cpu() {
 fn experts_are_fitted_as_on_the_cpu() {
     passes::recovery::experts_are_fitted_as_on_the_cpu(&place);
 }
+
+#[test]
+fn partial_rotary_positions_are_refused() {
+    passes::partial_rotary_positions_are_refused(&place);
+}

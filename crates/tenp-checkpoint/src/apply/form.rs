@@ -66,7 +66,9 @@ pub(super) fn decide(
         mtp: options.mtp,
         num_experts,
         shared_width: match kind {
-            Kind::Uniform(width) if config.family.is_deepseek() => shared.next_multiple_of(width),
+            Kind::Uniform(width) if config.family.follows_deepseek() => {
+                shared.next_multiple_of(width)
+            }
             _ => shared,
         },
         spelling: match kind {
@@ -196,7 +198,7 @@ fn ragged(json: &mut Map<String, Value>, config: &ModelConfig) {
 fn uniform(json: &mut Map<String, Value>, config: &ModelConfig, width: usize, shared: usize) {
     json.insert(config.family.width_field().to_owned(), json!(width));
     // DeepSeek loaders compute the shared width as this count times the experts' width.
-    if config.family.is_deepseek() && shared > 0 {
+    if config.family.follows_deepseek() && shared > 0 {
         json.insert("n_shared_experts".to_owned(), json!(shared / width));
     }
 }

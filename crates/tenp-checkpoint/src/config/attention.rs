@@ -71,13 +71,18 @@ fn grouped(
         num_heads,
         num_kv_heads,
         head_dim,
+        rotary_dim: match family {
+            Family::Glm4Moe => rotary_dim(fields, head_dim)?,
+            _ => head_dim,
+        },
         qkv_bias: match family {
             Family::Qwen2Moe => fields.flag("qkv_bias", true)?,
             _ => all_biases,
         },
-        o_bias: all_biases,
+        o_bias: all_biases && family != Family::Glm4Moe,
         qk_norm: match family {
             Family::Qwen3Moe => QkNorm::PerHead,
+            Family::Glm4Moe if fields.flag("use_qk_norm", false)? => QkNorm::PerHead,
             Family::Olmoe => QkNorm::WholeProjection,
             _ => QkNorm::None,
         },
@@ -87,6 +92,28 @@ fn grouped(
             _ => None,
         },
     })
+}
+
+/// The rotary part of a head: `partial_rotary_factor` of it, the family's default a half.
+fn rotary_dim(fields: Fields<'_>, head_dim: usize) -> Result<usize, CheckpointError> {
+    const FIELD: &str = "partial_rotary_factor";
+    let section = fields.object("rope_parameters")?;
+    let factor = match section {
+        Some(section) => section.float(FIELD)?,
+        None => None,
+    };
+    let factor = match factor {
+        Some(factor) => factor,
+        None => fields.float(FIELD)?.unwrap_or(0.5),
+    };
+    let dim = (head_dim as f64 * factor) as usize;
+    if factor > 0.0 && factor <= 1.0 && dim > 0 && dim.is_multiple_of(2) {
+        return Ok(dim);
+    }
+    Err(fields.error(
+        FIELD,
+        format!("is {factor}, which makes {dim} of {head_dim} elements rotary; pairs are needed"),
+    ))
 }
 
 fn sliding_window(

@@ -4,10 +4,11 @@ use super::Family;
 
 impl Family {
     /// Every family.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Deepseek,
         Self::DeepseekV2,
         Self::DeepseekV3,
+        Self::Glm4Moe,
         Self::Qwen2Moe,
         Self::Qwen3Moe,
         Self::Mixtral,
@@ -20,6 +21,7 @@ impl Family {
             Self::Deepseek => "deepseek",
             Self::DeepseekV2 => "deepseek_v2",
             Self::DeepseekV3 => "deepseek_v3",
+            Self::Glm4Moe => "glm4_moe",
             Self::Qwen2Moe => "qwen2_moe",
             Self::Qwen3Moe => "qwen3_moe",
             Self::Mixtral => "mixtral",
@@ -33,6 +35,7 @@ impl Family {
             Self::Deepseek => "DeepseekForCausalLM",
             Self::DeepseekV2 => "DeepseekV2ForCausalLM",
             Self::DeepseekV3 => "DeepseekV3ForCausalLM",
+            Self::Glm4Moe => "Glm4MoeForCausalLM",
             Self::Qwen2Moe => "Qwen2MoeForCausalLM",
             Self::Qwen3Moe => "Qwen3MoeForCausalLM",
             Self::Mixtral => "MixtralForCausalLM",
@@ -47,9 +50,12 @@ impl Family {
             .find(|family| family.model_type() == model_type)
     }
 
-    /// DeepSeek's own field names and shared experts.
-    pub fn is_deepseek(self) -> bool {
-        matches!(self, Self::Deepseek | Self::DeepseekV2 | Self::DeepseekV3)
+    /// DeepSeek's field names and shared experts, which GLM has taken over.
+    pub fn follows_deepseek(self) -> bool {
+        matches!(
+            self,
+            Self::Deepseek | Self::DeepseekV2 | Self::DeepseekV3 | Self::Glm4Moe
+        )
     }
 
     /// Config field with the width of a routed expert.
@@ -63,7 +69,7 @@ impl Family {
     /// Config fields that may carry the number of routed experts, the family's own first.
     pub fn count_fields(self) -> [&'static str; 3] {
         match self {
-            Self::Deepseek | Self::DeepseekV2 | Self::DeepseekV3 => {
+            Self::Deepseek | Self::DeepseekV2 | Self::DeepseekV3 | Self::Glm4Moe => {
                 ["n_routed_experts", "num_local_experts", "num_experts"]
             }
             Self::Mixtral => ["num_local_experts", "num_experts", "n_routed_experts"],

@@ -29,7 +29,7 @@ pub(super) fn moe(fields: Fields<'_>, family: Family) -> Result<Moe, CheckpointE
     }
     let expert_width = fields.required(family.width_field())?;
     let shared_width = match family {
-        Family::Deepseek | Family::DeepseekV2 | Family::DeepseekV3 => fields
+        _ if family.follows_deepseek() => fields
             .size("n_shared_experts")?
             .unwrap_or(0)
             .checked_mul(expert_width)
@@ -65,8 +65,8 @@ fn router(
     family: Family,
     num_experts: usize,
 ) -> Result<Router, CheckpointError> {
-    let v3 = family == Family::DeepseekV3;
-    if family.is_deepseek() {
+    let v3 = matches!(family, Family::DeepseekV3 | Family::Glm4Moe);
+    if family.follows_deepseek() {
         let score = if v3 { "sigmoid" } else { "softmax" };
         fields.one_of("scoring_func", &[score], score)?;
     }
@@ -83,7 +83,7 @@ fn router(
             false
         }
         // The defaults of the public configuration classes.
-        Family::DeepseekV3 => fields.flag("norm_topk_prob", true)?,
+        Family::DeepseekV3 | Family::Glm4Moe => fields.flag("norm_topk_prob", true)?,
         _ => fields.flag("norm_topk_prob", false)?,
     };
     let groups = match family {
@@ -93,7 +93,7 @@ fn router(
                 _ => groups(fields, num_experts, GroupScore::Max)?,
             }
         }
-        Family::DeepseekV3 => {
+        Family::DeepseekV3 | Family::Glm4Moe => {
             fields.one_of("topk_method", &["noaux_tc"], "noaux_tc")?;
             groups(fields, num_experts, GroupScore::TopTwoSum)?
         }
@@ -101,7 +101,7 @@ fn router(
     };
     // The public classes' own defaults differ between the families, and a wrong factor would go unnoticed.
     let scaling = match family {
-        Family::DeepseekV2 | Family::DeepseekV3 => fields
+        Family::DeepseekV2 | Family::DeepseekV3 | Family::Glm4Moe => fields
             .float("routed_scaling_factor")?
             .ok_or_else(|| fields.error("routed_scaling_factor", "is missing"))?,
         _ => 1.0,
@@ -168,7 +168,7 @@ pub(super) fn moe_layers(
             .filter(|(_, kind)| kind.as_str() == Some("sparse"))
             .map(|(layer, _)| layer)
             .collect()
-    } else if family.is_deepseek() {
+    } else if family.follows_deepseek() {
         let first = fields.size("first_k_dense_replace")?.unwrap_or(0);
         let every = fields.size("moe_layer_freq")?.unwrap_or(1).max(1);
         (first..num_layers)

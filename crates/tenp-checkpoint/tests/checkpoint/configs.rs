@@ -114,6 +114,7 @@ fn routers_of_every_family() {
             2.5,
             groups(4, 2, GroupScore::TopTwoSum),
         ),
+        ("glm4_moe", RouterScore::Sigmoid, true, 2.5, None),
         ("mixtral", RouterScore::Softmax, true, 1.0, None),
         ("olmoe", RouterScore::Softmax, false, 1.0, None),
         ("qwen2_moe", RouterScore::Softmax, false, 1.0, None),
@@ -125,7 +126,8 @@ fn routers_of_every_family() {
         assert_eq!(router.normalise, normalise, "{name}");
         assert_eq!(router.scaling, scaling, "{name}");
         assert_eq!(router.groups, expected, "{name}");
-        assert_eq!(router.correction_bias, name == "deepseek_v3", "{name}");
+        let sigmoid = score == RouterScore::Sigmoid;
+        assert_eq!(router.correction_bias, sigmoid, "{name}");
         assert_eq!(config.moe.shared_gate, name == "qwen2_moe", "{name}");
         assert_eq!(config.rope.interleaved, name.contains("_v"), "{name}");
     }
@@ -135,6 +137,7 @@ fn routers_of_every_family() {
 fn attention_of_the_grouped_query_families() {
     for (name, dim, biased, norm) in [
         ("deepseek", 16, false, QkNorm::None),
+        ("glm4_moe", 16, true, QkNorm::PerHead),
         ("mixtral", 16, false, QkNorm::None),
         ("olmoe", 16, false, QkNorm::WholeProjection),
         ("qwen2_moe", 16, true, QkNorm::None),
@@ -143,6 +146,7 @@ fn attention_of_the_grouped_query_families() {
         let config = config(&format!("tiny/{name}.json"));
         let Attention::Gqa {
             head_dim,
+            rotary_dim,
             qkv_bias,
             o_bias,
             qk_norm,
@@ -157,7 +161,29 @@ fn attention_of_the_grouped_query_families() {
             (dim, biased, false, norm),
             "{name}"
         );
+        let part = if name == "glm4_moe" { 2 } else { 1 };
+        assert_eq!(rotary_dim, head_dim / part, "{name}");
         assert_eq!(sliding_window, vec![None; 3], "{name}");
+    }
+}
+
+#[test]
+fn partial_rotary_factors() {
+    let dim = |config: ModelConfig| match config.attention {
+        Attention::Gqa { rotary_dim, .. } => rotary_dim,
+        Attention::Mla { .. } => panic!("not GQA"),
+    };
+    let with = |value| edited("tiny/glm4_moe.json", "partial_rotary_factor", value);
+    assert_eq!(dim(with(json!(1.0)).unwrap()), 16);
+    assert_eq!(dim(with(json!(0.25)).unwrap()), 4);
+    assert_eq!(dim(with(json!(null)).unwrap()), 8, "the family's default");
+    let parameters =
+        json!({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75});
+    let newer = edited("tiny/glm4_moe.json", "rope_parameters", parameters);
+    assert_eq!(dim(newer.unwrap()), 12);
+    for wrong in [0.0, 1.5, -0.5, 0.2, 0.01] {
+        let text = with(json!(wrong)).unwrap_err();
+        assert!(text.contains("`partial_rotary_factor` is"), "{text}");
     }
 }
 

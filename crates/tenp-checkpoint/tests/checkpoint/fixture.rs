@@ -10,11 +10,12 @@ use tenp_checkpoint::{
 };
 
 /// Every family, by the name of its config under `data/tiny`.
-pub(crate) const TINY: [&str; 8] = [
+pub(crate) const TINY: [&str; 9] = [
     "deepseek",
     "deepseek_v2_group",
     "deepseek_v2_lite",
     "deepseek_v3",
+    "glm4_moe",
     "mixtral",
     "olmoe",
     "qwen2_moe",

@@ -190,6 +190,17 @@ fn configs_that_cannot_be_used() {
     let fixture = Fixture::new("olmoe");
     fixture.edit_config(|config| config["model_type"] = json!("gpt_neox"));
     refused(&fixture, &["config.json", "gpt_neox", "qwen3_moe"]);
+    fixture.edit_config(|config| config["model_type"] = json!("gpt_oss"));
+    refused(
+        &fixture,
+        &[
+            "config.json",
+            "model_type",
+            "gpt_oss",
+            "mxfp4",
+            "another model",
+        ],
+    );
 
     let fixture = Fixture::new("olmoe");
     std::fs::write(fixture.input().join("config.json"), "[1]").unwrap();

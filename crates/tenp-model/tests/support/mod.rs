@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 
-pub(crate) const FAMILIES: [&str; 8] = [
+pub(crate) const FAMILIES: [&str; 9] = [
     "deepseek",
     "deepseek_v2_group",
     "deepseek_v2_lite",
     "deepseek_v3",
+    "glm4_moe",
     "mixtral",
     "olmoe",
     "qwen2_moe",

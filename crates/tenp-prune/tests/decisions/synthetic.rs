@@ -188,6 +188,7 @@ pub(crate) fn config(shape: Shape, groups: Option<RouterGroups>) -> ModelConfig 
             num_heads: 2,
             num_kv_heads: 2,
             head_dim: 8,
+            rotary_dim: 8,
             qkv_bias: false,
             o_bias: false,
             qk_norm: QkNorm::None,

@@ -10,11 +10,12 @@ use serde_json::{Map, Value};
 use super::tenp;
 
 /// Tiny checkpoints with `golden.safetensors`, below `tests/golden`.
-pub(crate) const GOLDEN: [&str; 12] = [
+pub(crate) const GOLDEN: [&str; 13] = [
     "deepseek",
     "deepseek_v2_group",
     "deepseek_v2_lite",
     "deepseek_v3",
+    "glm4_moe",
     "mixtral",
     "olmoe",
     "qwen2_moe",
