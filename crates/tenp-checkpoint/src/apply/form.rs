@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::{ApplyOptions, Mtp, OutputDtype, OutputForm, mtp};
-use crate::config::RAGGED_PREFIX;
+use crate::config::{RAGGED_PREFIX, has_scales_of_powers_of_two};
 use crate::names::Spelling;
 use crate::plan::{LayerPlan, Plan};
 use crate::{Checkpoint, CheckpointError, ModelConfig};
@@ -54,6 +54,18 @@ pub(super) fn decide(
             OutputForm::Uniform => Kind::Uniform(uniform_width(plan)?),
         }
     };
+    let copies = kind == Kind::Identical || (kind == Kind::Stock && plan.dern.is_none());
+    if dtype == OutputDtype::Same
+        && !copies
+        && has_scales_of_powers_of_two(checkpoint.config_json())
+    {
+        return Err(CheckpointError::Form {
+            form: form.name(),
+            problem: "the scales of this fp8 checkpoint are powers of two (scale_fmt ue8m0), which new scales would not be; write \
+                      bf16 with --dtype bf16"
+                .to_owned(),
+        });
+    }
     let shared = config.moe.shared_width;
     let most = plan.num_experts().into_iter().max();
     let num_experts = most.unwrap_or(config.moe.num_experts);

@@ -116,6 +116,15 @@ fn family(fields: Fields<'_>) -> Result<(Family, bool), CheckpointError> {
     }
 }
 
+/// `scale_fmt` of checkpoints whose scales are powers of two (DeepSeek-V3.1); they are stored as f32 all the same.
+const POWERS_OF_TWO: &str = "ue8m0";
+
+/// Whether an fp8 checkpoint promises scales that are powers of two.
+pub(crate) fn has_scales_of_powers_of_two(json: &Map<String, Value>) -> bool {
+    json.get("quantization_config")
+        .is_some_and(|quantization| quantization["scale_fmt"] == POWERS_OF_TWO)
+}
+
 /// Whether a checkpoint's weights are fp8 in blocks of 128 × 128; any other quantisation is refused.
 pub(crate) fn is_fp8(path: &Path, json: &Map<String, Value>) -> Result<bool, CheckpointError> {
     let fields = Fields { path, map: json };
@@ -145,7 +154,12 @@ pub(crate) fn is_fp8(path: &Path, json: &Map<String, Value>) -> Result<bool, Che
         let got = block.map_or("null".to_owned(), |block| format!("{block:?}"));
         return Err(refuse("weight_block_size", &got));
     }
-    for (field, known) in [("fmt", "e4m3"), ("activation_scheme", "dynamic")] {
+    let known = [
+        ("fmt", "e4m3"),
+        ("activation_scheme", "dynamic"),
+        ("scale_fmt", POWERS_OF_TWO),
+    ];
+    for (field, known) in known {
         if let Some(other) = quantization.text(field)?.filter(|text| *text != known) {
             return Err(refuse(field, other));
         }

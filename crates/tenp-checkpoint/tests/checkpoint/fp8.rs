@@ -369,3 +369,35 @@ fn damaged_blocks_are_named_when_they_are_scaled_anew() {
         }
     }
 }
+
+/// DeepSeek-V3.1 promises scales that are powers of two, which only copies keep.
+#[test]
+fn scales_that_have_to_be_powers_of_two_are_not_made_anew() {
+    let fixture = Fixture::fp8();
+    fixture.edit_config(|config| {
+        config["n_group"] = 1.into();
+        config["topk_group"] = 1.into();
+        config["quantization_config"]["scale_fmt"] = "ue8m0".into();
+    });
+    let source = fixture.open();
+    let refused = fixture.apply(&mixed(&source), OutputForm::Ragged);
+    let text = refused.unwrap_err().to_string();
+    assert!(
+        text.contains("ue8m0") && text.contains("--dtype bf16"),
+        "{text}"
+    );
+    assert_eq!(fixture.names(), ["input"]);
+    write(
+        &fixture,
+        &dropping(&source),
+        OutputForm::Ragged,
+        OutputDtype::Same,
+    );
+    std::fs::remove_dir_all(fixture.out()).unwrap();
+    write(
+        &fixture,
+        &mixed(&source),
+        OutputForm::Ragged,
+        OutputDtype::Bf16,
+    );
+}

@@ -244,6 +244,7 @@ fn quantisations_that_are_not_read() {
         ),
         ("weight_block_size", json!(null), "weight_block_size null"),
         ("fmt", json!("e5m2"), "fmt e5m2"),
+        ("scale_fmt", json!("e5m10"), "scale_fmt e5m10"),
         (
             "activation_scheme",
             json!("static"),
