@@ -136,7 +136,9 @@ pub(super) fn weight_norms(
             ),
         })
     });
-    norms.collect()
+    let norms = norms.collect();
+    checkpoint.release_layer(layer);
+    norms
 }
 
 /// Sizes need no weights: all neurons count the same.
