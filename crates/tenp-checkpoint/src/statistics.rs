@@ -7,10 +7,12 @@ mod fields;
 mod file;
 mod merge;
 mod parts;
+mod shards;
 
 use std::collections::BTreeMap;
 
 pub use parts::{read_parts, write_parts};
+pub use shards::Share;
 
 /// Statistics of one layer over one domain's tokens.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -72,6 +74,8 @@ pub struct Statistics {
     pub compute: Vec<String>,
     /// Fingerprint of the one run that made the file, if it is of one: the same run makes the same file.
     pub run: String,
+    /// Shares of calibrations of which others are not in the statistics, sorted.
+    pub shares: Vec<Share>,
     /// Layers by domain, then by the model's own layer index.
     pub domains: BTreeMap<String, BTreeMap<usize, LayerStatistics>>,
 }

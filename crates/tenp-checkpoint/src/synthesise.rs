@@ -198,6 +198,7 @@ pub fn synthesise_statistics(checkpoint: &crate::Checkpoint, seed: u64) -> crate
         tokens: [("default".to_owned(), vec!["synthetic".to_owned()])].into(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         run: String::new(),
+        shares: Vec::new(),
         compute: vec!["f32".to_owned()],
         domains: [("default".to_owned(), layers.collect())].into(),
     }

@@ -312,3 +312,48 @@ fn f32_statistics_agree_with_the_definitions_in_f64_for_every_family_and_spellin
         );
     }
 }
+
+/// A token's hidden states do not depend on what runs with it: the demo's samples in one pass of many blocks, in another
+/// order with other blocks, and one by one.
+#[test]
+fn hidden_states_do_not_depend_on_the_batch() {
+    let checkpoint = Checkpoint::open(&support::repository().join("demo")).expect("opens");
+    let vocab = checkpoint.config().vocab_size as u32;
+    let lengths = (0..60).map(|i| 1 + (i * 37) % 150);
+    let samples: Vec<Vec<u32>> = lengths
+        .enumerate()
+        .map(|(i, len)| {
+            (0..len)
+                .map(|t| (i as u32 * 7919 + t * 104_729) % vocab)
+                .collect()
+        })
+        .collect();
+    for compute in [Compute::F32, Compute::Bf16] {
+        let model = Model::new(&checkpoint, compute);
+        let run = |order: &[usize]| -> BTreeMap<usize, Vec<u32>> {
+            let mut sequences = Sequences::default();
+            for &i in order {
+                sequences.push(&samples[i], i % 3);
+            }
+            let hidden = model.hidden_states(&sequences, &()).expect("runs");
+            let width = checkpoint.config().hidden_size;
+            let spans = sequences.spans().iter().zip(order);
+            spans
+                .map(|(span, &i)| {
+                    let rows = &hidden[span.rows.start * width..span.rows.end * width];
+                    (i, rows.iter().map(|v| v.to_bits()).collect())
+                })
+                .collect()
+        };
+        let all: Vec<usize> = (0..samples.len()).collect();
+        let together = run(&all);
+        let backwards: Vec<usize> = all.iter().rev().copied().collect();
+        assert!(run(&backwards) == together, "{compute:?}");
+        for i in [0, 7, 59] {
+            assert!(
+                run(&[i])[&i] == together[&i],
+                "{compute:?}, sample {i} alone"
+            );
+        }
+    }
+}

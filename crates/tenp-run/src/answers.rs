@@ -5,12 +5,13 @@ use std::time::Instant;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use tenp_checkpoint::statistics::Share;
 use tenp_checkpoint::{Inputs, replace_file};
 use tenp_model::Model;
 use tenp_model::calibrate::{Keep, tokens_fingerprint};
 use tenp_model::generate::{Limits, complete};
 
-use crate::cli::{AnswersArg, AnswersArgs, DataArgs};
+use crate::cli::{AnswersArg, AnswersArgs, DataArgs, ShareArg};
 use crate::console;
 use crate::failure::usage;
 use crate::models::{self, Domains, Texts};
@@ -75,6 +76,29 @@ impl Samples {
     /// What decides the tokens beside the model: equal here, equal there.
     pub(crate) fn inputs(&self) -> impl serde::Serialize + '_ {
         (&self.domains, self.limits.map(|l| (l.new_tokens, l.len)))
+    }
+
+    /// Leaves one share of the samples of every domain.
+    ///
+    /// # Errors
+    /// A domain that has fewer samples than there are shares.
+    pub(crate) fn take_share(&mut self, ShareArg { part, parts }: ShareArg) -> Result<Share> {
+        let of_text = models::fingerprint(&self.inputs());
+        for (name, samples) in &mut self.domains {
+            let (len, part, parts) = (samples.len(), part as usize, parts as usize);
+            if len < parts {
+                return Err(usage(format!(
+                    "--shard {part}/{parts}: domain `{name}` has only {len} sample(s); use at most {len} share(s), or give \
+                     more samples"
+                )));
+            }
+            *samples = samples[len * (part - 1) / parts..len * part / parts].to_vec();
+        }
+        Ok(Share {
+            of_text,
+            part,
+            parts,
+        })
     }
 
     /// The same by name, for people.

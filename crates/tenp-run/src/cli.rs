@@ -14,7 +14,7 @@ use tenp_model::text::Data;
 use tenp_prune::{ErrorScale, ExpertScore, Method, NeuronScore};
 
 pub(crate) use alpha::AlphaArg;
-pub(crate) use data::{AnswersArg, AnswersArgs, DataArgs, MIN_TOKENS};
+pub(crate) use data::{AnswersArg, AnswersArgs, DataArgs, MIN_TOKENS, ShareArg};
 pub(crate) use keep::KeepArgs;
 pub(crate) use output::{DtypeArg, MtpArg};
 pub(crate) use run::{ComputeArg, DeviceArg, RunArgs};
@@ -128,6 +128,10 @@ pub(crate) struct Calibrate {
     pub(crate) answers: AnswersArgs,
     #[command(flatten)]
     pub(crate) run: RunArgs,
+    /// Run only the I-th of N shares of every domain's samples; `stats merge` makes one of the N files. For several GPUs or
+    /// machines.
+    #[arg(long, value_name = "I/N")]
+    pub(crate) shard: Option<ShareArg>,
     /// Statistics file to write.
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: PathBuf,
@@ -250,6 +254,9 @@ pub(crate) struct PlanCommand {
     /// Statistics file of this checkpoint.
     #[arg(long, value_name = "FILE")]
     pub(crate) stats: PathBuf,
+    /// Plan although some shares of the calibration (`calibrate --shard`) are not in the file.
+    #[arg(long)]
+    pub(crate) partial_stats: bool,
     #[command(flatten)]
     pub(crate) plan: PlanArgs,
     /// Calibration text, for what is measured while planning (--allocation sensitivity, --alpha search): the kinds of files that calibrate

@@ -67,6 +67,8 @@ impl Statistics {
 
     fn metadata(&self) -> BTreeMap<String, String> {
         let run = (!self.run.is_empty()).then(|| ("run", self.run.clone()));
+        let shares = (!self.shares.is_empty())
+            .then(|| ("shares", serde_json::json!(self.shares).to_string()));
         [
             ("format", FORMAT.to_owned()),
             ("format_version", FORMAT_VERSION.to_owned()),
@@ -77,6 +79,7 @@ impl Statistics {
         ]
         .into_iter()
         .chain(run)
+        .chain(shares)
         .map(|(key, value)| (key.to_owned(), value))
         .collect()
     }
@@ -160,6 +163,11 @@ impl StatisticsFile<'_> {
             version: self.text("version")?.to_owned(),
             compute: self.json("compute")?,
             run: metadata.get("run").cloned().unwrap_or_default(),
+            shares: if metadata.contains_key("shares") {
+                self.json("shares")?
+            } else {
+                Vec::new()
+            },
             domains: BTreeMap::new(),
         };
         for name in entries.keys() {

@@ -14,7 +14,7 @@ impl Statistics {
     /// On error `self` is unchanged.
     ///
     /// # Errors
-    /// Different checkpoints; the same calibration text in one domain of both; different layers or shapes in a domain of
+    /// Different checkpoints; the same share or the same calibration text in one domain of both; different layers or shapes in a domain of
     /// both; weight norms that differ.
     pub fn merge(&mut self, other: Self) -> Result<(), CheckpointError> {
         if *self == Self::default() {
@@ -23,6 +23,7 @@ impl Statistics {
         }
         self.check(&other)?;
         self.run.clear();
+        self.add_shares(other.shares);
         for (domain, layers) in other.domains {
             let own = self.domains.entry(domain).or_default();
             for (index, layer) in layers {
@@ -60,7 +61,11 @@ impl Statistics {
                 ),
             ));
         }
-        for (domain, fingerprints) in &other.tokens {
+        self.check_shares(other)
+            .map_err(|problem| error("statistics", problem))?;
+        // Two shares may hold the same sample twice, as their text does.
+        let texts = (!self.shares_text_with(other)).then_some(&other.tokens);
+        for (domain, fingerprints) in texts.into_iter().flatten() {
             let own = self.tokens.get(domain).map_or(&[][..], Vec::as_slice);
             if let Some(twice) = fingerprints.iter().find(|print| own.contains(print)) {
                 return Err(error(

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::json;
+use tenp_checkpoint::statistics::Share;
 use tenp_checkpoint::{LayerStatistics, Statistics};
 
 use crate::fixture::{edit_shard, write_shard};
@@ -27,6 +28,7 @@ fn file(domain: &str, tokens: &str, start: f64) -> Statistics {
         tokens: BTreeMap::from([(domain.to_owned(), vec![tokens.to_owned()])]),
         version: "0.1.0".to_owned(),
         run: String::new(),
+        shares: Vec::new(),
         compute: vec!["f32".to_owned()],
         domains: BTreeMap::from([(
             domain.to_owned(),
@@ -195,4 +197,45 @@ fn files_that_do_not_belong_together() {
             "a failed merge changes nothing"
         );
     }
+}
+
+#[test]
+fn shares_add_up_to_the_whole_and_only_once() {
+    let share = |part, parts| {
+        let mut file = file("a", &format!("tokens of {part}"), 1.0);
+        file.shares = vec![Share {
+            of_text: "text".to_owned(),
+            part,
+            parts,
+        }];
+        file
+    };
+    let mut merged = share(2, 3);
+    merged.merge(share(3, 3)).unwrap();
+    let missing: Vec<String> = merged
+        .missing_shares()
+        .iter()
+        .map(Share::to_string)
+        .collect();
+    assert_eq!(missing, ["1/3"]);
+    for (other, problem) in [
+        (share(3, 3), "share 3/3 is in both"),
+        (share(1, 2), "splits"),
+    ] {
+        let before = merged.clone();
+        let error = merged.merge(other).unwrap_err().to_string();
+        assert!(error.contains(problem), "{error}");
+        assert_eq!(merged, before);
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("statistics");
+    merged.write(&path).unwrap();
+    assert_eq!(Statistics::read(&path).unwrap(), merged);
+    // A share whose text is that of another one, by chance.
+    let mut last = share(1, 3);
+    last.tokens.clone_from(&share(2, 3).tokens);
+    merged.merge(last).unwrap();
+    assert!(merged.missing_shares().is_empty() && merged.shares.is_empty());
+    // From here on the text of a share is known like any other.
+    assert!(merged.merge(share(2, 3)).is_err());
 }

@@ -53,3 +53,26 @@ pub(crate) struct AnswersArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) answer_tokens: Option<u32>,
 }
+
+/// A share of the samples: which of how many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ShareArg {
+    pub(crate) part: u32,
+    pub(crate) parts: u32,
+}
+
+impl std::str::FromStr for ShareArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is no share, such as 1/4 (the first of four)");
+        let (part, parts) = text.split_once('/').ok_or_else(wrong)?;
+        let [part, parts] = [part, parts].map(str::parse);
+        let (part, parts) = (part.map_err(|_| wrong())?, parts.map_err(|_| wrong())?);
+        if (1..=parts).contains(&part) {
+            Ok(Self { part, parts })
+        } else {
+            Err(wrong())
+        }
+    }
+}

@@ -21,8 +21,13 @@ pub(super) fn run(args: &Calibrate) -> Result<()> {
     let (out, read) = (&args.output, args.data.files());
     models::check_file("--output", out, Some(&args.model), &read)?;
     let place = Place::new(args.run)?;
-    let samples = Samples::read(&models::Texts::new(&checkpoint), &args.data, args.answers)?;
-    let inputs = unfinished::calibration_inputs(&checkpoint, &samples, &place);
+    let mut samples = Samples::read(&models::Texts::new(&checkpoint), &args.data, args.answers)?;
+    let share = args.shard.map(|share| samples.take_share(share));
+    let share = share.transpose()?;
+    let mut inputs = unfinished::calibration_inputs(&checkpoint, &samples, &place);
+    if let Some(share) = &share {
+        inputs.insert("share of the samples".to_owned(), share.to_string());
+    }
     let fingerprint = models::fingerprint(&inputs);
     if !args.restart && is_finished(out, &fingerprint) {
         Work::remove_leftover(Work::place(out, OUTPUT), out);
@@ -43,6 +48,7 @@ pub(super) fn run(args: &Calibrate) -> Result<()> {
     unfinished::tell_trouble(&keep);
     Coverage::of(&statistics).warn(args.data.min_tokens);
     statistics.run = fingerprint;
+    statistics.shares = share.into_iter().filter(|share| share.parts > 1).collect();
     // Written in the folder first: a process that dies leaves nothing anywhere else.
     let whole = keep.work().dir().join("statistics");
     statistics.write(&whole)?;

@@ -5,6 +5,7 @@ use serde_json::json;
 use tenp_checkpoint::{Checkpoint, Plan, Statistics};
 use tenp_prune::{PlanRequest, PruneError};
 
+use super::stats;
 use crate::cli::{DataArgs, DeviceArg, MIN_TOKENS, PlanCommand, RunArgs};
 use crate::failure::usage;
 use crate::place::Place;
@@ -18,6 +19,7 @@ pub(super) fn run(args: &PlanCommand) -> Result<()> {
     models::check_file("--output", &args.output, Some(&args.model), &[&args.stats])?;
     let tables = request.tables()?;
     let statistics = Statistics::read_tables(&args.stats, &|name| tables.contains(&name))?;
+    check_whole(args, &statistics)?;
     let plan = make(args, &checkpoint, &statistics, &request).map_err(|error| match error
         .downcast_ref::<PruneError>()
     {
@@ -37,6 +39,23 @@ pub(super) fn run(args: &PlanCommand) -> Result<()> {
     }
     console::note(&format!("wrote {}", args.output.display()));
     Ok(())
+}
+
+/// Some shares alone are only planned from where that is meant.
+fn check_whole(args: &PlanCommand, statistics: &Statistics) -> Result<()> {
+    let missing = statistics.missing_shares();
+    let stats = args.stats.display();
+    match (args.partial_stats, missing.is_empty()) {
+        (true, true) => Err(usage(format!(
+            "--partial-stats has no effect: {stats} misses no share of its calibration"
+        ))),
+        (false, false) => Err(usage(format!(
+            "--stats {stats}: share(s) {} of the calibration are not in it; add them with `stats merge`, or plan without \
+             them with --partial-stats",
+            stats::list(&missing)
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// Text is there exactly where something is measured on it.

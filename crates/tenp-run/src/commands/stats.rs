@@ -1,10 +1,12 @@
 //! `stats merge` and `stats show`.
 
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use tenp_checkpoint::Statistics;
+use tenp_checkpoint::statistics::Share;
 
 use crate::cli::Stats;
 use crate::{console, models};
@@ -29,11 +31,25 @@ fn merge(files: &[PathBuf], output: &Path) -> Result<()> {
                 .with_context(|| format!("cannot add {}", file.display()))?,
         }
     }
-    if let Some(merged) = merged {
-        merged.write(output)?;
-    }
+    let Some(merged) = merged else {
+        return Ok(());
+    };
+    merged.write(output)?;
     console::note(&format!("wrote {}", output.display()));
+    let missing = merged.missing_shares();
+    if !missing.is_empty() {
+        console::note(&format!(
+            "share(s) {} of the calibration are still missing: merge them too, `plan` asks for --partial-stats without them",
+            list(&missing)
+        ));
+    }
     Ok(())
+}
+
+/// `1/4, 3/4`
+pub(super) fn list(shares: &[Share]) -> String {
+    let shares: Vec<String> = shares.iter().map(Share::to_string).collect();
+    shares.join(", ")
 }
 
 fn show(file: &Path, as_json: bool) -> Result<()> {
@@ -57,6 +73,7 @@ fn show(file: &Path, as_json: bool) -> Result<()> {
             "checkpoint": statistics.checkpoint,
             "version": statistics.version,
             "compute": statistics.compute,
+            "missing_shares": statistics.missing_shares().iter().map(Share::to_string).collect::<Vec<_>>(),
             "experts": experts,
             "expert_width": width,
             "domains": domains,
@@ -69,6 +86,15 @@ fn show(file: &Path, as_json: bool) -> Result<()> {
         statistics.version,
         statistics.compute.join(", ")
     );
+    let missing = statistics.missing_shares();
+    if !missing.is_empty() {
+        // Writing to a String cannot fail.
+        let _ = writeln!(
+            text,
+            "missing     shares {} of the calibration\n",
+            list(&missing)
+        );
+    }
     let rows: Vec<Vec<String>> = domains
         .iter()
         .map(|d| {

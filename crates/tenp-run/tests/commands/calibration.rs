@@ -39,18 +39,7 @@ fn two_halves_merge_into_the_whole() {
     let merged = stats("merged");
     let run = tenp("stats merge {} {} -o {}", &[&first, &second, &merged]).ok();
     run.check(run.stdout.is_empty(), "the data went into the file");
-    let (merged, whole) = (tensors(&merged), tensors(&whole));
-    assert_eq!(
-        merged.keys().collect::<Vec<_>>(),
-        whole.keys().collect::<Vec<_>>()
-    );
-    for (name, values) in &merged {
-        let counts = name.ends_with("tokens");
-        for (a, b) in values.iter().zip(&whole[name]) {
-            let near = (a - b).abs() <= 1e-12 * a.abs().max(b.abs());
-            assert!(a == b || near && !counts, "{name}: {a} merged, {b} whole");
-        }
-    }
+    assert_near(&merged, &whole);
     assert_eq!(
         tenp("stats show {} --json", &[&stats("merged")])
             .ok()
@@ -158,6 +147,7 @@ fn stats_show_says_what_is_in_the_file() {
             "checkpoint",
             "version",
             "compute",
+            "missing_shares",
             "experts",
             "expert_width",
             "domains"
@@ -218,4 +208,74 @@ fn bf16_statistics_say_so_and_are_near() {
         half != full && (half - full).abs() < 0.02 * full,
         "{half} {full}"
     );
+}
+
+/// Shares of ragged samples, whose blocks end elsewhere than those of the whole.
+#[test]
+fn shares_merge_into_one_process() {
+    let scratch = Scratch::new();
+    let [facts, code] = ["facts", "code"].map(|name| demo_file("calibration", name));
+    let demo = demo();
+    let calibrate = |options: &str, name: &str| {
+        let out = scratch.join(name);
+        let line = format!("calibrate {{}} --data facts={{}} code={{}} {options} -o {{}}");
+        (tenp(&line, &[&demo, &facts, &code, &out]), out)
+    };
+    let whole = calibrate("--samples 100", "whole").1;
+    let shares = [1, 2, 3].map(|part| {
+        let (run, out) = calibrate(
+            &format!("--samples 100 --shard {part}/3"),
+            &part.to_string(),
+        );
+        run.ok();
+        out
+    });
+    let [first, second, third] = shares.each_ref().map(std::path::PathBuf::as_path);
+    let (some, all, plan) = (
+        scratch.join("some"),
+        scratch.join("all"),
+        scratch.join("plan"),
+    );
+    let run = tenp("stats merge {} {} -o {}", &[third, first, &some]).ok();
+    run.check(
+        run.stderr.contains("share(s) 2/3"),
+        "it says what is missing",
+    );
+    let show = tenp("stats show {}", &[&some]).ok();
+    show.check(
+        show.stdout.contains("shares 2/3"),
+        "it says what is missing",
+    );
+    let line = "plan {} --stats {} --keep 0.6 -o {}";
+    for (stats, missing) in [(first, "2/3, 3/3"), (&some, "2/3")] {
+        let refused = tenp(line, &[&demo, stats, &plan]);
+        refused.refused(2, &[missing, "stats merge", "--partial-stats"]);
+        let line = format!("{line} --partial-stats");
+        tenp(&line, &[&demo, stats, &plan]).ok();
+    }
+    tenp("stats merge {} {} -o {}", &[&some, first, &all]).refused(1, &["share 1/3", "both"]);
+    tenp("stats merge {} {} -o {}", &[&some, second, &all]).ok();
+    tenp(line, &[&demo, &all, &plan]).ok();
+    let line = format!("{line} --partial-stats");
+    tenp(&line, &[&demo, &all, &plan]).refused(2, &["no effect", "--partial-stats"]);
+    assert_near(&all, &whole);
+    let (run, _) = calibrate("--samples 3 --shard 1/4", "few");
+    run.refused(2, &["--shard 1/4", "facts", "only 3 sample(s)"]);
+    for share in ["0/3", "4/3", "1", "a/b"] {
+        let (run, _) = calibrate(&format!("--shard {share}"), "none");
+        run.refused(2, &[share, "no share"]);
+    }
+}
+
+/// Equal to within the rounding of sums.
+fn assert_near(left: &Path, right: &Path) {
+    let (left, right) = (tensors(left), tensors(right));
+    assert!(left.keys().eq(right.keys()));
+    for (name, values) in &left {
+        let counts = name.ends_with("tokens");
+        for (a, b) in values.iter().zip(&right[name]) {
+            let near = (a - b).abs() <= 1e-12 * a.abs().max(b.abs());
+            assert!(a == b || near && !counts, "{name}: {a} and {b}");
+        }
+    }
 }

@@ -1,0 +1,79 @@
+//! Statistics of a share of a calibration's samples, to be merged with those of the other shares.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::Statistics;
+
+/// One share of the samples of a calibration.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
+pub struct Share {
+    /// Fingerprint of all the samples.
+    pub of_text: String,
+    /// Which share, from 1.
+    pub part: u32,
+    /// Shares in all.
+    pub parts: u32,
+}
+
+impl fmt::Display for Share {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.part, self.parts)
+    }
+}
+
+impl Statistics {
+    /// Shares that are not in the statistics although others of the same calibration are.
+    pub fn missing_shares(&self) -> Vec<Share> {
+        let mut missing = Vec::new();
+        for share in &self.shares {
+            for part in 1..=share.parts {
+                let other = Share {
+                    part,
+                    ..share.clone()
+                };
+                if !self.shares.contains(&other) && !missing.contains(&other) {
+                    missing.push(other);
+                }
+            }
+        }
+        missing
+    }
+
+    /// Whether the two hold different shares of one calibration.
+    pub(super) fn shares_text_with(&self, other: &Self) -> bool {
+        let own = |share: &Share| self.shares.iter().any(|o| o.of_text == share.of_text);
+        other.shares.iter().any(own)
+    }
+
+    /// Adds shares; a calibration that is whole is no longer listed.
+    pub(super) fn add_shares(&mut self, mut shares: Vec<Share>) {
+        self.shares.append(&mut shares);
+        self.shares.sort();
+        let missing = self.missing_shares();
+        let is_open = |share: &Share| missing.iter().any(|m| m.of_text == share.of_text);
+        self.shares.retain(is_open);
+    }
+
+    /// The first reason why the shares of the two do not add up.
+    pub(super) fn check_shares(&self, other: &Self) -> Result<(), String> {
+        for share in &other.shares {
+            let same_text = self
+                .shares
+                .iter()
+                .filter(|own| own.of_text == share.of_text);
+            for own in same_text {
+                if own == share {
+                    return Err(format!("share {share} is in both files; leave one out"));
+                }
+                if own.parts != share.parts {
+                    return Err(format!(
+                        "shares {own} and {share} are of different splits of the same samples; calibrate with one split"
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+}
