@@ -35,6 +35,7 @@ pub fn plan_nlls(
     let model = CpuModel {
         checkpoint,
         compute,
+        spill: None,
     };
     let head = Head::new(checkpoint, compute, None)?;
     let mut nlls = Vec::with_capacity(plans.len());

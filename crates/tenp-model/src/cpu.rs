@@ -19,11 +19,14 @@ use crate::attention::{AttentionBlock, AttentionBuffers};
 use crate::cache::CachedSequence;
 use crate::engine::Pass;
 use crate::error::AtLayer;
-use crate::forward::{embed, rotary};
+use crate::forward::rotary;
+use crate::hidden::Hidden;
 use crate::mlp::{MoeWeights, RoutedOutput, dense_block};
 use crate::moments::{ExpertMoments, Moments, MomentsWanted};
 use crate::weights::{expert, non_finite};
-use crate::{BlockSums, KvCache, ModelError, Observer, RoutedActivations, Sequences, WeightNorms};
+use crate::{
+    BlockSums, KvCache, ModelError, Observer, RoutedActivations, Sequences, Spill, WeightNorms,
+};
 
 /// Expert activations of the blocks of tokens in flight may take this much memory.
 const BLOCK_BYTES: usize = 768 << 20;
@@ -37,6 +40,7 @@ const ROWS_PER_EXPERT: usize = 192;
 pub(crate) struct CpuModel<'c> {
     pub(crate) checkpoint: &'c Checkpoint,
     pub(crate) compute: Compute,
+    pub(crate) spill: Option<&'c Spill>,
 }
 
 impl CpuModel<'_> {
@@ -102,7 +106,7 @@ pub(crate) struct CpuPass<'s> {
     positions: Vec<u32>,
     rotary: RotaryTable,
     softmax_factor: f64,
-    hidden: Vec<f32>,
+    hidden: Hidden,
     layer: usize,
     buffers: BufferPool,
 }
@@ -169,7 +173,7 @@ impl<'s> CpuPass<'s> {
             positions: sequences.positions(),
             rotary,
             softmax_factor,
-            hidden: embed(model.checkpoint, sequences.ids())?,
+            hidden: Hidden::embedded(model.checkpoint, sequences.ids(), model.spill)?,
             layer: 0,
             buffers: BufferPool::default(),
         })
@@ -274,7 +278,7 @@ impl Pass for CpuPass<'_> {
     }
 
     fn moments(&mut self, wanted: &MomentsWanted<'_>) -> Result<Vec<ExpertMoments>, ModelError> {
-        let (layer, before) = (self.layer, self.hidden.clone());
+        let (layer, before) = (self.layer, self.hidden.copy(self.model.spill)?);
         let moments = Moments::new(layer, self.model.config().hidden_size, wanted);
         self.run_layer(layer, &[], &moments)?;
         self.hidden = before;
@@ -301,7 +305,7 @@ impl Pass for CpuPass<'_> {
         let checkpoint = self.model.checkpoint;
         let config = checkpoint.config();
         let weight = checkpoint.vector_f32("model.norm.weight", config.hidden_size)?;
-        let mut out = self.hidden;
+        let mut out = self.hidden.into_memory();
         rms_norm_strided(&mut out, config.hidden_size, &weight, config.rms_norm_eps)
             .at(config.num_layers)?;
         Ok(out)

@@ -14,7 +14,7 @@ use crate::engine::{Engine, Pass};
 use crate::error::AtLayer;
 use crate::head::Head;
 use crate::weights::non_finite;
-use crate::{KvCache, ModelError, Observer, Sequences};
+use crate::{KvCache, ModelError, Observer, Sequences, Spill};
 
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 
@@ -25,6 +25,8 @@ pub struct Model<'c> {
     compute: Compute,
     /// Where it runs, if not on the CPU.
     engine: Option<&'c dyn Engine>,
+    /// Of hidden states on the CPU.
+    spill: Option<&'c Spill>,
 }
 
 /// Memory that a pass takes.
@@ -96,6 +98,7 @@ impl<'c> Model<'c> {
             checkpoint,
             compute,
             engine: None,
+            spill: None,
         }
     }
 
@@ -105,6 +108,16 @@ impl<'c> Model<'c> {
             checkpoint: device.checkpoint(),
             compute: Compute::Bf16,
             engine: Some(device),
+            spill: None,
+        }
+    }
+
+    /// The same model, whose hidden states go to a file where they are many. On a GPU they stay where they are.
+    #[must_use]
+    pub fn spilling(self, spill: &'c Spill) -> Self {
+        Self {
+            spill: Some(spill),
+            ..self
         }
     }
 
@@ -194,6 +207,7 @@ impl<'c> Model<'c> {
         CpuModel {
             checkpoint: self.checkpoint,
             compute: self.compute,
+            spill: self.spill,
         }
     }
 
@@ -214,6 +228,17 @@ impl<'c> Model<'c> {
     /// Bytes of hidden states per token.
     pub fn hidden_bytes_per_token(&self) -> usize {
         4 * self.config().hidden_size
+    }
+
+    /// Bytes of hidden states that go to a file.
+    pub fn spilled_bytes(&self, tokens: usize) -> usize {
+        let hidden = tokens * self.hidden_bytes_per_token();
+        let spills = |spill: &Spill| self.engine.is_none() && hidden as u64 > spill.over;
+        if self.spill.is_some_and(spills) {
+            hidden
+        } else {
+            0
+        }
     }
 
     /// What a calibration pass over `tokens` tokens takes at most, about.
@@ -268,20 +293,25 @@ impl<'c> Model<'c> {
         let shared = 2 * config.hidden_size + moe.shared_width.max(config.dense_width);
         let block_values = block * (4 * config.hidden_size + heads.max(routed).max(shared));
         let statistics = 8 * 9 * (1 + config.moe_layers.len()) * moe.num_experts * moe.expert_width;
-        tokens * self.hidden_bytes_per_token() + 4 * block_values + statistics
+        let hidden = tokens * self.hidden_bytes_per_token();
+        let spilled = self.spilled_bytes(tokens);
+        hidden - spilled + 4 * block_values + statistics
     }
 }
 
-/// `[tokens, H]` the embedding's rows of `ids`, which are in the vocabulary.
-pub(crate) fn embed(checkpoint: &Checkpoint, ids: &[u32]) -> Result<Vec<f32>, ModelError> {
+/// Fills `rows`, `[tokens, H]`, with the embedding's rows of `ids`, which are in the vocabulary.
+pub(crate) fn embed(
+    checkpoint: &Checkpoint,
+    ids: &[u32],
+    rows: &mut [f32],
+) -> Result<(), ModelError> {
     let config = checkpoint.config();
     let embedding = checkpoint.matrix(EMBEDDING, config.vocab_size, config.hidden_size)?;
-    let mut hidden = vec![0.0; ids.len() * config.hidden_size];
-    for (&id, row) in ids.iter().zip(hidden.chunks_exact_mut(config.hidden_size)) {
+    for (&id, row) in ids.iter().zip(rows.chunks_exact_mut(config.hidden_size)) {
         embedding.widen_row(id as usize, row);
     }
-    if all_finite(&hidden) {
-        Ok(hidden)
+    if all_finite(rows) {
+        Ok(())
     } else {
         Err(non_finite(checkpoint, "embedding".to_owned(), |name| {
             name == EMBEDDING

@@ -54,6 +54,7 @@ pub fn cut_errors(
     let model = CpuModel {
         checkpoint,
         compute,
+        spill: None,
     };
     let mut pass = CpuPass::new(model, sequences, None)?;
     let mut measured = CutErrors::default();

@@ -5,6 +5,7 @@ mod data;
 mod keep;
 mod output;
 mod run;
+mod single;
 mod weights;
 
 use std::path::PathBuf;
@@ -15,9 +16,10 @@ use tenp_prune::{ErrorScale, ExpertScore, Method, NeuronScore};
 
 pub(crate) use alpha::AlphaArg;
 pub(crate) use data::{AnswersArg, AnswersArgs, DataArgs, MIN_TOKENS, ShareArg};
-pub(crate) use keep::KeepArgs;
+pub(crate) use keep::{HiddenArgs, KeepArgs};
 pub(crate) use output::{DtypeArg, MtpArg};
 pub(crate) use run::{ComputeArg, DeviceArg, RunArgs};
+pub(crate) use single::{Generate, Logits};
 pub(crate) use weights::{DernArgs, GatesArg, InputsArg, RecoverArg, RecoverArgs};
 
 /// Shrink Mixture-of-Experts checkpoints without training.
@@ -139,6 +141,8 @@ pub(crate) struct Calibrate {
     /// the same run as it is.
     #[arg(long)]
     pub(crate) restart: bool,
+    #[command(flatten)]
+    pub(crate) hidden: HiddenArgs,
     #[command(flatten)]
     pub(crate) keep: KeepArgs,
 }
@@ -363,6 +367,8 @@ pub(crate) struct Apply {
     #[command(flatten)]
     pub(crate) run: RunArgs,
     #[command(flatten)]
+    pub(crate) hidden: HiddenArgs,
+    #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// Print the outcome as JSON.
     #[arg(long)]
@@ -396,6 +402,8 @@ pub(crate) struct Prune {
     #[arg(long)]
     pub(crate) dry_run: bool,
     #[command(flatten)]
+    pub(crate) hidden: HiddenArgs,
+    #[command(flatten)]
     pub(crate) keep: KeepArgs,
     /// Print the outcome as JSON.
     #[arg(long)]
@@ -423,45 +431,6 @@ pub(crate) struct Eval {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Logits {
-    /// Folder of the checkpoint.
-    pub(crate) model: PathBuf,
-    /// .safetensors with `input_ids` [n, len].
-    #[arg(long, value_name = "FILE")]
-    pub(crate) input: PathBuf,
-    /// .safetensors to write: `logits` [n, len, vocab], f32.
-    #[arg(short, long, value_name = "FILE")]
-    pub(crate) output: PathBuf,
-    #[command(flatten)]
-    pub(crate) run: RunArgs,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Generate {
-    /// Folder of the checkpoint.
-    pub(crate) model: PathBuf,
-    /// Text to continue.
-    #[arg(long)]
-    pub(crate) prompt: String,
-    /// Tokens to generate at most.
-    #[arg(long, default_value_t = 100, value_name = "N")]
-    pub(crate) max_tokens: usize,
-    /// 0 takes the likeliest token; higher values sample.
-    #[arg(
-        long,
-        default_value_t = 0.0,
-        value_name = "T",
-        allow_negative_numbers = true
-    )]
-    pub(crate) temperature: f64,
-    /// Seed of the sampling.
-    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
-    pub(crate) seed: u64,
-    #[command(flatten)]
-    pub(crate) run: RunArgs,
 }
 
 #[derive(Debug, Args)]

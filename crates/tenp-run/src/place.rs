@@ -11,7 +11,7 @@ use tenp_model::Model;
 #[cfg(feature = "cuda")]
 use tenp_model::device::DeviceModel;
 
-use crate::cli::{ComputeArg, DeviceArg, RunArgs};
+use crate::cli::{ComputeArg, DeviceArg, HiddenArgs, RunArgs};
 use crate::failure::usage;
 
 /// Where models run.
@@ -91,6 +91,17 @@ impl Place {
             #[cfg(feature = "cuda")]
             Self::Gpu(device) => format!("{}, bf16", device.properties().name),
         }
+    }
+
+    /// Refuses an option about hidden states in host memory where they are in a GPU's.
+    pub(crate) fn check_hidden(&self, args: HiddenArgs) -> Result<()> {
+        if args.hidden_memory.is_none() || matches!(self, Self::Cpu(_)) {
+            return Ok(());
+        }
+        Err(usage(
+            "--hidden-memory has no effect on a GPU, whose own memory holds the hidden states; a lower --samples or \
+             --seq-len takes less of it",
+        ))
     }
 
     /// Precision of what is done on the CPU even where models run elsewhere.

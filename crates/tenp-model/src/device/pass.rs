@@ -61,7 +61,8 @@ impl<'s, 'c, B: Backend + 'static> DevicePass<'s, 'c, B> {
             .alloc("hidden states", sequences.num_tokens() * width)
             .at(0)?;
         for (i, ids) in sequences.ids().chunks(CHUNK_TOKENS).enumerate() {
-            let rows = embed(checkpoint, ids)?;
+            let mut rows = vec![0f32; ids.len() * width];
+            embed(checkpoint, ids, &mut rows)?;
             let start = i * CHUNK_TOKENS * width;
             let part = hidden.view_mut().slice(start..start + rows.len()).at(0)?;
             backend.write(part, &rows).at(0)?;

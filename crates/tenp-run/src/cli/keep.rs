@@ -1,8 +1,10 @@
-//! How often unfinished work is kept.
+//! How often unfinished work is kept, and where hidden states are.
 
+use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
+use tenp_model::Spill;
 
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct KeepArgs {
@@ -14,5 +16,27 @@ pub(crate) struct KeepArgs {
 impl KeepArgs {
     pub(crate) fn every(self) -> Duration {
         Duration::from_secs(self.keep_every.into())
+    }
+}
+
+/// Hidden states stay in memory up to here, where nothing else is said.
+const HIDDEN_MEMORY: u64 = 8 << 30;
+
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct HiddenArgs {
+    /// Memory for the hidden states of all tokens, such as 8GiB; more of them go to a file beside the output, which takes
+    /// time but changes no bit. On a GPU they are in its own memory [default: 8GiB].
+    #[arg(long, value_parser = super::size, value_name = "SIZE")]
+    pub(crate) hidden_memory: Option<u64>,
+}
+
+impl HiddenArgs {
+    /// What goes beside `output`.
+    pub(crate) fn spill(self, output: &Path) -> Spill {
+        let parent = output.parent().filter(|p| !p.as_os_str().is_empty());
+        Spill {
+            over: self.hidden_memory.unwrap_or(HIDDEN_MEMORY),
+            dir: parent.unwrap_or(Path::new(".")).to_path_buf(),
+        }
     }
 }

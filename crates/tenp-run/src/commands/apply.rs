@@ -10,6 +10,7 @@ use tenp_checkpoint::{
     apply_rewritten, check_form, check_output, output_bytes,
 };
 use tenp_kernels::Compute;
+use tenp_model::Spill;
 use tenp_model::rewrite::{Dern, LeastSquares, Rescale};
 
 use crate::cli::{
@@ -65,6 +66,7 @@ pub(super) fn run(args: &Apply) -> Result<()> {
         calibration: Map::new(),
         recovery,
         place: &place,
+        spill: &args.hidden.spill(&args.output.output),
     };
     let outcome = write(&checkpoint, &plan, &args.output, making)?;
     if args.json {
@@ -148,6 +150,13 @@ fn check_data(args: &Apply) -> Result<()> {
         (RecoverArg::Rescale | RecoverArg::LeastSquares, true) => {
             Err(usage("--recover needs calibration text: give --data"))
         }
+        _ if args.hidden.hidden_memory.is_some()
+            && args.recover.recover != RecoverArg::LeastSquares =>
+        {
+            Err(usage(
+                "--hidden-memory has no effect without --recover least-squares, which runs text layer by layer",
+            ))
+        }
         _ => Ok(()),
     }
 }
@@ -159,6 +168,8 @@ pub(super) struct Making<'a> {
     pub(super) recovery: Recovery<'a>,
     /// Of merging, and of the model that is fitted to.
     pub(super) place: &'a Place,
+    /// Of the hidden states of what is fitted.
+    pub(super) spill: &'a Spill,
 }
 
 /// Writes the output folder with card and report, and says what happened.
@@ -185,6 +196,7 @@ pub(super) fn write(
         plan,
         recovery: making.recovery,
         place: making.place,
+        spill: Some(making.spill),
     };
     let outcome = made.with_rewriter(&computing, |rewriter| {
         Ok(apply_rewritten(
@@ -238,6 +250,8 @@ pub(super) struct Rewriting<'a> {
     pub(super) plan: &'a Plan,
     pub(super) recovery: Recovery<'a>,
     pub(super) place: &'a Place,
+    /// Of the hidden states of what is fitted.
+    pub(super) spill: Option<&'a Spill>,
 }
 
 impl Rewriting<'_> {
@@ -274,6 +288,10 @@ impl Rewriting<'_> {
                     progress.get_or_init(start).advance(tokens as u64);
                 });
                 self.place.with_model(checkpoint, |model| {
+                    let model = match self.spill {
+                        Some(spill) => model.spilling(spill),
+                        None => model,
+                    };
                     let fit = LeastSquares::new(&model, sequences, *options, advance)?;
                     work(Some(&mut { fit }))
                 })

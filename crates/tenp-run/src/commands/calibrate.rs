@@ -21,6 +21,8 @@ pub(super) fn run(args: &Calibrate) -> Result<()> {
     let (out, read) = (&args.output, args.data.files());
     models::check_file("--output", out, Some(&args.model), &read)?;
     let place = Place::new(args.run)?;
+    place.check_hidden(args.hidden)?;
+    let spill = args.hidden.spill(out);
     let mut samples = Samples::read(&models::Texts::new(&checkpoint), &args.data, args.answers)?;
     let share = args.shard.map(|share| samples.take_share(share));
     let share = share.transpose()?;
@@ -40,6 +42,7 @@ pub(super) fn run(args: &Calibrate) -> Result<()> {
     let (folds, every) = (FoldOptions::default(), args.keep.every());
     let mut keep = unfinished::keep((out, OUTPUT), inputs, &folds, args.restart, every)?;
     let calibrated = place.with_model(&checkpoint, |model| {
+        let model = model.spilling(&spill);
         let answered = samples.answer(&model, &mut keep)?;
         run_in_folds(&model, &answered.domains, &folds, Some(&mut keep))
     });

@@ -117,6 +117,7 @@ pub(super) fn run(args: &Demo) -> Result<()> {
             plan: &plan,
             recovery,
             place: &PLACE,
+            spill: None,
         };
         rewriting.with_rewriter(&progress, |rewriter| {
             let options = ApplyOptions::default();

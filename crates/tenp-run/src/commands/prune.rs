@@ -32,8 +32,11 @@ pub(super) fn run(args: &Prune) -> Result<()> {
     let samples = Samples::read(&models::Texts::new(&checkpoint), &args.data, args.answers)?;
     search::check(&request, &samples.domains)?;
     let place = Place::new(args.run)?;
+    place.check_hidden(args.hidden)?;
+    let spill = args.hidden.spill(&args.output.output);
     if args.dry_run {
         return place.with_model(&checkpoint, |model| {
+            let model = model.spilling(&spill);
             dry_run(&model, args, bytes_after, samples.most_tokens(&model))
         });
     }
@@ -68,6 +71,7 @@ pub(super) fn run(args: &Prune) -> Result<()> {
     let (restart, every) = (args.output.restart, args.keep.every());
     let mut keep = unfinished::keep((out, CALIBRATION), decisive, &folds, restart, every)?;
     let calibrated = place.with_model(&checkpoint, |model| {
+        let model = model.spilling(&spill);
         let answered = samples.answer(&model, &mut keep)?;
         let domains = &answered.domains;
         let sums = super::calibrate::run_in_folds(&model, domains, &folds, Some(&mut keep))?;
@@ -146,6 +150,7 @@ fn make(
             RecoverArg::LeastSquares => recovery::least_squares(args.recover, &sequences),
         },
         place,
+        spill: &args.hidden.spill(&args.output.output),
     };
     let outcome = super::apply::write(checkpoint, &plan, &args.output, making)?;
     Ok((plan, outcome))
@@ -200,6 +205,7 @@ fn finished(out: &Path, inputs: &str) -> Result<Option<Plan>> {
 fn dry_run(model: &Model<'_>, args: &Prune, bytes_after: u64, tokens: usize) -> Result<()> {
     let (size, config) = (model.checkpoint().size(), model.config());
     let memory = model.working_bytes(tokens);
+    let disk_bytes = bytes_after + model.spilled_bytes(tokens) as u64;
     // The forward pass, and a third of the routed part again for the contributions.
     let routed_active =
         size.parameters_routed as f64 * config.moe.top_k as f64 / config.moe.num_experts as f64;
@@ -219,7 +225,7 @@ fn dry_run(model: &Model<'_>, args: &Prune, bytes_after: u64, tokens: usize) -> 
             "bytes_after": bytes_after,
             "memory_bytes": memory.host,
             "device_bytes": memory.device,
-            "disk_bytes": bytes_after,
+            "disk_bytes": disk_bytes,
             "compute_seconds": seconds,
             "bytes_read": 2 * size.bytes_total,
         }));
@@ -235,7 +241,7 @@ fn dry_run(model: &Model<'_>, args: &Prune, bytes_after: u64, tokens: usize) -> 
                 console::bytes(bytes_after)
             ),
         ),
-        ("disk needed", console::bytes(bytes_after)),
+        ("disk needed", console::bytes(disk_bytes)),
         (
             "peak memory beside the mapped file",
             console::bytes(memory.host as u64),

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use crate::support::fixtures::{DOMAINS, demo, demo_file, golden, tensors, write_ids};
+use crate::support::fixtures::{DOMAINS, demo, demo_file, golden, names, tensors, write_ids};
 use crate::support::json::{keys, list, number};
 use crate::support::{Scratch, tenp};
 
@@ -278,4 +278,40 @@ fn assert_near(left: &Path, right: &Path) {
             assert!(a == b || near && !counts, "{name}: {a} and {b}");
         }
     }
+}
+
+/// Also where it stops on the way, and for what recovery runs.
+#[test]
+fn hidden_states_in_a_file_change_nothing() {
+    let scratch = Scratch::new();
+    let (demo, facts) = (demo(), demo_file("calibration", "facts"));
+    let (memory, file) = (scratch.join("memory"), scratch.join("file"));
+    let line = "calibrate {} --data {} --samples 40 -o {}";
+    tenp(line, &[&demo, &facts, &memory]).ok();
+    let spilling = format!("{line} --keep-every 0 --hidden-memory 1kB");
+    tenp(&spilling, &[&demo, &facts, &file]).ok();
+    assert!(std::fs::read(&memory).unwrap() == std::fs::read(&file).unwrap());
+    let prune = |options: &str| {
+        let out = scratch.join("out");
+        let line = format!(
+            "prune {{}} --data {{}} --samples 20 --keep 0.6 --recover least-squares {options} -o {{}}"
+        );
+        tenp(&line, &[&demo, &facts, &out]).ok();
+        let shard = std::fs::read(out.join("model-00001-of-00001.safetensors")).unwrap();
+        std::fs::remove_dir_all(out).unwrap();
+        shard
+    };
+    assert!(prune("--hidden-memory 1B") == prune(""));
+    assert_eq!(names(scratch.path()), ["file", "memory"]);
+    let line = "apply {} --plan plan.json --hidden-memory 1GB -o {}";
+    tenp(line, &[&demo, &scratch.join("out")]).refused(2, &["--hidden-memory", "no effect"]);
+    let dry = |options: &str| {
+        let line = format!("prune {{}} --data {{}} --keep 0.6 --dry-run --json {options} -o {{}}");
+        tenp(&line, &[&demo, &facts, &scratch.join("dry")])
+            .ok()
+            .json()
+    };
+    let (memory, file) = (dry(""), dry("--hidden-memory 1kB"));
+    let moved = |field: &str| file[field].as_i64().unwrap() - memory[field].as_i64().unwrap();
+    assert!(moved("disk_bytes") > 0 && moved("disk_bytes") == -moved("memory_bytes"));
 }

@@ -292,6 +292,7 @@ impl Bench<'_> {
             plan: &plan,
             recovery,
             place: self.place,
+            spill: None,
         };
         rewriting.with_rewriter(&OnceLock::new(), |rewriter| {
             let options = ApplyOptions::default();
