@@ -129,6 +129,14 @@ fn experts_are_fitted_as_on_the_cpu() {
 }
 
 #[test]
+fn a_stopped_calibration_goes_on_with_the_same_bits() {
+    let Some(device) = gpu("a_stopped_calibration_goes_on_with_the_same_bits") else {
+        return;
+    };
+    passes::resuming::a_stopped_calibration_goes_on_with_the_same_bits(&|_| device.clone());
+}
+
+#[test]
 fn the_gpu_is_described() {
     let Some(device) = gpu("the_gpu_is_described") else {
         return;

@@ -3,6 +3,7 @@
 
 pub(crate) mod merging;
 pub(crate) mod recovery;
+pub(crate) mod resuming;
 pub(crate) mod tight;
 
 use std::collections::BTreeMap;

@@ -1,5 +1,6 @@
 //! Runs that are stopped on the way: by SIGKILL at any moment, by signals, by one another.
 
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
@@ -151,44 +152,60 @@ fn signal(child: &Child, name: &str) {
     assert!(sent.unwrap().success());
 }
 
+/// A calibration of a second or more: slow enough to be met on its way on a busy machine.
+fn long_calibration<'a>(demo: &'a Path, files: &'a [PathBuf; 4]) -> Job<'a> {
+    let twice = files.iter().chain(files).map(PathBuf::as_path);
+    Job {
+        line: "calibrate {} --data a={} b={} c={} d={} e={} f={} g={} h={} --samples 100 --threads 1 --keep-every 0 -o {}",
+        paths: std::iter::once(demo).chain(twice).collect(),
+    }
+}
+
+/// Ends a run with a signal, and says what it wrote to stderr since.
+fn ended_by(mut child: Child, name: &str, code: i32) -> String {
+    signal(&child, name);
+    let mut text = String::new();
+    let stderr = child.stderr.as_mut().unwrap();
+    stderr.read_to_string(&mut text).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(code), "{text}");
+    text
+}
+
 #[test]
 fn a_signal_ends_a_calibration_that_goes_on_later() {
     let scratch = Scratch::new();
     let (demo, files) = (demo(), everything());
     let (whole, out) = (scratch.join("whole"), scratch.join("out"));
-    let job = Job {
-        line: "calibrate {} --data a={} b={} c={} d={} --samples 100 --keep-every 0 -o {}",
-        paths: std::iter::once(&demo)
-            .chain(&files)
-            .map(PathBuf::as_path)
-            .collect(),
-    };
+    let job = long_calibration(&demo, &files);
     job.run(&whole).ok();
-    let work = scratch.join(".out.tenp-work");
-    for (name, code, sign) in [("-TERM", 143, "layer-1"), ("-INT", 130, "layer-5")] {
-        let child = job.start(&out);
-        wait_for(&work.join(format!("{sign}.safetensors")));
-        signal(&child, name);
-        let ended = child.wait_with_output().unwrap();
-        let text = String::from_utf8_lossy(&ended.stderr);
-        assert_eq!(ended.status.code(), Some(code), "{text}");
-        assert!(
-            text.contains("the same command goes on") && text.contains("interrupted"),
-            "{text}"
-        );
-        assert!(!out.exists());
-    }
-    // Other text, and a second process, are refused without harm.
+    let kept = "the same command goes on";
+    let child = job.start(&out);
+    wait_for(&scratch.join(".out.tenp-work/layer-1.safetensors"));
+    let text = ended_by(child, "-TERM", 143);
+    assert!(
+        text.contains(kept) && text.contains("interrupted"),
+        "{text}"
+    );
+    let mut child = job.start(&out);
+    // The first thing that is said.
+    let mut byte = [0];
+    child
+        .stderr
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut byte)
+        .unwrap();
+    let text = ended_by(child, "-INT", 130);
+    assert!(
+        text.contains("oing on with") && text.contains(kept),
+        "{text}"
+    );
+    assert!(!out.exists());
+    // Other text is refused without harm.
     let paths: Vec<&Path> = job.paths.iter().copied().chain([out.as_path()]).collect();
     let other = job.line.replace("--samples 100", "--samples 99");
-    tenp(&other, &paths).refused(
-        2,
-        &[
-            "out",
-            "differ: text of domain a, text of domain b",
-            "--restart",
-        ],
-    );
+    let differ = "differ: text of domain a, text of domain b";
+    tenp(&other, &paths).refused(2, &["out", differ, "--restart"]);
     let run = job.run(&out).ok();
     run.check(run.stderr.contains("going on with"), "it goes on");
     assert_same(&whole, &out);
@@ -201,13 +218,7 @@ fn a_signal_ends_a_calibration_that_goes_on_later() {
 fn two_calibrations_of_one_file() {
     let scratch = Scratch::new();
     let (demo, files, out) = (demo(), everything(), scratch.join("out"));
-    let job = Job {
-        line: "calibrate {} --data a={} b={} c={} d={} --samples 100 --keep-every 0 -o {}",
-        paths: std::iter::once(&demo)
-            .chain(&files)
-            .map(PathBuf::as_path)
-            .collect(),
-    };
+    let job = long_calibration(&demo, &files);
     let mut first = job.start(&out);
     wait_for(&scratch.join(".out.tenp-work/layer-1.safetensors"));
     signal(&first, "-STOP");
@@ -226,24 +237,17 @@ fn two_calibrations_of_one_file() {
 fn a_short_calibration_that_is_killed_leaves_nothing_to_go_on_with() {
     let scratch = Scratch::new();
     let (demo, files, out) = (demo(), everything(), scratch.join("out"));
-    let job = Job {
-        line: "calibrate {} --data a={} b={} c={} d={} --samples 100 -o {}",
-        paths: std::iter::once(&demo)
-            .chain(&files)
-            .map(PathBuf::as_path)
-            .collect(),
-    };
+    let mut job = long_calibration(&demo, &files);
+    let line = job.line.replace("--keep-every 0 ", "");
+    job.line = &line;
     let child = job.start(&out);
     let work = scratch.join(".out.tenp-work");
     wait_for(&work.join("lock"));
-    std::thread::sleep(Duration::from_millis(100));
+    std::thread::sleep(Duration::from_millis(200));
     signal(&child, "-STOP");
     assert_eq!(names(&work), ["lock"]);
-    signal(&child, "-TERM");
     signal(&child, "-CONT");
-    let ended = child.wait_with_output().unwrap();
-    let text = String::from_utf8_lossy(&ended.stderr);
-    assert_eq!(ended.status.code(), Some(143), "{text}");
+    let text = ended_by(child, "-TERM", 143);
     assert!(text.contains("nothing is kept of"), "{text}");
     assert_eq!(names(scratch.path()), [""; 0]);
 }
