@@ -1,5 +1,6 @@
 //! Applying a plan: a new checkpoint folder, whole or not at all.
 
+mod ahead;
 mod files;
 mod folder;
 mod form;

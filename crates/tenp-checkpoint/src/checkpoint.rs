@@ -211,6 +211,18 @@ impl Checkpoint {
             })
     }
 
+    /// Copies a tensor's bytes as they are.
+    pub(crate) fn copy(
+        &self,
+        tensor: &TensorView<'_>,
+        sink: &mut crate::Sink<'_>,
+    ) -> Result<(), CheckpointError> {
+        match self.find(tensor.name) {
+            Some((shard, entry)) => shard.copy(entry.start..entry.end, sink),
+            None => sink.write(tensor.bytes),
+        }
+    }
+
     /// Every tensor: shards by name, inside a shard by offset.
     pub fn tensors(&self) -> impl Iterator<Item = TensorView<'_>> {
         self.shards

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::{Seek as _, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -9,6 +10,7 @@ use memmap2::{Advice, Mmap, UncheckedAdvice};
 use sha2::{Digest, Sha256};
 
 use crate::CheckpointError;
+use crate::atomic::Sink;
 use crate::header::{self, Entry};
 
 /// A shard: mapped, its header checked.
@@ -17,6 +19,7 @@ pub(crate) struct Shard {
     pub(crate) path: PathBuf,
     /// File name inside the folder.
     pub(crate) name: String,
+    file: File,
     map: Mmap,
     pub(crate) entries: Vec<Entry>,
     pub(crate) metadata: BTreeMap<String, String>,
@@ -42,6 +45,7 @@ impl Shard {
         Ok(Self {
             path,
             name: name.to_owned(),
+            file,
             map,
             entries: header.entries,
             metadata: header.metadata,
@@ -56,6 +60,28 @@ impl Shard {
     /// A byte range of the file, inside an entry's.
     pub(crate) fn slice(&self, range: Range<usize>) -> &[u8] {
         &self.map[range]
+    }
+
+    /// Copies a byte range of the file, which the system can do without showing it to this process.
+    pub(crate) fn copy(
+        &self,
+        range: Range<usize>,
+        sink: &mut Sink<'_>,
+    ) -> Result<(), CheckpointError> {
+        let mut file = &self.file;
+        file.seek(SeekFrom::Start(range.start as u64))
+            .map_err(CheckpointError::io("read", &self.path))?;
+        sink.copy(&self.file, range.len() as u64)
+    }
+
+    /// Where bytes of the map are in the file; `None` for other bytes.
+    pub(crate) fn range_of(&self, bytes: &[u8]) -> Option<Range<usize>> {
+        let start = bytes
+            .as_ptr()
+            .addr()
+            .checked_sub(self.map.as_ptr().addr())?;
+        let end = start.checked_add(bytes.len())?;
+        (end <= self.map.len()).then_some(start..end)
     }
 
     pub(crate) fn num_bytes(&self) -> u64 {

@@ -50,8 +50,8 @@ pub(crate) trait Source {
     /// Writes exactly the bytes of the tensor at a position of the list.
     fn fill(&mut self, index: usize, sink: &mut Sink<'_>) -> Result<(), CheckpointError>;
 
-    /// Whether a whole shard of that name and length, from an earlier run of the same inputs, may stay.
-    fn keeps(&mut self, _shard: &Path, _num_bytes: u64) -> bool {
+    /// Whether a whole shard of that name and length, from an earlier run of the same inputs, may stay with its tensors.
+    fn keeps(&mut self, _shard: &Path, _num_bytes: u64, _tensors: &[usize]) -> bool {
         false
     }
 
@@ -83,7 +83,7 @@ pub(crate) fn write_from(
         let header = header::build(&metadata, &planned);
         let data: u64 = planned.iter().map(|tensor| tensor.num_bytes()).sum();
         let num_bytes = header.len() as u64 + data;
-        if !source.keeps(&path, num_bytes) {
+        if !source.keeps(&path, num_bytes, group) {
             let (partial, file) = create_partial(&path, total)?;
             let mut sink = Sink::new(&file, &path, total);
             sink.write(&header)?;

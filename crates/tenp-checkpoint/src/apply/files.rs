@@ -15,6 +15,7 @@ use crate::writer::{WrittenShards, create_partial, name_partial, pretty};
 use crate::{Checkpoint, CheckpointError};
 
 const CHUNK_BYTES: usize = 16 << 20;
+const AHEAD_BYTES: usize = 64 << 20;
 
 /// The extra file that a rewriter's notes go into.
 const CARD: &str = "README.md";
@@ -90,9 +91,9 @@ pub(super) fn copy_checkpoint(
         for start in (0..length).step_by(CHUNK_BYTES) {
             checkpoint.check_stop()?;
             let range = start..length.min(start + CHUNK_BYTES);
-            sink.write(shard.slice(range.clone()))?;
+            shard.prefetch(range.end..length.min(range.end + AHEAD_BYTES));
+            shard.copy(range.clone(), &mut sink)?;
             copying.advance(range.len() as u64);
-            shard.release(range);
         }
         sink.finish()?;
         copying.completed()?;

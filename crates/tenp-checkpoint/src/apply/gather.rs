@@ -8,9 +8,6 @@ use crate::names::Part;
 use crate::plan::ExpertPlan;
 use crate::{Checkpoint, CheckpointError, Matrix, OwnedMatrix, TensorView};
 
-/// Bytes handed to the sink at once when a tensor is copied whole.
-const CHUNK_BYTES: usize = 16 << 20;
-
 /// Where output tensors come from.
 #[derive(Clone, Copy)]
 pub(super) struct Source<'a> {
@@ -66,8 +63,7 @@ impl Source<'_> {
 
     fn copy(&self, tensor: &TensorView<'_>, sink: &mut Sink<'_>) -> Result<(), CheckpointError> {
         if self.dtype.of(tensor.dtype) == tensor.dtype {
-            let mut chunks = tensor.bytes.chunks(CHUNK_BYTES);
-            return chunks.try_for_each(|chunk| sink.write(chunk));
+            return self.checkpoint.copy(tensor, sink);
         }
         let [rows, cols] = tensor.shape[..] else {
             unreachable!("only matrices are fp8, which opening the checkpoint has made sure of");

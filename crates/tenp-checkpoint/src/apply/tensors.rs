@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::ApplyOptions;
+use super::ahead::{Ahead, EndOf};
 use super::gather;
 use super::layout::OutputTensor;
 use crate::atomic::Sink;
@@ -68,19 +69,26 @@ pub(super) fn write(
     copying: &mut Copying<'_>,
 ) -> Result<WrittenShards, CheckpointError> {
     copying.advance(0);
+    let ahead = Ahead::new(source.checkpoint, tensors)?;
     let mut gathering = Gathering {
         source,
         tensors,
         copying,
+        ahead: &ahead,
         layer: None,
     };
-    write_from(dir, planned, options.shard_bytes, &mut gathering)
+    std::thread::scope(|scope| {
+        let _end = EndOf(&ahead);
+        scope.spawn(|| ahead.read());
+        write_from(dir, planned, options.shard_bytes, &mut gathering)
+    })
 }
 
 struct Gathering<'a, 'c> {
     source: gather::Source<'a>,
     tensors: &'a [OutputTensor<'a>],
     copying: &'a mut Copying<'c>,
+    ahead: &'a Ahead<'a>,
     /// Of the last tensor.
     layer: Option<usize>,
 }
@@ -90,6 +98,7 @@ impl Source for Gathering<'_, '_> {
         self.source.checkpoint.check_stop()?;
         let output = &self.tensors[index];
         self.source.write(output, sink)?;
+        self.ahead.passed(index);
         // The source's pages of a finished layer would otherwise pile up in this process.
         let own = crate::layer_of(&output.tensor.name);
         if self.layer != own {
@@ -102,8 +111,14 @@ impl Source for Gathering<'_, '_> {
         Ok(())
     }
 
-    fn keeps(&mut self, shard: &Path, num_bytes: u64) -> bool {
-        self.copying.keeps(shard, num_bytes)
+    fn keeps(&mut self, shard: &Path, num_bytes: u64, tensors: &[usize]) -> bool {
+        let keeps = self.copying.keeps(shard, num_bytes);
+        if keeps {
+            for tensor in tensors {
+                self.ahead.passed(*tensor);
+            }
+        }
+        keeps
     }
 
     fn completed(&mut self) -> Result<(), CheckpointError> {

@@ -1,0 +1,132 @@
+//! Reading ahead of the writing, on a thread of its own, and never far.
+
+use std::ops::Range;
+use std::sync::{Condvar, Mutex, MutexGuard};
+
+use super::layout::{OutputTensor, Recipe};
+use crate::names::Part;
+use crate::{Checkpoint, CheckpointError};
+
+/// Source bytes that are asked for at once.
+const CHUNK_BYTES: usize = 8 << 20;
+
+/// Far enough to keep a disk busy while a tensor is put together, near enough to be in memory still when its turn comes.
+const AHEAD_BYTES: u64 = 256 << 20;
+
+/// The bytes of the source in the order in which they are needed.
+pub(super) struct Ahead<'a> {
+    checkpoint: &'a Checkpoint,
+    /// Shard and range, with the bytes of all pieces before it.
+    pieces: Vec<(usize, Range<usize>, u64)>,
+    /// By output tensor: source bytes up to its end.
+    ends: Vec<u64>,
+    /// Source bytes that are done with; all of them at the end.
+    used: Mutex<u64>,
+    moved: Condvar,
+}
+
+impl<'a> Ahead<'a> {
+    pub(super) fn new(
+        checkpoint: &'a Checkpoint,
+        tensors: &[OutputTensor<'_>],
+    ) -> Result<Self, CheckpointError> {
+        let mut ahead = Self {
+            checkpoint,
+            pieces: Vec::new(),
+            ends: Vec::with_capacity(tensors.len()),
+            used: Mutex::new(0),
+            moved: Condvar::new(),
+        };
+        let mut before = 0;
+        for tensor in tensors {
+            for bytes in sources(checkpoint, tensor)? {
+                let found = checkpoint.shards.iter().enumerate();
+                let place = found.filter_map(|(s, shard)| Some((s, shard.range_of(bytes)?)));
+                for (shard, range) in place {
+                    let length = range.len() as u64;
+                    ahead.pieces.push((shard, range, before));
+                    before += length;
+                }
+            }
+            ahead.ends.push(before);
+        }
+        Ok(ahead)
+    }
+
+    fn used(&self) -> MutexGuard<'_, u64> {
+        self.used.lock().expect("nothing panics under this lock")
+    }
+
+    /// The thread's work, until everything is asked for or the writing is over.
+    pub(super) fn read(&self) {
+        for (shard, range, before) in &self.pieces {
+            for start in range.clone().step_by(CHUNK_BYTES) {
+                let chunk = start..range.end.min(start + CHUNK_BYTES);
+                let end = before + (chunk.end - range.start) as u64;
+                let mut used = self.used();
+                while *used + AHEAD_BYTES < end {
+                    used = self
+                        .moved
+                        .wait(used)
+                        .expect("nothing panics under this lock");
+                }
+                // What was passed meanwhile, or is no longer wanted, is not read.
+                if *used < end {
+                    drop(used);
+                    self.checkpoint.shards[*shard].prefetch(chunk);
+                }
+            }
+        }
+    }
+
+    /// A tensor is done with.
+    pub(super) fn passed(&self, tensor: usize) {
+        let mut used = self.used();
+        *used = (*used).max(self.ends[tensor]);
+        self.moved.notify_one();
+    }
+}
+
+/// Ends the reading when the writing ends, whichever way.
+pub(super) struct EndOf<'a, 'b>(pub(super) &'a Ahead<'b>);
+
+impl Drop for EndOf<'_, '_> {
+    fn drop(&mut self) {
+        *self.0.used() = u64::MAX - AHEAD_BYTES;
+        self.0.moved.notify_one();
+    }
+}
+
+/// The source's bytes that a tensor is made of.
+fn sources<'c>(
+    checkpoint: &'c Checkpoint,
+    tensor: &OutputTensor<'c>,
+) -> Result<Vec<&'c [u8]>, CheckpointError> {
+    let expert = |layer, id, part| -> Result<&'c [u8], CheckpointError> {
+        Ok(checkpoint.expert(layer, id)?.part(part).bytes)
+    };
+    Ok(match &tensor.recipe {
+        Recipe::Copy(tensor) | Recipe::KeptExperts(tensor, _) => vec![tensor.bytes],
+        Recipe::Expert {
+            layer, plan, part, ..
+        } => vec![expert(*layer, plan.id, *part)?],
+        // Made from a matrix that is asked for by itself.
+        Recipe::Scales(_) => Vec::new(),
+        Recipe::FusedGateUp { plan, .. } => {
+            let mut all = Vec::new();
+            for own in plan.kept() {
+                all.push(expert(plan.layer, own.id, Part::Gate)?);
+                all.push(expert(plan.layer, own.id, Part::Up)?);
+            }
+            all
+        }
+        Recipe::FusedDown { plan, .. } => plan
+            .kept()
+            .map(|own| expert(plan.layer, own.id, Part::Down))
+            .collect::<Result<_, _>>()?,
+        Recipe::Shared { layer, part, .. } => {
+            let name = checkpoint.spelling().shared(*layer, *part);
+            vec![checkpoint.tensor(&name)?.bytes]
+        }
+    })
+}
