@@ -98,8 +98,8 @@ impl Work {
         Err(CheckpointError::Output {
             path: self.output.clone(),
             problem: format!(
-                "an unfinished run of it is in {}, whose inputs differ: {}; repeat that run's command to finish it, or give \
-                 --restart to discard it and begin again",
+                "an unfinished run of it is in {}, whose inputs differ: {}; repeat that run's command to finish it, or discard \
+                 it: by removing that folder, or with --restart, which begins everything again",
                 self.dir.display(),
                 names.join(", ")
             ),

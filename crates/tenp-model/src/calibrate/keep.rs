@@ -9,10 +9,14 @@ use std::time::{Duration, Instant};
 use tenp_checkpoint::statistics::{read_parts, write_parts};
 use tenp_checkpoint::{Folds, Statistics, Work};
 
-use crate::{ModelError, Run, Sequences};
+use super::{FoldOptions, MAX_FOLDS};
+use crate::{Model, ModelError, Run, Sequences};
 
 /// Keeping takes at most about one part in this many of the time.
 const TIME_SHARE: u32 = 20;
+
+/// Statistics by neuron.
+const TABLES: usize = 9;
 
 /// Rows of hidden states that go to and from the disk at once.
 const CHUNK_ROWS: usize = 4096;
@@ -40,6 +44,21 @@ pub(super) struct Collected {
 }
 
 impl Keep {
+    /// Bytes that a calibration of `tokens` tokens in `domains` domains keeps at most: every statistic, and hidden states
+    /// twice while they are replaced.
+    pub fn most_bytes(
+        model: &Model<'_>,
+        tokens: usize,
+        domains: usize,
+        options: &FoldOptions,
+    ) -> usize {
+        let (moe, layers) = (&model.config().moe, model.config().moe_layers.len());
+        let groups = options.num_folds.unwrap_or(MAX_FOLDS);
+        let tables = domains * (TABLES + groups * options.tables.len());
+        let statistics = 8 * layers * moe.num_experts * moe.expert_width * tables;
+        statistics + 2 * tokens * model.hidden_bytes_per_token()
+    }
+
     /// Keeps in a folder that the caller has resumed, no more often than `every`.
     pub fn new(work: Work, every: Duration) -> Self {
         let now = Instant::now();

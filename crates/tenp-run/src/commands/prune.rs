@@ -9,7 +9,7 @@ use tenp_checkpoint::{
     output_bytes,
 };
 use tenp_model::Model;
-use tenp_model::calibrate::FoldOptions;
+use tenp_model::calibrate::{FoldOptions, Keep};
 use tenp_prune::PlanRequest;
 
 use super::apply::{self, Making};
@@ -34,10 +34,25 @@ pub(super) fn run(args: &Prune) -> Result<()> {
     let place = Place::new(args.run)?;
     place.check_hidden(args.hidden)?;
     let spill = args.hidden.spill(&args.output.output);
+    let folds = FoldOptions {
+        num_folds: args.folds.map(|n| n as usize),
+        tables: request.tables()?,
+    };
     if args.dry_run {
         return place.with_model(&checkpoint, |model| {
             let model = model.spilling(&spill);
-            dry_run(&model, args, bytes_after, samples.most_tokens(&model))
+            let most = Keep::most_bytes(
+                &model,
+                samples.most_tokens(&model),
+                samples.domains.len(),
+                &folds,
+            );
+            dry_run(
+                &model,
+                args,
+                (bytes_after, most),
+                samples.most_tokens(&model),
+            )
         });
     }
     let form: OutputForm = args.output.form.into();
@@ -62,10 +77,6 @@ pub(super) fn run(args: &Prune) -> Result<()> {
         report(&checkpoint, args, &plan, ApplyOutcome::AlreadyFinished);
         return Ok(());
     }
-    let folds = FoldOptions {
-        num_folds: args.folds.map(|n| n as usize),
-        tables: request.tables()?,
-    };
     let decisive = unfinished::calibration_inputs(&checkpoint, &samples, &place);
     let run = models::fingerprint(&decisive);
     let (restart, every) = (args.output.restart, args.keep.every());
@@ -202,7 +213,12 @@ fn finished(out: &Path, inputs: &str) -> Result<Option<Plan>> {
 }
 
 /// What the run would take. The time is the arithmetic at the rate this machine shows in a short product.
-fn dry_run(model: &Model<'_>, args: &Prune, bytes_after: u64, tokens: usize) -> Result<()> {
+fn dry_run(
+    model: &Model<'_>,
+    args: &Prune,
+    (bytes_after, kept_bytes): (u64, usize),
+    tokens: usize,
+) -> Result<()> {
     let (size, config) = (model.checkpoint().size(), model.config());
     let memory = model.working_bytes(tokens);
     let disk_bytes = bytes_after + model.spilled_bytes(tokens) as u64;
@@ -226,6 +242,7 @@ fn dry_run(model: &Model<'_>, args: &Prune, bytes_after: u64, tokens: usize) -> 
             "memory_bytes": memory.host,
             "device_bytes": memory.device,
             "disk_bytes": disk_bytes,
+            "kept_bytes": kept_bytes,
             "compute_seconds": seconds,
             "bytes_read": 2 * size.bytes_total,
         }));
@@ -242,6 +259,10 @@ fn dry_run(model: &Model<'_>, args: &Prune, bytes_after: u64, tokens: usize) -> 
             ),
         ),
         ("disk needed", console::bytes(disk_bytes)),
+        (
+            "and while calibrating, if that is long",
+            console::bytes(kept_bytes as u64),
+        ),
         (
             "peak memory beside the mapped file",
             console::bytes(memory.host as u64),

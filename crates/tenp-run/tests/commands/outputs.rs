@@ -221,6 +221,7 @@ fn a_dry_run_writes_nothing() {
         "bytes_after",
         "memory_bytes",
         "disk_bytes",
+        "kept_bytes",
         "compute_seconds",
         "bytes_read",
     ] {
