@@ -48,7 +48,8 @@ pub fn calibrate(
 /// [`calibrate`], with the sums of groups of samples beside those of the domains. A group is a run of consecutive samples.
 ///
 /// The number of groups decides the order of additions, and with it the last bits of the domains' sums. With `keep` the
-/// calibration goes on where an earlier one of the same inputs stopped; the result does not depend on it.
+/// calibration goes on where an earlier one of the same inputs stopped, at [`Keep::next_layer`]; the result does not depend
+/// on it.
 ///
 /// # Errors
 /// As [`calibrate`]; what was kept cannot be read back.
@@ -71,10 +72,7 @@ pub fn calibrate_in_folds(
     let (layers, num_layers) = (&model.config().moe_layers[..], model.config().num_layers);
     let mut run = model.begin(&sequences)?;
     if let Some(keep) = &mut keep {
-        keep.restore((layers, num_layers), &mut collected, &mut run, &sequences)?;
-    }
-    for layer in 0..run.layer() {
-        progress(layer, sequences.num_tokens());
+        keep.restore(model.config(), &mut collected, &mut run, &sequences)?;
     }
     while run.step(&collector)? {
         if let Some((layer, sums)) = collector.finish_layer()? {

@@ -25,6 +25,8 @@ pub(crate) struct Progress {
     unit: Unit,
     total: u64,
     done: AtomicU64,
+    /// What was done before it started, in no time.
+    before: u64,
     /// Tokens pass every layer: the rate is in tokens through the whole model.
     per_item: f64,
     started: Instant,
@@ -57,11 +59,20 @@ impl Progress {
             unit,
             total,
             done: AtomicU64::new(0),
+            before: 0,
             per_item: layers.max(1) as f64,
             started: now,
             last_line: Mutex::new(now),
             bar,
         }
+    }
+
+    /// The same, where some of it was done before.
+    pub(crate) fn going_on(mut self, before: u64) -> Self {
+        self.before = before;
+        self.done = AtomicU64::new(before);
+        self.bar = self.bar.map(|bar| bar.with_position(before));
+        self
     }
 
     /// Counts `by` more; from any thread.
@@ -86,10 +97,11 @@ impl Progress {
         if last_line.elapsed() >= LINE_EVERY && done < self.total {
             *last_line = Instant::now();
             let share = done as f64 / self.total.max(1) as f64;
+            let passed = (done - self.before).max(1) as f64;
             let left = self
                 .started
                 .elapsed()
-                .mul_f64((1.0 - share) / share.max(1e-9));
+                .mul_f64((self.total - done) as f64 / passed);
             console::note(&format!(
                 "{}: {:.0} %, {}, about {} left",
                 self.label,
@@ -106,7 +118,8 @@ impl Progress {
 
     fn rate(&self) -> String {
         let seconds = self.started.elapsed().as_secs_f64().max(1e-9);
-        rate(self.unit, self.done() as f64 / self.per_item / seconds)
+        let done = self.done() - self.before;
+        rate(self.unit, done as f64 / self.per_item / seconds)
     }
 
     /// Clears the bar and leaves one line.

@@ -52,12 +52,6 @@ pub(crate) fn keep(
     inputs.insert("tables of groups".to_owned(), folds.tables.join(", "));
     let mut work = Work::hold(Work::place(output, purpose), output)?;
     work.resume(inputs, restart)?;
-    if work.is_begun() {
-        console::note(&format!(
-            "going on with the calibration in {}",
-            work.dir().display()
-        ));
-    }
     Ok(Keep::new(work, every))
 }
 

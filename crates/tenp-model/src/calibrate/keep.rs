@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use tenp_checkpoint::statistics::{read_parts, write_parts};
-use tenp_checkpoint::{Folds, Statistics, Work};
+use tenp_checkpoint::{Folds, ModelConfig, Statistics, Work};
 
 use super::{FoldOptions, MAX_FOLDS};
 use crate::{Model, ModelError, Run, Sequences};
@@ -101,32 +101,36 @@ impl Keep {
         self.work.dir().join(format!("hidden-{layer}"))
     }
 
+    /// The layer that a calibration goes on at; the number of layers where all are done.
+    pub fn next_layer(&self, config: &ModelConfig) -> usize {
+        if !self.work.is_begun() {
+            return 0;
+        }
+        let has_all = |end: usize| {
+            let mut before = config.moe_layers.iter().filter(|layer| **layer < end);
+            before.all(|layer| self.parts(*layer).exists())
+        };
+        let with_hidden = |layer: &usize| self.hidden(*layer).exists() && has_all(*layer);
+        if has_all(config.num_layers) {
+            return config.num_layers;
+        }
+        (1..config.num_layers).rev().find(with_hidden).unwrap_or(0)
+    }
+
     /// Goes on where an earlier run of the same calibration stopped.
     pub(super) fn restore(
         &mut self,
-        (layers, num_layers): (&[usize], usize),
+        config: &ModelConfig,
         collected: &mut Collected,
         run: &mut Run<'_>,
         sequences: &Sequences,
     ) -> Result<(), ModelError> {
-        if !self.work.is_begun() {
-            return Ok(());
-        }
-        let has_all = |end: usize| {
-            let mut before = layers.iter().filter(|layer| **layer < end);
-            before.all(|layer| self.parts(*layer).exists())
-        };
-        let with_hidden = |layer: &usize| self.hidden(*layer).exists() && has_all(*layer);
-        let next = if has_all(num_layers) {
-            num_layers
-        } else {
-            (1..num_layers).rev().find(with_hidden).unwrap_or(0)
-        };
-        for layer in layers.iter().filter(|layer| **layer < next) {
+        let next = self.next_layer(config);
+        for layer in config.moe_layers.iter().filter(|layer| **layer < next) {
             let Collected { statistics, folds } = collected;
             read_parts(&self.parts(*layer), *layer, statistics, folds)?;
         }
-        if (1..num_layers).contains(&next) {
+        if (1..config.num_layers).contains(&next) {
             read_hidden(&self.hidden(next), run, sequences.num_tokens())?;
         }
         run.skip_to(next);

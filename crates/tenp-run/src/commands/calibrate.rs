@@ -46,15 +46,17 @@ pub(super) fn run(args: &Calibrate) -> Result<()> {
         let answered = samples.answer(&model, &mut keep)?;
         run_in_folds(&model, &answered.domains, &folds, Some(&mut keep))
     });
-    let calibrated = calibrated.map_err(|error| unfinished::explain(error, out, &[OUTPUT]));
-    let (mut statistics, _) = calibrated?;
+    let explain = |error| unfinished::explain(error, out, &[OUTPUT]);
+    let (mut statistics, _) = calibrated.map_err(explain)?;
     unfinished::tell_trouble(&keep);
     Coverage::of(&statistics).warn(args.data.min_tokens);
     statistics.run = fingerprint;
     statistics.shares = share.into_iter().filter(|share| share.parts > 1).collect();
     // Written in the folder first: a process that dies leaves nothing anywhere else.
     let whole = keep.work().dir().join("statistics");
-    statistics.write(&whole)?;
+    statistics
+        .write(&whole)
+        .map_err(|error| explain(error.into()))?;
     std::fs::rename(&whole, out).with_context(|| format!("cannot write {}", out.display()))?;
     keep.finish();
     console::note(&format!("wrote {}", out.display()));
@@ -92,8 +94,18 @@ pub(super) fn run_in_folds(
     keep: Option<&mut Keep>,
 ) -> Result<(Statistics, Folds)> {
     let layers = model.config().num_layers;
-    let total = models::num_tokens(domains) * layers;
-    let progress = Progress::new("calibrate", Unit::Tokens, total as u64, layers);
+    let tokens = models::num_tokens(domains);
+    let total = (tokens * layers) as u64;
+    let next = keep
+        .as_deref()
+        .map_or(0, |keep| keep.next_layer(model.config()));
+    if next > 0 {
+        console::note(&format!(
+            "going on with the calibration at layer {next} of {layers}"
+        ));
+    }
+    let progress = Progress::new("calibrate", Unit::Tokens, total, layers);
+    let progress = progress.going_on((tokens * next) as u64);
     let advance = |_, tokens| progress.advance(tokens as u64);
     let statistics = calibrate_in_folds(model, domains, folds, keep, &advance)?;
     progress.finish();
