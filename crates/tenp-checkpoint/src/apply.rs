@@ -341,6 +341,20 @@ pub fn check_output(
     }
 }
 
+/// Refuses to go on with an unfinished output of another checkpoint or other options, before the plan is known.
+///
+/// # Errors
+/// [`CheckpointError::Output`].
+pub fn check_unfinished(
+    checkpoint: &Checkpoint,
+    out: &Path,
+    options: &ApplyOptions,
+) -> Result<(), CheckpointError> {
+    let inputs = inputs_beside_plan(checkpoint, options);
+    Target::find(out, checkpoint.dir(), true, "")?
+        .map_or(Ok(()), |target| target.check_unfinished(&inputs))
+}
+
 /// Bytes of all tensors that a plan leaves.
 ///
 /// # Errors
@@ -392,17 +406,22 @@ fn inputs(
     settings: Option<String>,
 ) -> Result<Inputs, CheckpointError> {
     let plan = hex(&Sha256::digest(plan.to_json(out)?));
+    let mut inputs = inputs_beside_plan(checkpoint, options);
+    inputs.insert("plan".to_owned(), plan);
+    inputs.insert("recovery".to_owned(), settings.unwrap_or_default());
+    Ok(inputs)
+}
+
+fn inputs_beside_plan(checkpoint: &Checkpoint, options: &ApplyOptions) -> Inputs {
     let pairs = [
         ("checkpoint", checkpoint.fingerprint().to_owned()),
-        ("plan", plan),
         ("form", options.form.name().to_owned()),
         ("treatment of MTP layers", options.mtp.name().to_owned()),
         ("dtype", options.dtype.name().to_owned()),
         ("shard size", options.shard_bytes.to_string()),
-        ("recovery", settings.unwrap_or_default()),
         ("program version", env!("CARGO_PKG_VERSION").to_owned()),
     ];
-    Ok(pairs.map(|(name, value)| (name.to_owned(), value)).into())
+    pairs.map(|(name, value)| (name.to_owned(), value)).into()
 }
 
 impl Output {

@@ -42,7 +42,7 @@ pub use access::{ExpertTensors, Matrix, RouterTensors, SharedTensors};
 pub use apply::{
     ApplyOptions, ApplyOutcome, LayerRewriter, Mtp, Notes, OutputDtype, OutputForm, ReportPage,
     RewrittenExpert, RewrittenLayer, apply, apply_rewritten, check_form, check_output,
-    output_bytes,
+    check_unfinished, output_bytes,
 };
 pub use atomic::{Sink, check_replaceable, replace_file};
 pub use checkpoint::{Checkpoint, TensorView};

@@ -77,33 +77,25 @@ impl Work {
     /// # Errors
     /// What is there was made from other inputs, which are named; files that cannot be removed.
     pub fn resume(&mut self, inputs: Inputs, restart: bool) -> Result<(), CheckpointError> {
-        let journal = std::fs::read(self.dir.join(JOURNAL)).ok();
-        let journal: Option<Inputs> = journal.and_then(|text| serde_json::from_slice(&text).ok());
         self.inputs = inputs;
-        let Some(journal) = journal.filter(|_| !restart) else {
+        let Some(journal) = read_journal(&self.dir).filter(|_| !restart) else {
             self.begun = false;
             return self.clear();
         };
-        let mut names: Vec<&str> = journal
-            .iter()
-            .chain(&self.inputs)
-            .filter(|(name, _)| journal.get(*name) != self.inputs.get(*name))
-            .map(|(name, _)| name.as_str())
-            .collect();
-        names.sort_unstable();
-        names.dedup();
-        if names.is_empty() {
-            return self.remove_temporaries();
+        let names = journal.keys().chain(self.inputs.keys());
+        refuse_other(names, (&journal, &self.inputs), &self.dir, &self.output)?;
+        self.remove_temporaries()
+    }
+
+    /// Refuses an unfinished run in a folder that nobody holds yet, if it differs in one of these inputs.
+    ///
+    /// # Errors
+    /// As [`Self::resume`].
+    pub fn check(dir: &Path, output: &Path, inputs: &Inputs) -> Result<(), CheckpointError> {
+        match read_journal(dir) {
+            Some(journal) => refuse_other(inputs.keys(), (&journal, inputs), dir, output),
+            None => Ok(()),
         }
-        Err(CheckpointError::Output {
-            path: self.output.clone(),
-            problem: format!(
-                "an unfinished run of it is in {}, whose inputs differ: {}; repeat that run's command to finish it, or discard \
-                 it: by removing that folder, or with --restart, which begins everything again",
-                self.dir.display(),
-                names.join(", ")
-            ),
-        })
     }
 
     /// Files that were being replaced when their process died.
@@ -191,6 +183,36 @@ impl Drop for Work {
         let _ = std::fs::remove_file(self.dir.join(LOCK));
         let _ = std::fs::remove_dir(&self.dir);
     }
+}
+
+fn read_journal(dir: &Path) -> Option<Inputs> {
+    let text = std::fs::read(dir.join(JOURNAL)).ok()?;
+    serde_json::from_slice(&text).ok()
+}
+
+/// Names the inputs in which an unfinished run differs from the one that is asked for.
+fn refuse_other<'n>(
+    names: impl Iterator<Item = &'n String>,
+    (there, asked): (&Inputs, &Inputs),
+    dir: &Path,
+    output: &Path,
+) -> Result<(), CheckpointError> {
+    let differing = names.filter(|name| there.get(*name) != asked.get(*name));
+    let mut differing: Vec<&str> = differing.map(String::as_str).collect();
+    differing.sort_unstable();
+    differing.dedup();
+    if differing.is_empty() {
+        return Ok(());
+    }
+    Err(CheckpointError::Output {
+        path: output.to_path_buf(),
+        problem: format!(
+            "an unfinished run of it is in {}, whose inputs differ: {}; repeat that run's command to finish it, or discard \
+             it: by removing that folder, or with --restart, which begins everything again",
+            dir.display(),
+            differing.join(", ")
+        ),
+    })
 }
 
 fn make_folder(dir: &Path) -> Result<(), CheckpointError> {

@@ -95,6 +95,11 @@ impl Target {
         Work::place(&self.path, "work")
     }
 
+    /// Refuses an unfinished run that differs in one of these inputs.
+    pub(super) fn check_unfinished(&self, inputs: &Inputs) -> Result<(), CheckpointError> {
+        Work::check(&self.work_place(), &self.path, inputs)
+    }
+
     /// Whether the disk has room for `needed` bytes, of which an unfinished run may have written some.
     pub(super) fn check_room(&self, needed: u64) -> Result<(), CheckpointError> {
         let there = bytes_in(&self.work_place().join(OUTPUT));

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use tenp_checkpoint::{
     ApplyOptions, ApplyOutcome, Checkpoint, LayerRewriter, Mtp, OutputDtype, OutputForm, Plan,
-    apply_rewritten, check_form, check_output, output_bytes,
+    apply_rewritten, check_form, check_output, check_unfinished, output_bytes,
 };
 use tenp_kernels::Compute;
 use tenp_model::Spill;
@@ -131,6 +131,9 @@ fn calibration(
     check_form(checkpoint, plan, &writing)?;
     let needed = output_bytes(checkpoint, plan, &writing)?;
     check_output(checkpoint, &args.output.output, args.output.force, needed)?;
+    if !args.output.restart {
+        check_unfinished(checkpoint, &args.output.output, &writing)?;
+    }
     let data = DataArgs {
         data: args.data.clone(),
         samples: args.samples,

@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde_json::{Map, Value, json};
 use tenp_checkpoint::{
     ApplyOutcome, Checkpoint, Folds, OutputForm, Plan, Statistics, Work, check_form, check_output,
-    output_bytes,
+    check_unfinished, output_bytes,
 };
 use tenp_model::Model;
 use tenp_model::calibrate::{FoldOptions, Keep};
@@ -120,6 +120,9 @@ fn refuse_early(args: &Prune, request: &PlanRequest, checkpoint: &Checkpoint) ->
     let (out, force) = (&args.output.output, args.output.force);
     let needed = if args.dry_run { 0 } else { bytes_after };
     check_output(checkpoint, out, force, needed)?;
+    if !args.output.restart {
+        check_unfinished(checkpoint, out, &writing)?;
+    }
     recovery::check_plan(args.recover, checkpoint, &rehearsed)?;
     Ok(bytes_after)
 }

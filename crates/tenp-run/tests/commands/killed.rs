@@ -251,3 +251,37 @@ fn a_short_calibration_that_is_killed_leaves_nothing_to_go_on_with() {
     assert!(text.contains("nothing is kept of"), "{text}");
     assert_eq!(names(scratch.path()), [""; 0]);
 }
+
+/// Another form, or another plan, of an output that is not finished; nothing is calibrated for what cannot be written.
+#[test]
+fn an_unfinished_output_is_not_mixed_with_another() {
+    let scratch = Scratch::new();
+    let (demo, facts, out) = (
+        demo(),
+        demo_file("calibration", "facts"),
+        scratch.join("out"),
+    );
+    let job = Job {
+        line: "prune {} --data {} --samples 20 --keep 0.6 --recover least-squares --keep-every 0 -o {}",
+        paths: vec![&demo, &facts],
+    };
+    let mut child = job.start(&out);
+    wait_for(&scratch.join(".out.tenp-work/layer-1.safetensors"));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let paths: [&Path; 3] = [&demo, &facts, &out];
+    let changed = |from: &str, to: &str| tenp(&job.line.replace(from, to), &paths);
+    let padded = changed("--keep 0.6", "--keep 0.6 --form padded --shard-size 1MB");
+    padded.refused(
+        2,
+        &["differ: form, shard size;", ".out.tenp-work", "--restart"],
+    );
+    padded.check(
+        !padded.stderr.contains("tokens in"),
+        "refused before the calibration",
+    );
+    let other = changed("--keep 0.6", "--keep 0.5");
+    other.refused(2, &["differ: plan", "--restart"]);
+    changed("--keep 0.6", "--keep 0.5 --restart").ok();
+    assert_eq!(names(scratch.path()), ["out"]);
+}
