@@ -16,21 +16,26 @@ from pathlib import Path
 DOMAINS = ["arith", "code", "facts", "lists"]
 KEEPS = [0.9, 0.75, 0.6, 0.45, 0.3]
 LS = ":recover=least-squares"
+RECOMMENDED = "tenp:allocation=global:neuron-score=wifv:width-multiple=1" + LS
 MAIN = [
     "tenp", "tenp" + LS, "tenp+dern", "tenp:neuron-score=energy",
     "tenp:allocation=global:neuron-score=energy", "tenp:allocation=global:neuron-score=energy" + LS,
+    "tenp:allocation=global:neuron-score=wifv", "tenp:allocation=global:neuron-score=wifv" + LS, RECOMMENDED,
     "tenp:allocation=sensitivity",
     "tenp:allocation=sensitivity" + LS, "tenp:allocation=sensitivity:neuron-score=energy",
     "tenp:allocation=sensitivity:neuron-score=energy" + LS, "enp:exact", "enp:exact:neuron-score=energy",
     "reap", "frequency", "dern", "random-neurons:exact", "random-experts",
 ]  # fmt: skip
-SAMPLED = ["tenp", "tenp:allocation=global:neuron-score=energy" + LS, "enp:exact", "reap", "random-neurons:exact"]
+SAMPLED = ["tenp", RECOMMENDED, "enp:exact", "reap", "random-neurons:exact"]
 ALPHAS = [f"tenp:alpha={a}" for a in (0, 0.1, 0.2, 0.3, 0.4, 0.6)]
 SLOPES = [f"tenp:slope={s}" for s in ("-0.333333", "0", "1")]
 RECOVERIES = ["tenp", "tenp" + LS, "tenp" + LS + ":recover-gates=ungated", "tenp" + LS + ":recover-inputs=original"]
 DROPPED = "reap:expert-score=gating-share"
 THRESHOLDS = [f"dern:threshold={t}" for t in (0, 0.2, 0.4, 0.6, 0.8, 0.9)]
-ALIKE = [DROPPED, *THRESHOLDS, "dern:init=random", "dern:sign-canonical", "dern:router=keep"]
+ALIKE = [
+    DROPPED, *THRESHOLDS, "dern:init=random", "dern:threshold=0.6:init=random", "dern:sign-canonical", "dern:router=keep",
+    "dern:threshold=0.6:router=keep",
+]  # fmt: skip
 
 
 class Runner:

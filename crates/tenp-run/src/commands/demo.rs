@@ -42,7 +42,8 @@ fn entries(keep: f64) -> Vec<Entry> {
     };
     let mut recommended = entry("recommended", Method::Tenp);
     recommended.request.allocation = Some(Allocation::Global);
-    recommended.request.neuron_score = Some(NeuronScore::Energy);
+    recommended.request.neuron_score = Some(NeuronScore::Wifv);
+    recommended.request.width_multiple = Some(1);
     recommended.recovers = true;
     vec![
         entry("TENP", Method::Tenp),
@@ -260,7 +261,7 @@ fn as_text(rows: &[Row], plan: &Plan, expert_width: usize, seconds: f64) -> Stri
     let n: usize = rows[0].measures.tasks.iter().map(|(_, t)| t.n).sum();
     format!(
         "\n{}\nE: routed-expert parameters kept; A: run per token. Accuracy on {n} multiple-choice questions, NLL in\nnats per answer token. \
-         Recommended: --allocation global --neuron-score energy --recover least-squares.\n\n\
+         Recommended: --allocation global --neuron-score wifv --width-multiple 1 --recover least-squares.\n\n\
          TENP keeps these experts and neurons:\n{}\n{seconds:.0} s in all\n",
         console::table(&header, &table),
         picture::widths(plan, expert_width, console::columns())
