@@ -2,9 +2,9 @@
 """Runs the experiments of docs/results.md on the demo model and prints their tables. Goes on where it was stopped.
 
     cargo build --release -p tenp-run
-    scripts/results.py target/release/tenp-run OUT [--alike MODEL]
+    scripts/results.py target/release/tenp-run OUT [--alike MODEL [MODEL2]]
 
-OUT gets a folder of `tenp-run compare` for each experiment; MODEL is what tests/compat/upcycle.py makes.
+OUT gets a folder of `tenp-run compare` for each experiment; the models are what tests/compat/upcycle.py makes.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("program")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--alike")
+    parser.add_argument("--alike", nargs="*", default=[])
     args = parser.parse_args()
     runner = Runner(args.program, args.out)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -140,11 +140,12 @@ def main():
         rows.append([samples] + [shown(found[m, 0.6], FIGURES["answer NLL"]) for m in SAMPLED])
     table("Samples a domain, keep 0.6: answer NLL", ["samples"] + SAMPLED, rows)
 
-    if args.alike:
-        full, cells = runner.cells("alike", ALIKE, [0.5], model=args.alike)
-        print(f"\nmodel with alike experts: accuracy {accuracy(full):.4f}, answer NLL {nll(full):.4f}")
+    for number, model in enumerate(args.alike, 1):
+        full, cells = runner.cells("alike" if number == 1 else f"alike-{number}", ALIKE, [0.5], model=model)
+        print(f"\nmodel {model} with alike experts: accuracy {accuracy(full):.4f}, answer NLL {nll(full):.4f}")
         for figure, digits in [("KL", 4), ("answer NLL", 4), ("accuracy", 3)]:
-            by_keep(f"Alike experts: {figure}", cells, ALIKE, [0.5], figure, digits)
+            by_keep(f"Alike experts, {model}: {figure}", cells, ALIKE, [0.5], figure, digits)
+    if args.alike:
         methods = [DROPPED, "dern:threshold=0.2", "dern", "dern:threshold=0.6", "dern:init=random"]
         _, cells = runner.cells("unlike", methods, [0.5])
         by_keep("Demo model (experts unlike): KL", cells, methods, [0.5], "KL")
