@@ -9,9 +9,11 @@ mod layout;
 mod mtp;
 mod rewrite;
 mod tensors;
+mod verify;
 
 use std::path::Path;
 
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
@@ -25,6 +27,8 @@ use crate::{Checkpoint, CheckpointError, Dtype, PlannedTensor};
 use folder::{Folder, Target};
 use form::{Kind, Output};
 use rewrite::Rewritten;
+
+pub use verify::{Difference, Verification, verify};
 
 pub use rewrite::{LayerRewriter, Notes, RewrittenExpert, RewrittenLayer};
 
@@ -53,7 +57,8 @@ impl OutputForm {
 }
 
 /// Element type of the output's weights.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum OutputDtype {
     /// The input's, tensor by tensor.
     #[default]
@@ -81,7 +86,8 @@ impl OutputDtype {
 }
 
 /// What becomes of the layers for multi-token prediction, which are not calibrated.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Mtp {
     /// Widths and number of experts of the last MoE layer; neurons and experts by their weight norms.
     #[default]

@@ -256,7 +256,7 @@ impl Checkpoint {
     }
 }
 
-fn view<'a>(shard: &'a Shard, entry: &'a Entry) -> TensorView<'a> {
+pub(crate) fn view<'a>(shard: &'a Shard, entry: &'a Entry) -> TensorView<'a> {
     TensorView {
         name: &entry.name,
         dtype: entry.dtype,
@@ -303,7 +303,9 @@ pub(crate) fn unreadable(shard: &Shard, entry: &Entry) -> CheckpointError {
     }
 }
 
-fn by_name(shards: &[Shard]) -> Result<HashMap<String, (usize, usize)>, CheckpointError> {
+pub(crate) fn by_name(
+    shards: &[Shard],
+) -> Result<HashMap<String, (usize, usize)>, CheckpointError> {
     let mut by_name = HashMap::new();
     for (shard_index, shard) in shards.iter().enumerate() {
         for (index, entry) in shard.entries.iter().enumerate() {

@@ -8,6 +8,7 @@
 //! | calibration statistics | [`statistics::Statistics`] |
 //! | which neurons stay | [`plan::Plan`] |
 //! | write the pruned checkpoint | [`apply()`] |
+//! | check a pruned checkpoint | [`verify()`] |
 //! | make a random checkpoint of given shapes | [`synthesise()`] |
 //! | write any checkpoint, a tensor at a time | [`write_shards`] |
 //! | keep what an unfinished run has done | [`Work`] |
@@ -40,9 +41,9 @@ mod writer;
 
 pub use access::{ExpertTensors, Matrix, RouterTensors, SharedTensors};
 pub use apply::{
-    ApplyOptions, ApplyOutcome, LayerRewriter, Mtp, Notes, OutputDtype, OutputForm, ReportPage,
-    RewrittenExpert, RewrittenLayer, apply, apply_rewritten, check_form, check_output,
-    check_unfinished, output_bytes,
+    ApplyOptions, ApplyOutcome, Difference, LayerRewriter, Mtp, Notes, OutputDtype, OutputForm,
+    ReportPage, RewrittenExpert, RewrittenLayer, Verification, apply, apply_rewritten, check_form,
+    check_output, check_unfinished, output_bytes, verify,
 };
 pub use atomic::{Sink, check_replaceable, replace_file};
 pub use checkpoint::{Checkpoint, TensorView};

@@ -6,6 +6,7 @@ mod keep;
 mod output;
 mod run;
 mod single;
+mod verify;
 mod weights;
 
 use std::path::PathBuf;
@@ -20,6 +21,7 @@ pub(crate) use keep::{HiddenArgs, KeepArgs};
 pub(crate) use output::{DtypeArg, MtpArg};
 pub(crate) use run::{ComputeArg, DeviceArg, RunArgs};
 pub(crate) use single::{Generate, Logits};
+pub(crate) use verify::Verify;
 pub(crate) use weights::{DernArgs, GatesArg, InputsArg, RecoverArg, RecoverArgs};
 
 /// Shrink Mixture-of-Experts checkpoints without training.
@@ -27,7 +29,8 @@ pub(crate) use weights::{DernArgs, GatesArg, InputsArg, RecoverArg, RecoverArgs}
 /// Reads a Hugging Face folder, measures on a few calibration samples which experts and neurons matter, and writes a
 /// smaller checkpoint. Data goes to stdout, progress and notes to stderr.
 ///
-/// Exit codes: 0 done, 1 failed, 2 usage, 3 environment (no GPU, no driver), 130 and 143 stopped by Ctrl-C and SIGTERM.
+/// Exit codes: 0 done, 1 failed, 2 usage, 3 environment (no GPU, no driver), 4 verification found a
+/// difference, 130 and 143 stopped by Ctrl-C and SIGTERM.
 #[derive(Debug, Parser)]
 #[command(
     version,
@@ -73,6 +76,11 @@ pub(crate) enum Command {
         after_help = "Examples:\n  tenp-run prune ./DeepSeek-V2-Lite --data calibration.jsonl --keep 0.6 -o ./DeepSeek-V2-Lite-60\n  tenp-run prune ./DeepSeek-V2-Lite --data calibration.jsonl --method dern --experts 48 -o ./DeepSeek-V2-Lite-48\n\nThe same command goes on where an earlier one was stopped."
     )]
     Prune(Prune),
+    /// Check that a pruned checkpoint holds exactly what its plan makes of the original; exit code 4 where it does not.
+    #[command(
+        after_help = "Example:\n  tenp-run verify ./DeepSeek-V2-Lite-60 --against ./DeepSeek-V2-Lite"
+    )]
+    Verify(Verify),
     /// Measure a model: multiple choice, perplexity, distance from a reference model.
     #[command(
         after_help = "Example:\n  tenp-run eval ./DeepSeek-V2-Lite-60 --reference ./DeepSeek-V2-Lite --tasks tasks/ --text held-out.jsonl"

@@ -12,6 +12,7 @@ mod logits;
 mod plan;
 mod prune;
 mod stats;
+mod verify;
 
 use anyhow::{Context, Result};
 
@@ -37,6 +38,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Plan(args) => plan::run(&args),
         Command::Apply(args) => apply::run(&args),
         Command::Prune(args) => prune::run(&args),
+        Command::Verify(args) => verify::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Logits(args) => logits::run(&args),
         Command::Generate(args) => generate::run(&args),

@@ -31,6 +31,21 @@ impl std::fmt::Display for EnvironmentError {
 
 impl std::error::Error for EnvironmentError {}
 
+/// 4: what was verified is not as it should be.
+const DIFFERENT: u8 = 4;
+
+/// What was verified is not as it should be.
+#[derive(Debug)]
+pub(crate) struct DifferenceError(pub(crate) String);
+
+impl std::fmt::Display for DifferenceError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for DifferenceError {}
+
 /// A command line that cannot be carried out; the message names the flag and the remedy.
 #[derive(Debug)]
 pub(crate) struct UsageError(pub(crate) String);
@@ -68,6 +83,9 @@ fn message(error: &anyhow::Error) -> String {
 }
 
 fn code_of(cause: &(dyn std::error::Error + 'static)) -> u8 {
+    if cause.is::<DifferenceError>() {
+        return DIFFERENT;
+    }
     let environment = cause.is::<EnvironmentError>()
         || cause
             .downcast_ref::<KernelError>()

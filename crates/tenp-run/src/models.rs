@@ -37,7 +37,8 @@ fn opened(
     Ok(checkpoint)
 }
 
-fn check_folder(dir: &Path) -> Result<()> {
+/// Refuses what is no folder of a checkpoint.
+pub(crate) fn check_folder(dir: &Path) -> Result<()> {
     let what = if !dir.exists() {
         "does not exist"
     } else if !dir.is_dir() {

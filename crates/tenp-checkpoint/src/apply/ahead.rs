@@ -4,7 +4,6 @@ use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard};
 
 use super::layout::{OutputTensor, Recipe};
-use crate::names::Part;
 use crate::{Checkpoint, CheckpointError};
 
 /// Source bytes that are asked for at once.
@@ -112,18 +111,18 @@ fn sources<'c>(
         } => vec![expert(*layer, plan.id, *part)?],
         // Made from a matrix that is asked for by itself.
         Recipe::Scales(_) => Vec::new(),
-        Recipe::FusedGateUp { plan, .. } => {
+        Recipe::FusedGateUp { .. } | Recipe::FusedDown { .. } => {
             let mut all = Vec::new();
-            for own in plan.kept() {
-                all.push(expert(plan.layer, own.id, Part::Gate)?);
-                all.push(expert(plan.layer, own.id, Part::Up)?);
+            for own in tensor.recipe.experts() {
+                if let Recipe::Expert {
+                    layer, plan, part, ..
+                } = own
+                {
+                    all.push(expert(layer, plan.id, part)?);
+                }
             }
             all
         }
-        Recipe::FusedDown { plan, .. } => plan
-            .kept()
-            .map(|own| expert(plan.layer, own.id, Part::Down))
-            .collect::<Result<_, _>>()?,
         Recipe::Shared { layer, part, .. } => {
             let name = checkpoint.spelling().shared(*layer, *part);
             vec![checkpoint.tensor(&name)?.bytes]

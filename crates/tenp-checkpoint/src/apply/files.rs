@@ -184,6 +184,7 @@ impl Side<'_> {
         };
         add("run_fingerprint", json!(self.fingerprint));
         add("form", json!(self.output.name()));
+        add("dtype", json!(self.options.dtype.name()));
         add(
             "source",
             json!({

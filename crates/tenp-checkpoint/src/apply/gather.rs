@@ -1,12 +1,40 @@
 //! The bytes of output tensors: rows and columns of kept neurons, zeros after them.
 
 use super::OutputDtype;
-use super::layout::{OutputTensor, Recipe};
+use super::layout::Recipe;
 use super::rewrite::Rewritten;
 use crate::atomic::Sink;
 use crate::names::Part;
 use crate::plan::ExpertPlan;
 use crate::{Checkpoint, CheckpointError, Matrix, OwnedMatrix, TensorView};
+
+/// Where the bytes of output tensors go.
+pub(super) trait Receiver {
+    fn take(&mut self, bytes: &[u8]) -> Result<(), CheckpointError>;
+
+    /// A tensor of the source as it is.
+    fn take_tensor(
+        &mut self,
+        _checkpoint: &Checkpoint,
+        tensor: &TensorView<'_>,
+    ) -> Result<(), CheckpointError> {
+        self.take(tensor.bytes)
+    }
+}
+
+impl Receiver for Sink<'_> {
+    fn take(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
+        self.write(bytes)
+    }
+
+    fn take_tensor(
+        &mut self,
+        checkpoint: &Checkpoint,
+        tensor: &TensorView<'_>,
+    ) -> Result<(), CheckpointError> {
+        checkpoint.copy(tensor, self)
+    }
+}
 
 /// Where output tensors come from.
 #[derive(Clone, Copy)]
@@ -17,43 +45,41 @@ pub(super) struct Source<'a> {
 }
 
 impl Source<'_> {
-    pub(super) fn write(
+    /// The bytes that a recipe makes.
+    pub(super) fn make(
         &self,
-        output: &OutputTensor<'_>,
-        sink: &mut Sink<'_>,
+        recipe: &Recipe<'_>,
+        to: &mut dyn Receiver,
     ) -> Result<(), CheckpointError> {
-        match &output.recipe {
-            Recipe::Copy(tensor) => self.copy(tensor, sink),
+        match recipe {
+            Recipe::Copy(tensor) => self.copy(tensor, to),
             Recipe::KeptExperts(tensor, layer) => {
                 if let Some(rewritten) = self.rewritten
                     && tensor.name == self.checkpoint.spelling().router(layer.layer)
-                    && let Some(router) = rewritten.router(layer.layer)?
+                    && let Some(router) = rewritten.router(layer.layer)
                 {
-                    return sink.write(&router);
+                    return to.take(&router);
                 }
                 let stride = tensor.bytes.len() / layer.experts.len().max(1);
-                layer.kept().try_for_each(|expert| {
-                    sink.write(&tensor.bytes[expert.id * stride..][..stride])
-                })
+                layer
+                    .kept()
+                    .try_for_each(|expert| to.take(&tensor.bytes[expert.id * stride..][..stride]))
             }
             Recipe::Expert {
                 layer,
                 plan,
                 part,
                 width,
-            } => sink.write(&self.expert(*layer, plan, *part, *width)?),
-            Recipe::FusedGateUp { plan, width } => plan.kept().try_for_each(|own| {
-                sink.write(&self.expert(plan.layer, own, Part::Gate, *width)?)?;
-                sink.write(&self.expert(plan.layer, own, Part::Up, *width)?)
-            }),
-            Recipe::FusedDown { plan, width } => plan.kept().try_for_each(|own| {
-                sink.write(&self.expert(plan.layer, own, Part::Down, *width)?)
-            }),
-            Recipe::Scales(of) => sink.write(&self.scales(of)?),
+            } => to.take(&self.expert(*layer, plan, *part, *width)?),
+            Recipe::FusedGateUp { .. } | Recipe::FusedDown { .. } => {
+                let mut experts = recipe.experts();
+                experts.try_for_each(|expert| self.make(&expert, to))
+            }
+            Recipe::Scales(of) => to.take(&self.scales(of)?),
             Recipe::Shared { layer, part, width } => {
                 let (name, matrix) = self.shared(*layer, *part)?;
                 let new = matrix.neurons_in(self.dtype, *part, None, *width);
-                sink.write(
+                to.take(
                     &new.map_err(|error| self.checkpoint.damaged(&name, error))?
                         .bytes,
                 )
@@ -61,16 +87,16 @@ impl Source<'_> {
         }
     }
 
-    fn copy(&self, tensor: &TensorView<'_>, sink: &mut Sink<'_>) -> Result<(), CheckpointError> {
+    fn copy(&self, tensor: &TensorView<'_>, to: &mut dyn Receiver) -> Result<(), CheckpointError> {
         if self.dtype.of(tensor.dtype) == tensor.dtype {
-            return self.checkpoint.copy(tensor, sink);
+            return to.take_tensor(self.checkpoint, tensor);
         }
         let [rows, cols] = tensor.shape[..] else {
             unreachable!("only matrices are fp8, which opening the checkpoint has made sure of");
         };
         let matrix = self.checkpoint.matrix(tensor.name, rows, cols)?;
         let new = matrix.in_dtype(self.dtype.of(matrix.dtype));
-        sink.write(
+        to.take(
             &new.map_err(|error| self.checkpoint.damaged(tensor.name, error))?
                 .bytes,
         )
@@ -85,7 +111,7 @@ impl Source<'_> {
         width: usize,
     ) -> Result<Vec<u8>, CheckpointError> {
         let checkpoint = self.checkpoint;
-        let Some(new) = self.new_matrix(layer, plan, part)? else {
+        let Some(new) = self.new_matrix(layer, plan, part) else {
             let narrowed = checkpoint.narrowed(layer, plan, part, width, self.dtype)?;
             return Ok(narrowed.bytes);
         };
@@ -106,7 +132,7 @@ impl Source<'_> {
                 width,
             } => {
                 let checkpoint = self.checkpoint;
-                let scales = if let Some(new) = self.new_matrix(*layer, plan, *part)? {
+                let scales = if let Some(new) = self.new_matrix(*layer, plan, *part) {
                     new.view().scales_of_neurons(*part, None, *width)
                 } else {
                     let old = checkpoint.expert(*layer, plan.id)?.part(*part);
@@ -124,16 +150,8 @@ impl Source<'_> {
         }
     }
 
-    fn new_matrix(
-        &self,
-        layer: usize,
-        plan: &ExpertPlan,
-        part: Part,
-    ) -> Result<Option<OwnedMatrix>, CheckpointError> {
-        match self.rewritten {
-            Some(rewritten) => rewritten.expert(layer, plan.id, part),
-            None => Ok(None),
-        }
+    fn new_matrix(&self, layer: usize, plan: &ExpertPlan, part: Part) -> Option<OwnedMatrix> {
+        self.rewritten?.expert(layer, plan.id, part)
     }
 
     /// One matrix of a layer's shared expert, and its name.

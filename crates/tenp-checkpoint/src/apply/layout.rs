@@ -44,6 +44,27 @@ pub(super) enum Recipe<'a> {
     },
 }
 
+impl<'a> Recipe<'a> {
+    /// What a tensor of several experts is made of, in order; nothing for others.
+    pub(super) fn experts(&self) -> impl Iterator<Item = Recipe<'a>> + use<'a> {
+        let (fused, parts): (_, &[Part]) = match self {
+            Self::FusedGateUp { plan, width } => (Some((*plan, *width)), &[Part::Gate, Part::Up]),
+            Self::FusedDown { plan, width } => (Some((*plan, *width)), &[Part::Down]),
+            _ => (None, &[]),
+        };
+        fused.into_iter().flat_map(move |(layer, width)| {
+            layer.kept().flat_map(move |plan| {
+                parts.iter().map(move |&part| Recipe::Expert {
+                    layer: layer.layer,
+                    plan,
+                    part,
+                    width,
+                })
+            })
+        })
+    }
+}
+
 /// What a source tensor is, as far as a plan changes it.
 #[derive(Clone, Copy)]
 enum Slot<'a> {

@@ -145,24 +145,13 @@ impl Rewritten {
     }
 
     /// A new router, if the layer has one.
-    pub(super) fn router(&self, layer: usize) -> Result<Option<Vec<u8>>, CheckpointError> {
-        Ok(bytes_of(self.file(layer)?, ROUTER))
+    pub(super) fn router(&self, layer: usize) -> Option<Vec<u8>> {
+        bytes_of(self.files.get(&layer)?, ROUTER)
     }
 
     /// A new matrix of an expert, if it has one.
-    pub(super) fn expert(
-        &self,
-        layer: usize,
-        expert: usize,
-        part: Part,
-    ) -> Result<Option<OwnedMatrix>, CheckpointError> {
-        Ok(matrix_of(self.file(layer)?, expert, part))
-    }
-
-    fn file(&self, layer: usize) -> Result<&Shard, CheckpointError> {
-        self.files
-            .get(&layer)
-            .ok_or(CheckpointError::NotMoe { layer })
+    pub(super) fn expert(&self, layer: usize, expert: usize, part: Part) -> Option<OwnedMatrix> {
+        matrix_of(self.files.get(&layer)?, expert, part)
     }
 }
 

@@ -97,7 +97,7 @@ impl Source for Gathering<'_, '_> {
     fn fill(&mut self, index: usize, sink: &mut Sink<'_>) -> Result<(), CheckpointError> {
         self.source.checkpoint.check_stop()?;
         let output = &self.tensors[index];
-        self.source.write(output, sink)?;
+        self.source.make(&output.recipe, sink)?;
         self.ahead.passed(index);
         // The source's pages of a finished layer would otherwise pile up in this process.
         let own = crate::layer_of(&output.tensor.name);

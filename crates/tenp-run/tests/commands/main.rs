@@ -21,3 +21,4 @@ mod reports;
 mod search;
 #[path = "../support/mod.rs"]
 mod support;
+mod verify;
