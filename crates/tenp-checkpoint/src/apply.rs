@@ -318,6 +318,11 @@ impl Run<'_> {
             needed: total,
         };
         side.write(&dir)?;
+        let mut shards = checkpoint.shards.iter();
+        if let Err(error) = shards.try_for_each(Shard::check_unchanged) {
+            folder.abandon();
+            return Err(error);
+        }
         folder.commit()?;
         Ok(ApplyOutcome::Written {
             bytes: written.bytes,

@@ -119,6 +119,15 @@ pub(crate) fn write_error(error: std::io::Error, path: &Path, needed: u64) -> Ch
                 needed,
             }
         }
+        std::io::ErrorKind::FileTooLarge => CheckpointError::Io {
+            action: "write",
+            path: path.to_path_buf(),
+            source: std::io::Error::new(
+                error.kind(),
+                "it would be larger than its disk or `ulimit -f` allows; raise the limit, or write smaller shards with \
+                 --shard-size",
+            ),
+        },
         _ => CheckpointError::Io {
             action: "write",
             path: path.to_path_buf(),

@@ -84,6 +84,16 @@ pub enum CheckpointError {
         /// The broken rule.
         problem: String,
     },
+    /// A shard was written to while it was read.
+    #[error(
+        "{}: was changed while it was read, so nothing made of it is kept; let no other program write to it, then give the \
+         same command again",
+        path.display()
+    )]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
     /// Two shards hold a tensor of the same name.
     #[error(
         "tensor {tensor} is in both {first} and {second}; delete stale shards and download the checkpoint again"

@@ -26,6 +26,8 @@ mod expected;
 mod fp8;
 mod header;
 mod index;
+#[cfg(unix)]
+mod mapped;
 mod names;
 mod neurons;
 pub mod plan;
@@ -53,6 +55,8 @@ pub use error::CheckpointError;
 pub use expected::{ExpectedTensor, Role, expected_tensors, mtp_tensors};
 pub use fp8::{FP8_BLOCK, NonFinite, holds_nan, weight_of_scale};
 pub use header::PlannedTensor;
+#[cfg(unix)]
+pub use mapped::explain_faults;
 pub use names::{Part, Spelling, dense, layer_of};
 pub use neurons::OwnedMatrix;
 pub use plan::{Accounting, ExpertPlan, LayerPlan, Plan};

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{Seek as _, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use memmap2::{Advice, Mmap, UncheckedAdvice};
 use sha2::{Digest, Sha256};
@@ -12,6 +13,8 @@ use sha2::{Digest, Sha256};
 use crate::CheckpointError;
 use crate::atomic::Sink;
 use crate::header::{self, Entry};
+#[cfg(unix)]
+use crate::mapped::Named;
 
 /// A shard: mapped, its header checked.
 #[derive(Debug)]
@@ -20,6 +23,11 @@ pub(crate) struct Shard {
     /// File name inside the folder.
     pub(crate) name: String,
     file: File,
+    /// When the file was last changed, as it was opened.
+    changed: Option<SystemTime>,
+    // Before the map: its name goes first.
+    #[cfg(unix)]
+    _named: Named,
     map: Mmap,
     pub(crate) entries: Vec<Entry>,
     pub(crate) metadata: BTreeMap<String, String>,
@@ -35,7 +43,7 @@ impl Shard {
     pub(crate) fn open_file(path: PathBuf, name: &str) -> Result<Self, CheckpointError> {
         let file = File::open(&path).map_err(CheckpointError::io("open", &path))?;
         // SAFETY: the map is read-only and lives as long as the shard. A file that another process truncates meanwhile
-        // would fault; checkpoints are written once, and this program replaces files only by rename, which leaves the
+        // faults, which `explain_faults` tells; checkpoints are written once, and this program replaces files only by rename, which leaves the
         // mapped inode alone.
         let map = unsafe { Mmap::map(&file) }.map_err(CheckpointError::io("map", &path))?;
         let header = header::parse(&map).map_err(|problem| CheckpointError::Shard {
@@ -43,13 +51,26 @@ impl Shard {
             problem,
         })?;
         Ok(Self {
+            #[cfg(unix)]
+            _named: Named::new(&map, &path),
             path,
             name: name.to_owned(),
+            changed: last_change(&file),
             file,
             map,
             entries: header.entries,
             metadata: header.metadata,
             data_start: header.data_start,
+        })
+    }
+
+    /// Refuses a file that was written to since it was opened. One that was replaced stays what it was.
+    pub(crate) fn check_unchanged(&self) -> Result<(), CheckpointError> {
+        if last_change(&self.file) == self.changed {
+            return Ok(());
+        }
+        Err(CheckpointError::Changed {
+            path: self.path.clone(),
         })
     }
 
@@ -118,6 +139,10 @@ impl Shard {
                 .unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start)
         };
     }
+}
+
+fn last_change(file: &File) -> Option<SystemTime> {
+    file.metadata().ok()?.modified().ok()
 }
 
 fn page_size() -> usize {

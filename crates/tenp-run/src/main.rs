@@ -29,6 +29,8 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
+    #[cfg(unix)]
+    tenp_checkpoint::explain_faults();
     let unwritten = || match console::unwritten() {
         Some(why) => Err(anyhow::anyhow!("cannot write to standard output: {why}")),
         None => Ok(()),

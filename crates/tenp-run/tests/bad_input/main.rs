@@ -1,6 +1,7 @@
 //! Bad input: a message that names what is wrong and what helps, the right exit code, the input as it was, and nothing
 //! left behind.
 
+mod changing;
 mod checkpoints;
 mod data;
 mod dern;
