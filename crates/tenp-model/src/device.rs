@@ -4,7 +4,7 @@
 //! |---|---|
 //! | one layer's weights in one piece of memory | `arena`, `layer` |
 //! | their way from the mapped file, beside the kernels | `store` |
-//! | the pass, block by block | `pass`, `attention`, `moe` |
+//! | the pass, block by block | `pass`, `attention`, `routing`, `moe` |
 //! | what the kernels must know of the sequences | `tables` |
 //! | calibration sums | `sums` |
 //! | second moments for least squares | `moments` |
@@ -17,6 +17,7 @@ mod layer;
 mod moe;
 mod moments;
 mod pass;
+mod routing;
 mod store;
 mod sums;
 mod tables;

@@ -1,4 +1,4 @@
-//! The MoE block on a backend: router, grouped experts, combine, and the calibration sums beside them.
+//! The MoE block on a backend: grouped experts, combine, and the calibration sums beside them.
 
 use std::ops::Range;
 
@@ -8,21 +8,20 @@ use tenp_kernels::device::expert_sums::{ExpertSums, expert_sums};
 use tenp_kernels::device::geometry::partial_stride;
 use tenp_kernels::device::moe_accumulate::{AccumulatePartials, accumulate_partials};
 use tenp_kernels::device::moe_combine::{
-    CombineInto, ExpertOutputs, MoeCombine, SharedOutput, Slots, moe_combine,
+    CombineInto, ExpertOutputs, MoeCombine, SharedOutput, moe_combine,
 };
 use tenp_kernels::device::moe_contribution::{MoeContribution, moe_contribution};
 use tenp_kernels::device::moe_direction::{MoeDirection, ROW_DOTS, TOKEN_DOTS, moe_direction};
 use tenp_kernels::device::moe_down::{MoeDown, moe_down, square_partials};
 use tenp_kernels::device::moe_gate_up::{MoeGateUp, Partials, moe_gate_up};
-use tenp_kernels::device::moe_group::{MoeGroup, group_scratch_len, moe_group};
 use tenp_kernels::device::moe_row_norms::{MoeRowNorms, moe_row_norms};
 use tenp_kernels::device::moe_schedule::{ExpertTables, Schedule, ScheduleOut, moe_schedule};
-use tenp_kernels::device::router::{Router, router};
 use tenp_kernels::device::{Backend, DeviceSlice, DeviceSliceMut, InOut, Memory, Product, Tile};
 use tenp_kernels::params::{TENP_NUM_ACTIVATION_SUMS, TENP_NUM_CONTRIBUTION_SUMS};
 
 use super::layer::Moe;
 use super::moments::DeviceMoments;
+use super::routing::Grouped;
 use super::sums::{DeviceSums, LabelSums};
 use super::{DeviceModel, zeros};
 use crate::error::AtLayer;
@@ -42,11 +41,11 @@ pub(super) struct MoeBlock<'a> {
 }
 
 impl<'a> MoeBlock<'a> {
-    fn num_tokens(&self) -> usize {
+    pub(super) fn num_tokens(&self) -> usize {
         self.rows.len()
     }
 
-    fn num_rows(&self) -> usize {
+    pub(super) fn num_rows(&self) -> usize {
         self.rows.len() * self.moe.spec.top_k
     }
 
@@ -66,29 +65,6 @@ pub(super) enum Beside<'a, 'w, B: Backend> {
     Sums(&'a mut DeviceSums<B>),
     /// Second moments instead of the output.
     Moments(&'a mut DeviceMoments<'w, B>),
-}
-
-/// The chosen experts of a block, and the slots grouped by expert.
-pub(super) struct Grouped<B: Backend> {
-    top_k: usize,
-    expert_ids: B::Buffer<i32>,
-    weights: B::Buffer<f32>,
-    pub(super) group_offsets: B::Buffer<i32>,
-    pub(super) token_of_row: B::Buffer<i32>,
-    row_of_slot: B::Buffer<i32>,
-    pub(super) row_weights: B::Buffer<f32>,
-}
-
-impl<B: Backend> Grouped<B> {
-    fn slots(&self) -> Slots<'_> {
-        Slots {
-            row_of_slot: self.row_of_slot.view(),
-            expert_ids: self.expert_ids.view(),
-            weights: self.weights.view(),
-            num_tokens: self.expert_ids.view().len() / self.top_k,
-            top_k: self.top_k,
-        }
-    }
 }
 
 /// The schedule of one grouped product.
@@ -201,54 +177,6 @@ impl<B: Backend> DeviceModel<'_, B> {
             observer.moe_output(layer, block.rows.clone(), &values)?;
         }
         Ok(())
-    }
-
-    /// Router logits in f32, choice and grouping.
-    fn route(&self, block: &MoeBlock<'_>) -> Result<Grouped<B>, KernelError> {
-        let (backend, moe) = (&self.backend, block.moe);
-        let (tokens, rows) = (block.num_tokens(), block.num_rows());
-        let experts = moe.spec.num_experts;
-        let router_weight = moe.router.of(block.arena)?;
-        let logits = self.product(block.x_f32, router_weight, experts, self.hidden())?;
-        let mut grouped = Grouped::<B> {
-            top_k: moe.spec.top_k,
-            expert_ids: backend.alloc("expert ids", rows)?,
-            weights: backend.alloc("routing weights", rows)?,
-            group_offsets: backend.alloc("group offsets", experts + 1)?,
-            token_of_row: backend.alloc("tokens of rows", rows)?,
-            row_of_slot: backend.alloc("rows of slots", rows)?,
-            row_weights: backend.alloc("weights of rows", rows)?,
-        };
-        let correction_bias = moe
-            .correction_bias
-            .as_ref()
-            .map(|bias| bias.of(block.arena))
-            .transpose()?;
-        backend.run(&router(Router {
-            spec: &moe.spec,
-            logits: logits.view(),
-            correction_bias,
-            expert_ids: grouped.expert_ids.view_mut(),
-            weights: grouped.weights.view_mut(),
-            num_tokens: tokens,
-        })?)?;
-        let mut scratch = backend.alloc("grouping scratch", group_scratch_len(rows, experts))?;
-        let calls = moe_group(MoeGroup {
-            expert_ids: grouped.expert_ids.view(),
-            slot_weights: grouped.weights.view(),
-            scratch: scratch.view_mut(),
-            group_offsets: grouped.group_offsets.view_mut(),
-            token_of_row: grouped.token_of_row.view_mut(),
-            row_of_slot: grouped.row_of_slot.view_mut(),
-            row_weights: grouped.row_weights.view_mut(),
-            num_tokens: tokens,
-            top_k: moe.spec.top_k,
-            num_experts: experts,
-        })?;
-        for call in &calls {
-            backend.run(call)?;
-        }
-        Ok(grouped)
     }
 
     /// The shared expert's output, and the logits of its gate.

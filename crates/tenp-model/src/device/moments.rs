@@ -8,7 +8,7 @@ use tenp_kernels::KernelError;
 use tenp_kernels::device::rows::{ScaleRows, scale_rows};
 use tenp_kernels::device::{Backend, DenseShape, DeviceSlice, Memory};
 
-use super::moe::Grouped;
+use super::routing::Grouped;
 use super::sums::downloaded;
 use super::{uploaded, zeros};
 use crate::moments::{ExpertMoments, MomentsWanted};
