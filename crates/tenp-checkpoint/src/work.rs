@@ -29,6 +29,9 @@ pub struct Work {
 }
 
 impl Work {
+    /// Purpose of the folder of an output that is being written.
+    pub const OUTPUT: &str = "work";
+
     /// `.NAME.tenp-PURPOSE` beside `output`.
     pub fn place(output: &Path, purpose: &str) -> PathBuf {
         let name = output.file_name().unwrap_or_default().to_string_lossy();

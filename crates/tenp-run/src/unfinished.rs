@@ -12,7 +12,7 @@ use crate::place::Place;
 use crate::{console, interrupt};
 
 /// The folder of an output that is being written.
-pub(crate) const OUTPUT: &str = "work";
+pub(crate) const OUTPUT: &str = Work::OUTPUT;
 
 /// The folder of a calibration whose statistics go into a plan.
 pub(crate) const CALIBRATION: &str = "calibration";

@@ -1,4 +1,4 @@
-//! Reading ahead of the writing, on a thread of its own, and never far.
+//! Reading ahead of the writing, on a thread of its own and never far, and letting go behind it.
 
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard};
@@ -19,6 +19,8 @@ pub(super) struct Ahead<'a> {
     pieces: Vec<(usize, Range<usize>, u64)>,
     /// By output tensor: source bytes up to its end.
     ends: Vec<u64>,
+    /// By output tensor: its layer.
+    layers: Vec<Option<usize>>,
     /// Source bytes that are done with; all of them at the end.
     used: Mutex<u64>,
     moved: Condvar,
@@ -33,6 +35,10 @@ impl<'a> Ahead<'a> {
             checkpoint,
             pieces: Vec::new(),
             ends: Vec::with_capacity(tensors.len()),
+            layers: tensors
+                .iter()
+                .map(|tensor| crate::layer_of(&tensor.tensor.name))
+                .collect(),
             used: Mutex::new(0),
             moved: Condvar::new(),
         };
@@ -78,8 +84,12 @@ impl<'a> Ahead<'a> {
         }
     }
 
-    /// A tensor is done with.
+    /// A tensor is done with. The source's pages of a layer go with its last: they would pile up in this process.
     pub(super) fn passed(&self, tensor: usize) {
+        let before = tensor.checked_sub(1).and_then(|last| self.layers[last]);
+        if let Some(finished) = before.filter(|_| before != self.layers[tensor]) {
+            self.checkpoint.release_layer(finished);
+        }
         let mut used = self.used();
         *used = (*used).max(self.ends[tensor]);
         self.moved.notify_one();

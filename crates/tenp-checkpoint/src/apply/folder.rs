@@ -92,7 +92,7 @@ impl Target {
 
     /// The folder that an unfinished run leaves.
     fn work_place(&self) -> PathBuf {
-        Work::place(&self.path, "work")
+        Work::place(&self.path, Work::OUTPUT)
     }
 
     /// Refuses an unfinished run that differs in one of these inputs.
@@ -152,7 +152,7 @@ fn bytes_in(dir: &Path) -> u64 {
 /// Removes what a run that was killed in its last moments left beside its finished output.
 pub(super) fn remove_leftover(out: &Path) {
     if let Ok((path, _)) = resolve(out) {
-        Work::remove_leftover(Work::place(&path, "work"), &path);
+        Work::remove_leftover(Work::place(&path, Work::OUTPUT), &path);
     }
 }
 

@@ -75,7 +75,6 @@ pub(super) fn write(
         tensors,
         copying,
         ahead: &ahead,
-        layer: None,
     };
     std::thread::scope(|scope| {
         let _end = EndOf(&ahead);
@@ -89,8 +88,6 @@ struct Gathering<'a, 'c> {
     tensors: &'a [OutputTensor<'a>],
     copying: &'a mut Copying<'c>,
     ahead: &'a Ahead<'a>,
-    /// Of the last tensor.
-    layer: Option<usize>,
 }
 
 impl Source for Gathering<'_, '_> {
@@ -99,14 +96,6 @@ impl Source for Gathering<'_, '_> {
         let output = &self.tensors[index];
         self.source.make(&output.recipe, sink)?;
         self.ahead.passed(index);
-        // The source's pages of a finished layer would otherwise pile up in this process.
-        let own = crate::layer_of(&output.tensor.name);
-        if self.layer != own {
-            if let Some(finished) = self.layer {
-                self.source.checkpoint.release_layer(finished);
-            }
-            self.layer = own;
-        }
         self.copying.advance(output.tensor.num_bytes());
         Ok(())
     }

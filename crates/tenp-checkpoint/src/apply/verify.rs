@@ -199,7 +199,7 @@ impl Verifying<'_> {
         let checkpoint = self.source.checkpoint;
         let total = tensors.iter().map(|t| t.tensor.num_bytes()).sum();
         let ahead = Ahead::new(checkpoint, tensors)?;
-        let (mut done, mut layer) = (0, None);
+        let mut done = 0;
         progress(done, total);
         std::thread::scope(|scope| {
             let _end = EndOf(&ahead);
@@ -211,15 +211,8 @@ impl Verifying<'_> {
                 }
                 self.tensor(tensor)?;
                 ahead.passed(index);
-                // Pages of both sides would otherwise pile up in this process.
+                // Pages would otherwise pile up in this process.
                 self.written.release(&tensor.tensor.name);
-                let own = crate::layer_of(&tensor.tensor.name);
-                if layer != own {
-                    if let Some(finished) = layer {
-                        checkpoint.release_layer(finished);
-                    }
-                    layer = own;
-                }
                 done += tensor.tensor.num_bytes();
                 progress(done, total);
             }

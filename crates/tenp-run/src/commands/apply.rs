@@ -1,6 +1,7 @@
 //! `apply`: write the checkpoint of a plan.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
@@ -258,6 +259,15 @@ pub(super) struct Rewriting<'a> {
 }
 
 impl Rewriting<'_> {
+    /// Writes the checkpoint with everything else as it is by default.
+    pub(super) fn write(&self, out: &Path, progress: &OnceLock<Progress>) -> Result<()> {
+        self.with_rewriter(progress, |rewriter| {
+            let (options, silent) = (ApplyOptions::default(), &mut |_, _| ());
+            apply_rewritten(self.checkpoint, self.plan, out, &options, rewriter, silent)?;
+            Ok(())
+        })
+    }
+
     /// Gives it to `work`; `progress` starts with its first layer.
     pub(super) fn with_rewriter<R>(
         &self,

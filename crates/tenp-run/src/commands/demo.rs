@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
-use tenp_checkpoint::{ApplyOptions, Checkpoint, Plan, apply_rewritten};
+use tenp_checkpoint::{Checkpoint, Plan};
 use tenp_kernels::Compute;
 use tenp_model::rewrite::RecoverOptions;
 use tenp_model::text::{Data, Task};
@@ -120,18 +120,7 @@ pub(super) fn run(args: &Demo) -> Result<()> {
             place: &PLACE,
             spill: None,
         };
-        rewriting.with_rewriter(&progress, |rewriter| {
-            let options = ApplyOptions::default();
-            let silent = &mut |_, _| ();
-            Ok(apply_rewritten(
-                &checkpoint,
-                &plan,
-                &out,
-                &options,
-                rewriter,
-                silent,
-            )?)
-        })?;
+        rewriting.write(&out, &progress)?;
         progress.get().into_iter().for_each(Progress::finish);
         let pruned = models::open(&out)?;
         rows.push(Row {

@@ -7,9 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tenp_checkpoint::{
-    Accounting, ApplyOptions, Checkpoint, Statistics, apply_rewritten, replace_file,
-};
+use tenp_checkpoint::{Accounting, Checkpoint, Statistics, replace_file};
 use tenp_model::Model;
 use tenp_model::evaluate::{Comparison, TaskScore, TextScore, compare, score_tasks, score_text};
 use tenp_model::text::Task;
@@ -294,18 +292,7 @@ impl Bench<'_> {
             place: self.place,
             spill: None,
         };
-        rewriting.with_rewriter(&OnceLock::new(), |rewriter| {
-            let options = ApplyOptions::default();
-            let silent = &mut |_, _| ();
-            Ok(apply_rewritten(
-                self.checkpoint,
-                &plan,
-                &out,
-                &options,
-                rewriter,
-                silent,
-            )?)
-        })?;
+        rewriting.write(&out, &OnceLock::new())?;
         let prune_seconds = started.elapsed().as_secs_f64();
         let started = Instant::now();
         let pruned = models::open(&out)?;
