@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 #[path = "build/toolkit.rs"]
 mod toolkit;
 
-use toolkit::{DEFAULT_ARCHS, Surroundings, Target, VARIABLES, find_nvcc, parse_archs};
+use toolkit::{DEFAULT_ARCHS, Surroundings, Target, VARIABLES, find_nvcc, parse_archs, targets_of};
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -64,6 +64,10 @@ fn build() -> Result<(), String> {
         list: &names,
     })?;
     println!("cargo::rerun-if-changed={}", nvcc.display());
+    let sources: Vec<PathBuf> = sources
+        .into_iter()
+        .filter(|source| !targets_of(&stem(source), &targets).is_empty())
+        .collect();
     let job = Job::new(nvcc, &targets, &folder, &out)?;
     job.compile_all(&sources)?;
     write_table(&out, &sources, &targets)
@@ -73,6 +77,7 @@ fn build() -> Result<(), String> {
 struct Job<'a> {
     nvcc: PathBuf,
     options: Vec<String>,
+    targets: &'a [Target],
     out: &'a Path,
     /// Hash of everything besides the source itself that decides the result.
     common: u64,
@@ -81,7 +86,7 @@ struct Job<'a> {
 impl<'a> Job<'a> {
     fn new(
         nvcc: PathBuf,
-        targets: &[Target],
+        targets: &'a [Target],
         folder: &Path,
         out: &'a Path,
     ) -> Result<Self, String> {
@@ -90,19 +95,18 @@ impl<'a> Job<'a> {
             .map(String::from)
             .into();
         options.push(format!("-I{}", folder.join("include").display()));
-        for target in targets {
-            options.extend(["-gencode".to_string(), target.gencode()]);
-        }
         let extra = std::env::var("TENP_NVCC_FLAGS").unwrap_or_default();
         options.extend(extra.split_whitespace().map(String::from));
         let mut hasher = DefaultHasher::new();
-        (version, &options, std::env::var_os("NVCC_CCBIN")).hash(&mut hasher);
+        let names: Vec<String> = targets.iter().map(Target::gencode).collect();
+        (version, &options, names, std::env::var_os("NVCC_CCBIN")).hash(&mut hasher);
         for header in files(folder, &["cuh", "h", "hpp"])? {
             (&header, read(&header)?).hash(&mut hasher);
         }
         Ok(Self {
             nvcc,
             options,
+            targets,
             out,
             common: hasher.finish(),
         })
@@ -151,6 +155,11 @@ impl<'a> Job<'a> {
         let partial = self.out.join(format!("{stem}.fatbin.partial"));
         run(Command::new(&self.nvcc)
             .args(&self.options)
+            .args(
+                targets_of(&stem, self.targets)
+                    .iter()
+                    .flat_map(|target| ["-gencode".to_string(), target.gencode()]),
+            )
             .arg("-o")
             .arg(&partial)
             .arg(source))?;

@@ -152,6 +152,15 @@ impl Target {
     }
 }
 
+/// What a source is compiled for: all targets, but sources named `*_sm90` use instructions of sm_90a alone.
+pub(crate) fn targets_of<'a>(stem: &str, targets: &'a [Target]) -> Vec<&'a Target> {
+    let only_hopper = stem.ends_with("_sm90");
+    targets
+        .iter()
+        .filter(|target| !only_hopper || **target == Target::Machine("90a".to_string()))
+        .collect()
+}
+
 /// Reads a list such as `sm_90a,sm_80,compute_80` (separated by commas or spaces; `90a` means `sm_90a`).
 ///
 /// # Errors

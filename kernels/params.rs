@@ -32,6 +32,20 @@ pub const TENP_F32: u32 = 0;
 pub const TENP_BF16: u32 = 1;
 pub const TENP_F16: u32 = 2;
 #[repr(C)]
+#[repr(align(128))]
+#[derive(Debug, Copy, Clone)]
+pub struct TenpTensorMap {
+    pub words: [u64; 16usize],
+}
+#[repr(C)]
+#[repr(align(128))]
+#[derive(Debug, Copy, Clone)]
+pub struct TenpTensorMaps {
+    pub weights: TenpTensorMap,
+    pub rows: TenpTensorMap,
+    pub h: TenpTensorMap,
+}
+#[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct TenpMoeGroupParams {
     pub expert_ids: *const i32,
@@ -488,6 +502,8 @@ pub struct TenpPackDownParams {
     pub width_padded: i32,
     pub hidden: i32,
 }
+const _: () = assert!(size_of::<TenpTensorMap>() == 128);
+const _: () = assert!(size_of::<TenpTensorMaps>() == 384);
 const _: () = assert!(size_of::<TenpMoeGroupParams>() == 72);
 const _: () = assert!(size_of::<TenpGatherRowsParams>() == 40);
 const _: () = assert!(size_of::<TenpScheduleSpec>() == 40);

@@ -112,7 +112,7 @@ impl<'a, B: Backend> Layer<'a, B> {
     ) -> Result<Self, KernelError> {
         let (shape, rows) = (case.shape, ids.len());
         let layout = PaddedLayout::new(&RaggedLayout::new(case.widths.of(&shape))?)?;
-        let tile = Tile::choose(case.tokens, shape.top_k, shape.experts);
+        let tile = Tile::choose(backend.has_wgmma(), case.tokens, shape.top_k, shape.experts);
         let ints = |values: &[i32]| {
             let mut buffer = backend.alloc("table", values.len())?;
             backend.write(buffer.view_mut(), values)?;

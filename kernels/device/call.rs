@@ -6,6 +6,7 @@
 use std::marker::PhantomData;
 
 use super::geometry::Launch;
+use super::tensor_map::TensorMap;
 
 /// Words of the largest parameter structure.
 const MAX_WORDS: usize = 24;
@@ -18,6 +19,7 @@ pub struct Call<'a> {
     launch: Launch,
     words: [u64; MAX_WORDS],
     num_words: usize,
+    maps: Option<[TensorMap; 3]>,
     marker: PhantomData<&'a mut ()>,
 }
 
@@ -42,7 +44,16 @@ impl Call<'_> {
             launch,
             words,
             num_words: size_of::<P>() / size_of::<u64>(),
+            maps: None,
             marker: PhantomData,
+        }
+    }
+
+    /// The same call of an entry that takes tensor maps: of its weights, of its rows of activations, and of h.
+    pub(super) fn with_maps(self, maps: [TensorMap; 3]) -> Self {
+        Self {
+            maps: Some(maps),
+            ..self
         }
     }
 
@@ -63,6 +74,12 @@ impl Call<'_> {
     pub fn params(&self) -> &[u64] {
         &self.words[..self.num_words]
     }
+
+    /// What goes into `TenpTensorMaps`, the second argument of the entries for sm_90.
+    #[must_use]
+    pub const fn tensor_maps(&self) -> Option<&[TensorMap; 3]> {
+        self.maps.as_ref()
+    }
 }
 
 /// What runs calls: a GPU, or the executor.
@@ -72,6 +89,9 @@ pub trait Runner {
 
     /// Multiprocessors, which persistent kernels spread over.
     fn multiprocessors(&self) -> usize;
+
+    /// Whether it runs the entries for sm_90: warpgroup products and bulk copies.
+    fn has_wgmma(&self) -> bool;
 
     /// Runs one call after all calls before it.
     ///

@@ -14,7 +14,8 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::blas::Blas;
 use super::call::{Call, Runner};
-use super::fatbins::{FATBINS, TARGETS, check_driver, check_gpu};
+use super::encode_maps::encode_maps;
+use super::fatbins::{FATBINS, TARGETS, WGMMA_STEM, check_driver, check_gpu, runs_wgmma};
 use crate::KernelError;
 
 /// What the GPU is.
@@ -151,7 +152,7 @@ impl Device {
         let stream = context.new_stream().map_err(opening)?;
         let uploads = context.new_stream().map_err(opening)?;
         keep_freed_memory(&context).map_err(opening)?;
-        let modules = load_modules(&context)?;
+        let modules = load_modules(&context, properties.capability)?;
         Ok(Self {
             inner: Arc::new(Inner {
                 blas: OnceLock::new(),
@@ -294,6 +295,10 @@ impl Runner for Device {
         self.inner.properties.multiprocessors
     }
 
+    fn has_wgmma(&self) -> bool {
+        runs_wgmma(self.inner.properties.capability)
+    }
+
     /// Asks for the kernel on the compute stream and does not wait; an empty grid is no launch.
     fn run(&self, call: &Call<'_>) -> Result<(), KernelError> {
         let launch = call.launch();
@@ -303,9 +308,12 @@ impl Runner for Device {
         self.bind()?;
         let kernel = self.kernel(call.entry())?;
         let [x, y, z] = launch.grid;
-        let mut arguments = [call.params().as_ptr().cast_mut().cast()];
-        // SAFETY: the entry takes one structure by value, which the driver copies during the call. Whoever made the call
-        // checked what it points to; owned memory is freed in stream order, behind this launch.
+        let mut maps = call.tensor_maps().map(encode_maps).transpose()?;
+        let mut arguments = vec![call.params().as_ptr().cast_mut().cast()];
+        arguments.extend(maps.as_mut().map(|maps| std::ptr::from_mut(maps).cast()));
+        // SAFETY: the entry takes one structure by value, and the tensor maps if the call has them, which the driver
+        // copies during the call. Whoever made the call checked what they point to; owned memory is freed in stream
+        // order, behind this launch.
         unsafe {
             result::launch_kernel(
                 kernel.0,
@@ -353,12 +361,18 @@ fn read_properties(
     })
 }
 
-fn load_modules(context: &Arc<CudaContext>) -> Result<Vec<Module>, KernelError> {
+fn load_modules(
+    context: &Arc<CudaContext>,
+    capability: (u32, u32),
+) -> Result<Vec<Module>, KernelError> {
     context
         .bind_to_thread()
         .map_err(|e| driver_error("loading the kernels", e))?;
     let mut modules = Vec::with_capacity(FATBINS.len());
     for &(stem, fatbin) in FATBINS {
+        if stem.ends_with(WGMMA_STEM) && !runs_wgmma(capability) {
+            continue;
+        }
         // SAFETY: a whole fatbin as nvcc wrote it, static, which the driver reads during the call.
         let handle = unsafe { result::module::load_data(fatbin.as_ptr().cast()) }
             .map_err(|e| driver_error("loading the kernels", e))?;

@@ -29,6 +29,18 @@ fn runs(targets: &[&str], capability: (u32, u32)) -> bool {
     })
 }
 
+/// What the names of sources end in that are compiled for sm_90a alone.
+pub(super) const WGMMA_STEM: &str = "_sm90";
+
+/// Whether the kernels for sm_90 were compiled, and this GPU is one.
+pub(super) fn runs_wgmma(capability: (u32, u32)) -> bool {
+    runs_wgmma_of(TARGETS, capability)
+}
+
+fn runs_wgmma_of(targets: &[&str], capability: (u32, u32)) -> bool {
+    capability == (9, 0) && targets.contains(&"sm_90a")
+}
+
 /// Refuses a GPU or a driver that cannot run the embedded kernels.
 pub(super) fn check_gpu(name: &str, capability: (u32, u32)) -> Result<(), KernelError> {
     if runs(TARGETS, capability) {
@@ -73,6 +85,13 @@ mod tests {
         assert!(!runs(&["sm_90a"], (10, 0)) && !runs(&["sm_90a"], (8, 0)));
         assert!(runs(&["sm_80"], (8, 6)) && !runs(&["sm_80"], (9, 0)));
         assert!(runs(&["compute_80"], (9, 0)) && !runs(&[], (9, 0)));
+    }
+
+    #[test]
+    fn warpgroup_products_run_on_hopper_alone() {
+        assert!(runs_wgmma_of(&["sm_90a", "sm_80"], (9, 0)));
+        assert!(!runs_wgmma_of(&["sm_90a", "compute_80"], (10, 0)));
+        assert!(!runs_wgmma_of(&["sm_90", "compute_80"], (9, 0)));
     }
 
     #[test]

@@ -48,46 +48,93 @@ pub enum Tile {
     N64,
     /// 128 rows.
     N128,
+    /// 8 rows with the warpgroup products of sm_90, as all that follow.
+    W8,
+    /// 16 rows.
+    W16,
+    /// 32 rows.
+    W32,
+    /// 64 rows.
+    W64,
+    /// 128 rows.
+    W128,
+    /// 192 rows.
+    W192,
+    /// 256 rows.
+    W256,
 }
 
 impl Tile {
-    /// Every tile, smallest first.
+    /// The tiles of every GPU, smallest first.
     pub const ALL: [Self; 4] = [Self::R2, Self::N16, Self::N64, Self::N128];
+
+    /// Those of sm_90 besides: every width that wgmma takes and that the products are made for.
+    pub const WGMMA: [Self; 7] = [
+        Self::W8,
+        Self::W16,
+        Self::W32,
+        Self::W64,
+        Self::W128,
+        Self::W192,
+        Self::W256,
+    ];
 
     /// Rows of a tile.
     #[must_use]
     pub const fn rows(self) -> usize {
         match self {
             Self::R2 => 2,
-            Self::N16 => 16,
-            Self::N64 => 64,
-            Self::N128 => 128,
+            Self::W8 => 8,
+            Self::N16 | Self::W16 => 16,
+            Self::W32 => 32,
+            Self::N64 | Self::W64 => 64,
+            Self::N128 | Self::W128 => 128,
+            Self::W192 => 192,
+            Self::W256 => 256,
         }
+    }
+
+    /// Whether it needs sm_90.
+    #[must_use]
+    pub const fn needs_wgmma(self) -> bool {
+        matches!(
+            self,
+            Self::W8 | Self::W16 | Self::W32 | Self::W64 | Self::W128 | Self::W192 | Self::W256
+        )
     }
 
     /// The tile for `num_tokens` tokens that choose `top_k` of `num_experts` experts each. Every tile gives right
     /// results; the choice follows the rows that an expert gets on average, since the real counts are on the GPU only.
     ///
     /// No expert gets more rows than there are tokens. Up to two rows the products are read-once sums; beyond, a tile
-    /// twice the average still leaves most experts with one tile, so that their weights are read once.
+    /// twice the average still leaves most experts with one tile, so that their weights are read once. With `wgmma`
+    /// (sm_90) the same holds from 8 rows on average, and past 96 a tile is as large as the average, up to 256.
     #[must_use]
-    pub fn choose(num_tokens: usize, top_k: usize, num_experts: usize) -> Self {
+    pub fn choose(wgmma: bool, num_tokens: usize, top_k: usize, num_experts: usize) -> Self {
         let average = (num_tokens * top_k).div_ceil(num_experts.max(1));
-        match num_tokens {
-            0..=2 => Self::R2,
-            3..=16 => Self::N16,
-            _ => match average {
-                0..=8 => Self::N16,
-                9..=48 => Self::N64,
-                _ => Self::N128,
-            },
+        match (num_tokens, average) {
+            (0..=2, _) => Self::R2,
+            (3..=16, _) | (_, 0..=8) => Self::N16,
+            (_, 9..=48) if !wgmma => Self::N64,
+            _ if !wgmma => Self::N128,
+            (_, 9..=16) => Self::W32,
+            (_, 17..=40) => Self::W64,
+            (_, 41..=128) => Self::W128,
+            (_, 129..=192) => Self::W192,
+            _ => Self::W256,
         }
     }
 
     /// The tile where the entry has none for few rows (statistics, contributions).
     #[must_use]
-    pub fn at_least_64(self) -> Self {
-        self.max(Self::N64)
+    pub const fn at_least_64(self) -> Self {
+        match self {
+            Self::R2 | Self::N16 | Self::N64 => Self::N64,
+            Self::N128 => Self::N128,
+            Self::W8 | Self::W16 | Self::W32 | Self::W64 => Self::W64,
+            Self::W128 | Self::W192 => Self::W128,
+            Self::W256 => Self::W256,
+        }
     }
 }
 
@@ -122,15 +169,59 @@ impl Product {
             Tile::N16 => Self::new("tenp_moe_gate_up_n16", tile, 64, 73_728),
             Tile::N64 => Self::new("tenp_moe_gate_up_n64", tile, 64, 49_152),
             Tile::N128 => Self::new("tenp_moe_gate_up_n128", tile, 64, 65_536),
+            Tile::W8 => Self::wide("tenp_moe_gate_up_w8", tile, 64, 8, 0),
+            Tile::W16 => Self::wide("tenp_moe_gate_up_w16", tile, 64, 8, 0),
+            Tile::W32 => Self::wide("tenp_moe_gate_up_w32", tile, 64, 8, 0),
+            Tile::W64 => Self::wide("tenp_moe_gate_up_w64", tile, 64, 8, 0),
+            Tile::W128 => Self::wide("tenp_moe_gate_up_w128", tile, 64, 6, 0),
+            Tile::W192 => Self::wide("tenp_moe_gate_up_w192", tile, 64, 4, 0),
+            Tile::W256 => Self::wide("tenp_moe_gate_up_w256", tile, 64, 4, 0),
         }
     }
 
-    /// The same with the neurons' sums; tiles below 64 rows become 64.
+    /// An entry for sm_90 (`hopper.cuh`): stages of 128 weight rows and a tile of activations, 64 elements each; the
+    /// tile in bf16 on its way, and `extra_bytes`; barriers.
+    const fn wide(
+        entry: &'static str,
+        tile: Tile,
+        weight_tile: usize,
+        stages: u32,
+        extra_bytes: u32,
+    ) -> Self {
+        let rows = tile.rows() as u32;
+        let staged = (2 * rows * weight_tile as u32 + extra_bytes).next_multiple_of(1024);
+        let bytes = stages * (16_384 + 128 * rows) + staged + 16 * stages + 16;
+        Self::new(entry, tile, weight_tile, bytes)
+    }
+
+    /// The entry that gathers its rows by `token_of_row` itself, where that is another: those for sm_90.
+    #[must_use]
+    pub(super) fn gathering(&self) -> &'static str {
+        match self.entry {
+            "tenp_moe_gate_up_w8" => "tenp_moe_gate_up_gather_w8",
+            "tenp_moe_gate_up_w16" => "tenp_moe_gate_up_gather_w16",
+            "tenp_moe_gate_up_w32" => "tenp_moe_gate_up_gather_w32",
+            "tenp_moe_gate_up_w64" => "tenp_moe_gate_up_gather_w64",
+            "tenp_moe_gate_up_w128" => "tenp_moe_gate_up_gather_w128",
+            "tenp_moe_gate_up_w192" => "tenp_moe_gate_up_gather_w192",
+            "tenp_moe_gate_up_w256" => "tenp_moe_gate_up_gather_w256",
+            "tenp_moe_gate_up_stats_w64" => "tenp_moe_gate_up_stats_gather_w64",
+            "tenp_moe_gate_up_stats_w128" => "tenp_moe_gate_up_stats_gather_w128",
+            "tenp_moe_gate_up_stats_w256" => "tenp_moe_gate_up_stats_gather_w256",
+            entry => entry,
+        }
+    }
+
+    /// The same with the neurons' sums, with [`Tile::at_least_64`] rows.
     #[must_use]
     pub const fn gate_up_stats(tile: Tile) -> Self {
+        let tile = tile.at_least_64();
         match tile {
+            Tile::W64 => Self::wide("tenp_moe_gate_up_stats_w64", tile, 64, 8, 0),
+            Tile::W128 => Self::wide("tenp_moe_gate_up_stats_w128", tile, 64, 6, 0),
+            Tile::W256 => Self::wide("tenp_moe_gate_up_stats_w256", tile, 64, 4, 0),
             Tile::N128 => Self::new("tenp_moe_gate_up_stats_n128", tile, 64, 65_536),
-            _ => Self::new("tenp_moe_gate_up_stats_n64", Tile::N64, 64, 49_152),
+            _ => Self::new("tenp_moe_gate_up_stats_n64", tile, 64, 49_152),
         }
     }
 
@@ -142,24 +233,44 @@ impl Product {
             Tile::N16 => Self::new("tenp_moe_down_n16", tile, 128, 73_728),
             Tile::N64 => Self::new("tenp_moe_down_n64", tile, 128, 49_152),
             Tile::N128 => Self::new("tenp_moe_down_n128", tile, 128, 65_536),
+            Tile::W8 => Self::wide_down("tenp_moe_down_w8", tile, 8),
+            Tile::W16 => Self::wide_down("tenp_moe_down_w16", tile, 8),
+            Tile::W32 => Self::wide_down("tenp_moe_down_w32", tile, 8),
+            Tile::W64 => Self::wide_down("tenp_moe_down_w64", tile, 8),
+            Tile::W128 => Self::wide_down("tenp_moe_down_w128", tile, 5),
+            Tile::W192 => Self::wide_down("tenp_moe_down_w192", tile, 3),
+            Tile::W256 => Self::wide_down("tenp_moe_down_w256", tile, 3),
         }
     }
 
-    /// Contributions of neurons; tiles below 64 rows become 64.
+    /// A sum of squares per row and warp comes on top.
+    const fn wide_down(entry: &'static str, tile: Tile, stages: u32) -> Self {
+        Self::wide(entry, tile, 128, stages, 4 * 8 * tile.rows() as u32)
+    }
+
+    /// Contributions of neurons, with [`Tile::at_least_64`] rows.
     #[must_use]
     pub const fn contribution(tile: Tile) -> Self {
+        let tile = tile.at_least_64();
         match tile {
+            Tile::W64 => Self::wide("tenp_moe_contribution_w64", tile, 128, 8, 1024),
+            Tile::W128 => Self::wide("tenp_moe_contribution_w128", tile, 128, 5, 1024),
+            Tile::W256 => Self::wide("tenp_moe_contribution_w256", tile, 128, 3, 1024),
             Tile::N128 => Self::new("tenp_moe_contribution_n128", tile, 128, 65_536),
-            _ => Self::new("tenp_moe_contribution_n64", Tile::N64, 128, 49_152),
+            _ => Self::new("tenp_moe_contribution_n64", tile, 128, 49_152),
         }
     }
 
-    /// The launch on `multiprocessors` multiprocessors: blocks stay and take tiles in turn, two to a multiprocessor, so
-    /// the grid does not depend on the routing.
+    /// The launch on `multiprocessors` multiprocessors: blocks stay and take tiles in turn, two to a multiprocessor (one
+    /// of those for sm_90, which fill it), so the grid does not depend on the routing.
     #[must_use]
     pub const fn launch(&self, multiprocessors: usize, num_experts: usize) -> Launch {
-        let table = 4 * (num_experts as u32 + 1);
-        Launch::line(2 * multiprocessors as u32, 256, self.shared_bytes + table)
+        let shared = self.shared_bytes + 4 * (num_experts as u32 + 1);
+        if self.tile.needs_wgmma() {
+            Launch::line(multiprocessors as u32, 384, shared)
+        } else {
+            Launch::line(2 * multiprocessors as u32, 256, shared)
+        }
     }
 }
 
@@ -184,43 +295,71 @@ mod tests {
 
     #[test]
     fn tiles_grow_with_the_rows_of_an_expert() {
-        assert_eq!(Tile::choose(1, 8, 128), Tile::R2);
-        assert_eq!(Tile::choose(8, 8, 128), Tile::N16);
-        assert_eq!(Tile::choose(64, 8, 128), Tile::N16);
-        assert_eq!(Tile::choose(512, 8, 128), Tile::N64);
-        assert_eq!(Tile::choose(8192, 8, 128), Tile::N128);
-        assert_eq!(Tile::choose(0, 8, 0), Tile::R2);
-        for tokens in 1..3000usize {
-            assert!(
-                Tile::choose(tokens, 6, 64) <= Tile::choose(tokens + 1, 6, 64),
-                "{tokens}"
-            );
+        for (tokens, portable, wgmma) in [
+            (1, Tile::R2, Tile::R2),
+            (8, Tile::N16, Tile::N16),
+            (64, Tile::N16, Tile::N16),
+            (256, Tile::N64, Tile::W32),
+            (512, Tile::N64, Tile::W64),
+            (1024, Tile::N128, Tile::W128),
+            (3000, Tile::N128, Tile::W192),
+            (8192, Tile::N128, Tile::W256),
+        ] {
+            assert_eq!(Tile::choose(false, tokens, 8, 128), portable, "{tokens}");
+            assert_eq!(Tile::choose(true, tokens, 8, 128), wgmma, "{tokens}");
+        }
+        assert_eq!(Tile::choose(true, 0, 8, 0), Tile::R2);
+        for wgmma in [false, true] {
+            for tokens in 1..6000usize {
+                assert!(
+                    Tile::choose(wgmma, tokens, 6, 64) <= Tile::choose(wgmma, tokens + 1, 6, 64),
+                    "{tokens}"
+                );
+            }
         }
     }
 
     #[test]
     fn entries_name_their_tile_and_fit_a_block() {
-        for tile in Tile::ALL {
+        for tile in Tile::ALL.into_iter().chain(Tile::WGMMA) {
             for product in [
                 Product::gate_up(tile),
                 Product::gate_up_stats(tile),
                 Product::down(tile),
                 Product::contribution(tile),
             ] {
-                let suffix = format!(
-                    "{}{}",
-                    if product.tile == Tile::R2 { "r" } else { "n" },
-                    product.tile.rows()
-                );
+                let kind = match product.tile {
+                    Tile::R2 => "r",
+                    tile if tile.needs_wgmma() => "w",
+                    _ => "n",
+                };
+                let suffix = format!("_{kind}{}", product.tile.rows());
                 assert!(product.entry.ends_with(&suffix), "{product:?}");
-                // 99 KiB: what a block may have on the smallest of the supported chips (8.6, 8.9).
-                assert!(product.launch(132, 1023).shared_bytes <= 99 * 1024);
+                assert_eq!(product.tile.needs_wgmma(), tile.needs_wgmma());
+                // What a block may have: 99 KiB on the smallest of the supported chips (8.6, 8.9), 227 KiB on sm_90.
+                let (experts, room) = if tile.needs_wgmma() {
+                    (512, 227)
+                } else {
+                    (1023, 99)
+                };
+                assert!(
+                    product.launch(132, experts).shared_bytes <= room * 1024,
+                    "{product:?}"
+                );
             }
-            assert!(tile.at_least_64() >= Tile::N64);
+            assert!(tile.at_least_64().rows() >= 64);
         }
         assert_eq!(
             Product::down(Tile::N64).launch(132, 64),
             Launch::line(264, 256, 49_152 + 260)
+        );
+        assert_eq!(
+            Product::gate_up(Tile::W256).launch(132, 64),
+            Launch::line(132, 384, 4 * 49_152 + 32_768 + 80 + 260)
+        );
+        assert_eq!(
+            Product::gate_up(Tile::W64).gathering(),
+            "tenp_moe_gate_up_gather_w64"
         );
         assert!(Launch::line(0, 32, 0).is_empty());
     }
@@ -229,9 +368,9 @@ mod tests {
         #[test]
         fn partials_always_fit(
             experts in proptest::collection::vec((0usize..300, 0usize..20), 1..40),
-            tile in 0usize..4,
+            tile in 0usize..11,
         ) {
-            let tile = Tile::ALL[tile];
+            let tile = *Tile::ALL.iter().chain(&Tile::WGMMA).nth(tile).unwrap();
             let pitch = experts.iter().map(|e| 16 * e.1).max().unwrap_or(0);
             let rows: usize = experts.iter().map(|e| e.0).sum();
             let neurons: usize = experts.iter().map(|e| 16 * e.1).sum();

@@ -8,6 +8,7 @@
 //! | [`packed`] | padded neuron offsets, and packing of expert weights on the host |
 //! | [`geometry`] | how kernels are launched, the choice of tiles |
 //! | [`view`], [`call`] | borrowed GPU memory, checked launches |
+//! | [`tensor_map`] | matrices as the bulk copies of sm_90 see them |
 //! | [`backend`], [`dense`] | what a forward pass needs of the place it runs on |
 //! | [`check`] | checks of offsets, alignment and sizes |
 //! | one per `.cu` file | argument structures and the functions that make calls of them |
@@ -41,6 +42,7 @@ pub mod router;
 pub mod rows;
 pub mod segment_match;
 pub mod segment_norms;
+pub mod tensor_map;
 pub mod view;
 
 #[cfg(feature = "cuda")]
@@ -49,6 +51,8 @@ mod blas;
 mod buffer;
 #[cfg(feature = "cuda")]
 mod context;
+#[cfg(feature = "cuda")]
+mod encode_maps;
 #[cfg(feature = "cuda")]
 mod fatbins;
 #[cfg(feature = "cuda")]
@@ -63,6 +67,7 @@ pub use call::{Call, Runner};
 pub use dense::{DenseElement, DenseShape, InputLayout, WeightLayout};
 pub use geometry::{Launch, Product, Tile};
 pub use packed::PaddedLayout;
+pub use tensor_map::TensorMap;
 pub use view::{DeviceSlice, DeviceSliceMut, InOut};
 
 #[cfg(feature = "cuda")]

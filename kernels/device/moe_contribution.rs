@@ -7,6 +7,7 @@ use super::check::{check_multiple, to_i32};
 use super::geometry::Product;
 use super::moe_gate_up::{Partials, check_pitch};
 use super::moe_schedule::{ExpertTables, Schedule};
+use super::tensor_map::TensorMap;
 use super::view::DeviceSlice;
 use crate::KernelError;
 use crate::params::{TENP_NUM_CONTRIBUTION_SUMS, TenpMoeContributionParams};
@@ -93,5 +94,22 @@ pub fn moe_contribution(
         padding: 0,
     };
     let launch = args.product.launch(multiprocessors, experts);
-    Ok(Call::new(args.product.entry, launch, &params))
+    let call = Call::new(args.product.entry, launch, &params);
+    if !args.product.tile.needs_wgmma() {
+        return Ok(call);
+    }
+    let tile = args.product.tile.rows();
+    let weights = TensorMap::new(
+        "down weights",
+        args.down_t,
+        [args.experts.layout.total(), args.hidden, args.hidden],
+        args.product.weight_tile,
+    )?;
+    let y = [args.num_rows, args.hidden, args.hidden];
+    let h = [args.num_rows, args.hidden_pitch, args.hidden_pitch];
+    Ok(call.with_maps([
+        weights,
+        TensorMap::new("expert outputs", args.y, y, tile)?,
+        TensorMap::new("expert hidden states", args.h, h, tile)?,
+    ]))
 }

@@ -7,6 +7,7 @@ use super::check::{check_multiple, to_i32};
 use super::geometry::Product;
 use super::moe_gate_up::check_pitch;
 use super::moe_schedule::{ExpertTables, Schedule};
+use super::tensor_map::{BOX_INNER, TensorMap};
 use super::view::{DeviceSlice, DeviceSliceMut, optional_mut};
 use crate::KernelError;
 use crate::params::TenpMoeDownParams;
@@ -94,5 +95,22 @@ pub fn moe_down(mut args: MoeDown<'_>, multiprocessors: usize) -> Result<Call<'_
         padding: 0,
     };
     let launch = args.product.launch(multiprocessors, experts);
-    Ok(Call::new(args.product.entry, launch, &params))
+    let call = Call::new(args.product.entry, launch, &params);
+    if !args.product.tile.needs_wgmma() {
+        return Ok(call);
+    }
+    // The inner dimension of the product is the map's rows, in stages as long as a box is wide.
+    let weights = TensorMap::new(
+        "down weights",
+        args.down_t,
+        [args.experts.layout.total(), args.hidden, args.hidden],
+        BOX_INNER as usize,
+    )?;
+    let rows = TensorMap::new(
+        "expert hidden states",
+        args.h,
+        [args.num_rows, args.hidden_pitch, args.hidden_pitch],
+        args.product.tile.rows(),
+    )?;
+    Ok(call.with_maps([weights, rows, rows]))
 }

@@ -7,6 +7,7 @@ use super::check::{check_multiple, to_i32};
 use super::geometry::Product;
 use super::moe_schedule::{ExpertTables, Schedule};
 use super::packed::NEURON_PAD;
+use super::tensor_map::TensorMap;
 use super::view::{DeviceSlice, DeviceSliceMut, optional};
 use crate::KernelError;
 use crate::params::{TENP_NUM_ACTIVATION_SUMS, TenpMoeGateUpParams};
@@ -132,5 +133,25 @@ pub fn moe_gate_up(
         params.partial_stride = sums.stride as i64;
     }
     let launch = args.product.launch(multiprocessors, experts);
-    Ok(Call::new(args.product.entry, launch, &params))
+    if !args.product.tile.needs_wgmma() {
+        return Ok(Call::new(args.product.entry, launch, &params));
+    }
+    let weights = TensorMap::new(
+        "gate and up weights",
+        args.gate_up,
+        [2 * args.experts.layout.total(), args.hidden, args.hidden],
+        2 * args.product.weight_tile,
+    )?;
+    if args.token_of_row.is_some() {
+        // Rows are gathered one by one, for which there is no map.
+        let call = Call::new(args.product.gathering(), launch, &params);
+        return Ok(call.with_maps([weights; 3]));
+    }
+    let rows = TensorMap::new(
+        "expert input",
+        args.x,
+        [args.x_rows, args.hidden, args.hidden],
+        args.product.tile.rows(),
+    )?;
+    Ok(Call::new(args.product.entry, launch, &params).with_maps([weights, rows, rows]))
 }

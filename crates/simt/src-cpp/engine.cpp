@@ -19,11 +19,11 @@ std::vector<Entry> &table() {
     return instance;
 }
 
+} // namespace
+
 bool same_site(const Site &a, const Site &b) {
     return a.line() == b.line() && (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
 }
-
-} // namespace
 
 Registration::Registration(const char *name, uint64_t params_bytes, unsigned max_threads, void (*run)(const void *)) {
     table().push_back({name, params_bytes, max_threads, run});
@@ -54,8 +54,8 @@ bool Engine::launch(const Request &request) {
     if (refuse(request)) {
         return false;
     }
-    const auto *raw = static_cast<const char *>(request.params);
-    params_.assign(raw, raw + request.entry->params_bytes);
+    params_.resize((request.entry->params_bytes + sizeof(ParamsPart) - 1) / sizeof(ParamsPart));
+    std::memcpy(params_.data(), request.params, request.entry->params_bytes);
     num_lanes_ = request.block.x * request.block.y * request.block.z;
     random_ = request.seed * 2 + 1;
     started_.clear();
@@ -122,6 +122,16 @@ void Engine::run_block(uint64_t linear) {
     started_.push_back({block_start_, linear});
     std::fill(std::begin(warp_waiting_), std::end(warp_waiting_), 0u);
     num_exited_ = num_at_barrier_ = ready_head_ = ready_count_ = 0;
+    clocks_ = false;
+    mbarriers_.clear();
+    part_barriers_.clear();
+    loads_.clear();
+    for (Warpgroup &group : warpgroups_) {
+        group = {};
+        // What __launch_bounds__ with one block per multiprocessor leaves each thread, of 65536.
+        group.registers = std::min(65536 / num_lanes_ / 8 * 8, 255u);
+    }
+    free_registers_ = 0;
     for (unsigned i = 0; i < num_lanes_; ++i) {
         Lane &lane = lanes_[i];
         lane.state = State::Ready;
@@ -131,6 +141,10 @@ void Engine::run_block(uint64_t linear) {
         lane.meeting = {};
         lane.copies.clear();
         lane.group = 0;
+        lane.seen.clear();
+        lane.stores.clear();
+        lane.proxy_fence = lane.store_group = lane.product_group = 0;
+        lane.accumulators_fenced = false;
         lane.fiber.start(stacks_.stack(i), Stacks::BYTES, [] { current()->lane_main(); });
         release(lane);
     }
@@ -143,7 +157,9 @@ void Engine::run_block(uint64_t linear) {
 
 void Engine::lane_main() {
     request_.entry->run(params_.data());
-    ++num_exited_;
+    if (++num_exited_ == num_lanes_) {
+        end_asynchronous();
+    }
     leave(State::Exited);
     std::abort(); // an exited lane is never chosen
 }
@@ -182,6 +198,9 @@ void Engine::leave(State state) {
     Lane *from = running_;
     from->state = state;
     Lane *to = next();
+    while (to == nullptr && deliver_something()) {
+        to = next();
+    }
     if (to == from) {
         return;
     }
@@ -246,6 +265,7 @@ void Engine::meet(const Meeting &meeting) {
 }
 
 void Engine::order_warp(uint32_t warp, uint32_t mask) {
+    join_clocks(warp, mask);
     ++time_;
     Lane *lanes = warp_lanes(warp);
     if (mask == ~0u) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "fault.hpp"
+#include "hopper.hpp"
 #include "lane.hpp"
 #include "memory.hpp"
 #include "watchdog.hpp"
@@ -65,6 +66,27 @@ class Engine {
     }
     void issue_copy(const Copy &copy);
     void deliver_copy(const Copy &copy, uint32_t place);
+
+    // Barriers of a part of the lanes (part_barriers.cpp).
+    void part_barrier(uint32_t id, uint32_t lanes, Site site, uint32_t place);
+    void init_mbarrier(uintptr_t at, uint32_t count, uint32_t place);
+    void arrive(uintptr_t at, uint32_t expected_bytes, uint32_t place);
+    void wait_phase(uintptr_t at, uint32_t parity, Site site, uint32_t place);
+    void fence_proxy();
+
+    // Bulk tensor copies (bulk.cpp).
+    void load_box(const TensorMap &map, uintptr_t to, uintptr_t barrier, int inner, int row, uint32_t place);
+    void store_box(const TensorMap &map, uintptr_t from, int inner, int row, uint32_t place);
+    void wait_stores(uint32_t newest_pending);
+
+    // Products of warpgroups (wgmma.cpp).
+    void meet_warpgroup(const Meeting &meeting);
+    Warpgroup &warpgroup() { return warpgroups_[running_->index / 128]; }
+    uint32_t shared_offset(uintptr_t address, size_t bytes, const char *what, size_t alignment, uint32_t place);
+    void begin_product(Warpgroup &group, const WgmmaRequest &request);
+    void finish_products(uint32_t warp, uint32_t newest_pending, uint32_t place);
+    void set_registers(uint32_t group, uint32_t registers, bool more);
+
     [[noreturn]] [[gnu::format(printf, 5, 6)]] void fail(SimtKind kind, uint32_t lane, uint32_t place,
                                                          const char *format, ...);
     [[noreturn]] void out_of_steps();
@@ -90,6 +112,20 @@ class Engine {
     [[noreturn]] void conflicting(const Conflict &conflict, const Region *region, const char *verb, uint32_t place);
     [[noreturn]] void stray(uintptr_t address, size_t bytes, Access kind, uint32_t place);
     void check_source(const Copy &copy);
+    void begin_clocks();
+    void join_clocks(uint32_t warp, uint32_t mask);
+    void publish(Lane &lane, Clocks &into);
+    void acquire(Lane &lane, const Clocks &from);
+    Mbarrier &mbarrier(uintptr_t at, uint32_t place);
+    void end_phase_if_due(Mbarrier &barrier);
+    void check_map(const TensorMap &map, uint32_t at, uint32_t place);
+    bool read_global(uintptr_t from, uint32_t bytes, uint32_t place);
+    void deliver_load(size_t index);
+    // Lets something asynchronous happen; false: nothing is under way.
+    bool deliver_something();
+    void end_asynchronous();
+    void grant_registers();
+    void read_operand(Lane &lane, size_t at, bool all_written, uint32_t place);
     uint64_t random(uint64_t below);
 
     Request request_{};
@@ -105,10 +141,19 @@ class Engine {
     uint64_t random_ = 0;
     bool failed_ = false;
 
-    std::vector<char> params_;
+    struct alignas(128) ParamsPart {
+        char bytes[128];
+    };
+    std::vector<ParamsPart> params_;
     char *shared_mapping_;
     Shadow shared_shadow_;
     uint64_t time_ = 0, launch_start_ = 0, block_start_ = 0, barrier_time_ = 0;
+    bool clocks_ = false;
+    std::map<uint32_t, Mbarrier> mbarriers_; // by the offset in shared memory
+    std::map<uint32_t, PartBarrier> part_barriers_;
+    std::vector<BulkLoad> loads_;
+    Warpgroup warpgroups_[8];
+    uint32_t free_registers_ = 0;
     uint64_t warp_sync_[32]{};
     uint32_t warp_waiting_[32]{}; // lanes in State::AtMeeting
     uint64_t step_start_ = 0;
@@ -118,6 +163,7 @@ class Engine {
     std::vector<Started> started_;
 };
 
+bool same_site(const Site &a, const Site &b);
 // The engine whose fiber this is, or null.
 Engine *current();
 const std::vector<Entry> &entries();

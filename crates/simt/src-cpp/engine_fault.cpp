@@ -81,7 +81,9 @@ std::string Engine::waiting() const {
         } else {
             text += end - first == 1 ? " waits at " : " wait at ";
             text += std::string(at.what) + " (" + file_of(at.site) + ":" + std::to_string(at.site.line());
-            text += lane.state == State::AtBarrier ? ")" : ", mask " + hexadecimal(at.mask) + ")";
+            text += lane.state == State::AtMeeting       ? ", mask " + hexadecimal(at.mask) + ")"
+                    : lane.state == State::AtPartBarrier ? ", barrier " + std::to_string(at.mask) + ")"
+                                                         : ")";
         }
         first = end;
     }
@@ -95,7 +97,7 @@ void Engine::deadlock() {
     bool barrier = false;
     uint32_t first = ~0u;
     for (unsigned i = 0; i < num_lanes_; ++i) {
-        barrier |= lanes_[i].state == State::AtBarrier;
+        barrier |= lanes_[i].state != State::AtMeeting && lanes_[i].state != State::Exited;
         if (lanes_[i].state != State::Exited && first == ~0u) {
             first = i;
         }
@@ -137,11 +139,20 @@ void Engine::report(const Conflict &c, const char *where, const char *verb, uint
         break;
     case Trouble::Pending:
         kind = SIMT_PENDING_COPY;
-        std::snprintf(text, sizeof text, "%s %s, which a cp.async of %s fills and no wait has completed", verb,
+        std::snprintf(text, sizeof text, "%s %s, which an asynchronous copy of %s fills and no wait has completed", verb,
                       where, other);
         break;
     case Trouble::AfterAsync:
-        std::snprintf(text, sizeof text, "%s %s while a cp.async of %s fills it", verb, where, other);
+        std::snprintf(text, sizeof text, "%s %s while an asynchronous copy of %s fills it", verb, where, other);
+        break;
+    case Trouble::Proxy:
+        std::snprintf(text, sizeof text,
+                      "%s %s through the asynchronous proxy, written by ordinary stores of %s that no fence.proxy.async of "
+                      "its own has followed",
+                      verb, where, other);
+        break;
+    case Trouble::BeingRead:
+        std::snprintf(text, sizeof text, "%s %s while a bulk copy or a wgmma still reads it", verb, where);
         break;
     case Trouble::AfterWrite:
     case Trouble::AfterRead:

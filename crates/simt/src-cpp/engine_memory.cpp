@@ -9,7 +9,7 @@ namespace simt {
 
 Observer Engine::observer(bool in_shared, uint32_t place) const {
     return {running_,        in_shared ? block_start_ : launch_start_, block_start_, barrier_time_,
-            warp_sync_[running_->index / 32], in_shared, place};
+            warp_sync_[running_->index / 32], in_shared, place, clocks_, false, lanes_.get()};
 }
 
 void Engine::access(uintptr_t address, size_t bytes, Access kind, uint32_t place) {
@@ -22,7 +22,7 @@ void Engine::access(uintptr_t address, size_t bytes, Access kind, uint32_t place
         shadow = &shared_shadow_;
         shared_used = std::max<uint64_t>(shared_used, in_window + bytes);
     } else {
-        if (!writes && address - reinterpret_cast<uintptr_t>(params_.data()) < params_.size()) {
+        if (!writes && address - reinterpret_cast<uintptr_t>(params_.data()) < request_.entry->params_bytes) {
             return;
         }
         region = kind == Access::Collective ? nullptr : regions().find(address, bytes);

@@ -31,7 +31,19 @@ struct Meeting {
     uint32_t place;
 };
 
-enum class State : uint8_t { Ready, AtBarrier, AtMeeting, Exited };
+// A bulk copy from shared memory on its way.
+struct BulkStore {
+    struct Piece {
+        const char *shared;
+        char *global;
+    };
+    std::vector<Piece> pieces; // of 16 bytes
+    uint64_t group;
+    bool read = false;
+    uint32_t place;
+};
+
+enum class State : uint8_t { Ready, AtBarrier, AtMeeting, AtPartBarrier, AtPhase, AtRegisters, Exited };
 
 struct Lane {
     Fiber fiber;
@@ -43,6 +55,13 @@ struct Lane {
     Meeting meeting{};      // in State::AtMeeting; `what`, `site` and `place` also in State::AtBarrier
     std::vector<Copy> copies;
     uint64_t group = 0; // number of commits
+    // Per lane of the block: as `known`. Empty in a block without vector clocks.
+    std::vector<uint64_t> seen;
+    uint64_t proxy_fence = 0;       // time of the last fence.proxy.async
+    bool accumulators_fenced = false; // a wgmma.fence since the last wait for products
+    uint64_t product_group = 0;       // number of wgmma commits
+    std::vector<BulkStore> stores;
+    uint64_t store_group = 0;
 };
 
 } // namespace simt

@@ -1,4 +1,4 @@
-// ldmatrix and mma, by the fragment layouts of the PTX ISA. wgmma's descriptors and fragments will stand here too.
+// ldmatrix, stmatrix and mma, by the fragment layouts of the PTX ISA.
 #include "engine.hpp"
 
 #include <cstring>
@@ -39,6 +39,37 @@ void finish_ldmatrix(Engine &engine, uint32_t warp, uint32_t) {
             const uint32_t low = transposed ? tile[pair][group] : tile[group][pair];
             const uint32_t high = transposed ? tile[pair + 1][group] : tile[group][pair + 1];
             static_cast<const Load *>(lanes[lane].meeting.arguments)->registers[m] = low | high << 16;
+        }
+    }
+}
+
+struct Store {
+    const uint32_t *registers;
+    uint32_t matrices;
+    void *row;
+};
+
+// The mirror of finish_ldmatrix, of the transpose: lane l holds elements (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4).
+void finish_stmatrix(Engine &engine, uint32_t warp, uint32_t) {
+    Lane *lanes = engine.warp_lanes(warp);
+    const auto of = [&](uint32_t lane) { return *static_cast<const Store *>(lanes[lane].meeting.arguments); };
+    for (uint32_t m = 0; m < of(0).matrices; ++m) {
+        for (uint32_t row = 0; row < 8; ++row) {
+            uint16_t line[8];
+            for (uint32_t column = 0; column < 8; ++column) {
+                const uint32_t bits = of(column * 4 + row / 2).registers[m];
+                line[column] = static_cast<uint16_t>(row % 2 == 0 ? bits : bits >> 16);
+            }
+            Lane &giver = lanes[8 * m + row];
+            void *to = of(8 * m + row).row;
+            const auto at = reinterpret_cast<uintptr_t>(to);
+            if (at % 16 != 0) {
+                engine.fail(SIMT_MISALIGNED, giver.index, giver.meeting.place, "stmatrix row at address %#llx",
+                            static_cast<unsigned long long>(at));
+            }
+            engine.shared_offset(at, 16, "stmatrix", 16, giver.meeting.place);
+            engine.access_for(giver, at, 16, Access::Write, giver.meeting.place);
+            std::memcpy(to, line, 16);
         }
     }
 }
@@ -96,6 +127,12 @@ void ldmatrix(uint32_t *registers, uint32_t matrices, bool transposed, const voi
     Load arguments{registers, matrices, transposed, row};
     const uint32_t place = place_of(__builtin_return_address(0));
     current()->meet({"ldmatrix", site, WHOLE_WARP, matrices * 2 + transposed, finish_ldmatrix, &arguments, place});
+}
+
+void stmatrix_transposed(const uint32_t *registers, uint32_t matrices, void *row, Site site) {
+    Store arguments{registers, matrices, row};
+    const uint32_t place = place_of(__builtin_return_address(0));
+    current()->meet({"stmatrix", site, WHOLE_WARP, matrices, finish_stmatrix, &arguments, place});
 }
 
 void mma_bf16(float *d, const uint32_t *a, const uint32_t *b, Site site) {

@@ -10,22 +10,24 @@ namespace simt {
 
 namespace {
 
-// A write: time | lane (10 bits) | flags (3 bits).
+// A write: time | lane (10 bits) | flags (4 bits).
 constexpr uint64_t PENDING = 1;   // asynchronous, not delivered
 constexpr uint64_t ATOMIC = 2;
 constexpr uint64_t CONTENDED = 4; // by several lanes, atomically
-constexpr uint64_t write_time(uint64_t cell) { return cell >> 13; }
-constexpr uint32_t write_lane(uint64_t cell) { return cell >> 3 & 1023; }
-constexpr uint64_t write_cell(uint64_t time, uint32_t lane, uint64_t flags) { return time << 13 | lane << 3 | flags; }
+constexpr uint64_t BULK = 8;      // through the asynchronous proxy
+constexpr uint64_t write_time(uint64_t cell) { return cell >> 14; }
+constexpr uint32_t write_lane(uint64_t cell) { return cell >> 4 & 1023; }
+constexpr uint64_t write_cell(uint64_t time, uint32_t lane, uint64_t flags) { return time << 14 | lane << 4 | flags; }
 
-// A read: time | warp (5 bits) | flags (2 bits).
+// A read: time | warp (5 bits) | flags (3 bits).
 constexpr uint64_t SEVERAL_WARPS = 1; // in this interval
 constexpr uint64_t OTHER_BLOCKS = 2;  // in this launch
-constexpr uint64_t read_time(uint64_t cell) { return cell >> 7; }
-constexpr uint32_t read_warp(uint64_t cell) { return cell >> 2 & 31; }
-constexpr uint64_t read_cell(uint64_t time, uint32_t warp, uint64_t flags) { return time << 7 | warp << 2 | flags; }
+constexpr uint64_t NUMBERED = 4;      // the mask is a number of `readers_`
+constexpr uint64_t read_time(uint64_t cell) { return cell >> 8; }
+constexpr uint32_t read_warp(uint64_t cell) { return cell >> 3 & 31; }
+constexpr uint64_t read_cell(uint64_t time, uint32_t warp, uint64_t flags) { return time << 8 | warp << 3 | flags; }
 
-constexpr size_t CELL_BYTES = 2 * sizeof(uint64_t) + 3 * sizeof(uint32_t);
+constexpr size_t CELL_BYTES = 2 * sizeof(uint64_t) + 3 * sizeof(uint32_t) + 1;
 
 // Whether a lane of the same warp synchronised with `by` after `time`.
 bool synchronised(const Observer &by, uint32_t lane_in_warp, uint64_t time) {
@@ -43,7 +45,16 @@ bool before(uint64_t time, uint32_t lane, const Observer &by, bool own_counts) {
     if (time < by.barrier || (own_counts && lane == by.lane->index)) {
         return true;
     }
-    return lane / 32 == by.lane->index / 32 && synchronised(by, lane % 32, time);
+    if (lane / 32 == by.lane->index / 32 && synchronised(by, lane % 32, time)) {
+        return true;
+    }
+    return by.clocks && time < by.lane->seen[lane];
+}
+
+// Whether the asynchronous proxy misses the ordinary write that `cell` holds.
+bool unfenced(uint64_t cell, const Observer &by) {
+    return by.proxy && !(cell & BULK) && write_time(cell) >= by.block_start &&
+           by.lanes[write_lane(cell)].proxy_fence <= write_time(cell);
 }
 
 } // namespace
@@ -54,6 +65,7 @@ Shadow::Shadow(size_t bytes) : bytes_(bytes), base_(map_bytes(std::max<size_t>(b
     masks_ = reinterpret_cast<uint32_t *>(reads_ + bytes);
     write_places_ = masks_ + bytes;
     read_places_ = write_places_ + bytes;
+    being_read_ = reinterpret_cast<uint8_t *>(read_places_ + bytes);
 }
 
 Shadow::~Shadow() { unmap_bytes(base_, std::max<size_t>(bytes_, 1) * CELL_BYTES); }
@@ -81,8 +93,11 @@ Conflict Shadow::read(size_t at, size_t bytes, const Observer &by, bool collecti
             if (cell & PENDING) {
                 return {Trouble::Pending, i, other.time, other.lane, other.place};
             }
-            if (!before(write_time(cell), write_lane(cell), by, !collective && !(cell & CONTENDED))) {
+            if (!before(write_time(cell), write_lane(cell), by, (!collective || by.proxy) && !(cell & CONTENDED))) {
                 return other;
+            }
+            if (unfenced(cell, by)) {
+                return {Trouble::Proxy, i, other.time, other.lane, other.place};
             }
             checked = cell;
         }
@@ -98,6 +113,10 @@ Conflict Shadow::read(size_t at, size_t bytes, const Observer &by, bool collecti
                 seen_next &= ~OTHER_BLOCKS;
             } else if (time < by.block_start) {
                 seen_next |= OTHER_BLOCKS;
+            } else if (time >= by.barrier && by.clocks && !(old & SEVERAL_WARPS) &&
+                       (read_warp(old) != warp || old & NUMBERED)) {
+                seen_next |= NUMBERED;
+                next_mask = add_reader(old, old_mask, by);
             } else if (time >= by.barrier && read_warp(old) != warp) {
                 seen_next = old | SEVERAL_WARPS;
                 next_mask = old_mask;
@@ -105,7 +124,7 @@ Conflict Shadow::read(size_t at, size_t bytes, const Observer &by, bool collecti
                 seen_next |= old & SEVERAL_WARPS;
                 for (uint32_t rest = old_mask; rest != 0; rest &= rest - 1) {
                     const uint32_t lane = std::countr_zero(rest);
-                    if (!synchronised(by, lane, time)) {
+                    if (!synchronised(by, lane, time) && !(by.clocks && time < by.lane->seen[warp * 32 + lane])) {
                         next_mask |= 1u << lane;
                     }
                 }
@@ -118,6 +137,39 @@ Conflict Shadow::read(size_t at, size_t bytes, const Observer &by, bool collecti
     return {};
 }
 
+uint32_t Shadow::add_reader(uint64_t cell, uint32_t mask, const Observer &by) {
+    if (readers_start_ != by.block_start) {
+        readers_.clear();
+        numbers_.clear();
+        readers_start_ = by.block_start;
+    }
+    Readers old;
+    if (cell & NUMBERED) {
+        old = readers_[mask];
+    } else {
+        old.push_back({read_time(cell), read_warp(cell), mask});
+    }
+    // Who is ordered before this reader is ordered before all that wait for it.
+    Readers now{{by.lane->clock, by.lane->index / 32, 1u << by.lane->index % 32}};
+    for (Reader reader : old) {
+        for (uint32_t rest = reader.mask; rest != 0; rest &= rest - 1) {
+            const uint32_t lane = std::countr_zero(rest);
+            if (before(reader.time, reader.warp * 32 + lane, by, true)) {
+                reader.mask &= ~(1u << lane);
+            }
+        }
+        if (reader.mask != 0) {
+            now.push_back(reader);
+        }
+    }
+    std::sort(now.begin(), now.end());
+    const auto [found, fresh] = numbers_.try_emplace(now, static_cast<uint32_t>(readers_.size()));
+    if (fresh) {
+        readers_.push_back(now);
+    }
+    return found->second;
+}
+
 Conflict Shadow::check_write(size_t at, const Observer &by, bool atomic) const {
     const uint64_t cell = writes_[at];
     const uint64_t time = write_time(cell);
@@ -128,6 +180,9 @@ Conflict Shadow::check_write(size_t at, const Observer &by, bool atomic) const {
     if (cell & PENDING) {
         return {Trouble::AfterAsync, at, time, other.lane, other.place};
     }
+    if (unfenced(cell, by)) {
+        return {Trouble::Proxy, at, time, other.lane, other.place};
+    }
     if ((atomic && cell & ATOMIC) || before(time, other.lane, by, !(cell & CONTENDED))) {
         return {};
     }
@@ -135,6 +190,9 @@ Conflict Shadow::check_write(size_t at, const Observer &by, bool atomic) const {
 }
 
 Conflict Shadow::check_readers(size_t at, const Observer &by) const {
+    if (being_read_[at] != 0) {
+        return {Trouble::BeingRead, at, 0, ~0u, read_places_[at]};
+    }
     const uint64_t cell = reads_[at];
     const uint64_t time = read_time(cell);
     if (time < by.floor) {
@@ -142,6 +200,17 @@ Conflict Shadow::check_readers(size_t at, const Observer &by) const {
     }
     const uint32_t warp = read_warp(cell);
     uint32_t mask = masks_[at];
+    if (cell & NUMBERED && time >= by.barrier && time >= by.block_start && !(cell & OTHER_BLOCKS)) {
+        for (const Reader &reader : readers_[mask]) {
+            for (uint32_t rest = reader.mask; rest != 0; rest &= rest - 1) {
+                const uint32_t lane = reader.warp * 32 + std::countr_zero(rest);
+                if (!before(reader.time, lane, by, true)) {
+                    return {Trouble::AfterRead, at, reader.time, lane, read_places_[at]};
+                }
+            }
+        }
+        return {};
+    }
     const uint32_t lane = mask == 0 ? ~0u : warp * 32 + std::countr_zero(mask);
     const Conflict other{Trouble::AfterRead, at, time, lane, read_places_[at]};
     if (cell & OTHER_BLOCKS || time < by.block_start) {
@@ -153,12 +222,9 @@ Conflict Shadow::check_readers(size_t at, const Observer &by) const {
     if (cell & SEVERAL_WARPS) {
         return {Trouble::AfterRead, at, time, ~0u, other.place};
     }
-    if (warp != by.lane->index / 32) {
-        return other;
-    }
-    for (mask &= ~(1u << by.lane->index % 32); mask != 0; mask &= mask - 1) {
+    for (; mask != 0; mask &= mask - 1) {
         const uint32_t reader = std::countr_zero(mask);
-        if (!synchronised(by, reader, time)) {
+        if (!before(time, warp * 32 + reader, by, true)) {
             return {Trouble::AfterRead, at, time, warp * 32 + reader, other.place};
         }
     }
@@ -169,7 +235,7 @@ Conflict Shadow::change(size_t at, size_t bytes, const Observer &by, uint64_t fl
     const uint64_t mine = write_cell(by.lane->clock, by.lane->index, flags);
     for (size_t i = at; i < at + bytes; ++i) {
         const uint64_t old = writes_[i];
-        const bool checked = i > at && write_time(old) < by.floor && reads_[i] == 0;
+        const bool checked = i > at && write_time(old) < by.floor && reads_[i] == 0 && being_read_[i] == 0;
         uint64_t next = mine;
         if (!checked) {
             if (Conflict found = check_write(i, by, flags & ATOMIC); found.trouble != Trouble::None) {
@@ -201,7 +267,21 @@ Conflict Shadow::atomic(size_t at, size_t bytes, const Observer &by) {
     return change(at, bytes, by, ATOMIC);
 }
 
-Conflict Shadow::issue(size_t at, size_t bytes, const Observer &by) { return change(at, bytes, by, PENDING); }
+Conflict Shadow::issue(size_t at, size_t bytes, const Observer &by) {
+    return change(at, bytes, by, by.proxy ? PENDING | BULK : PENDING);
+}
+
+void Shadow::deliver_bulk(size_t at, size_t bytes, uint32_t lane, uint64_t time, bool valid) {
+    std::fill_n(writes_ + at, bytes, valid ? write_cell(time, lane, BULK) : 0);
+}
+
+void Shadow::begin_read(size_t at, size_t bytes) {
+    std::for_each(being_read_ + at, being_read_ + at + bytes, [](uint8_t &count) { ++count; });
+}
+
+void Shadow::end_read(size_t at, size_t bytes) {
+    std::for_each(being_read_ + at, being_read_ + at + bytes, [](uint8_t &count) { --count; });
+}
 
 void Shadow::deliver(size_t at, size_t bytes, const Observer &by) {
     // The write happens anywhere between the issue and the wait, so for others it happens now.

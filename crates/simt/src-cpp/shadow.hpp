@@ -2,11 +2,17 @@
 //
 // Time is a counter that every synchronisation moves on; an access carries the time of its lane's last one. Blocks of a
 // launch are never ordered with one another; lanes of a block are by __syncthreads, lanes of a warp also by __syncwarp.
-// Shuffles, votes and matrix instructions order nothing.
+// Shuffles, votes and matrix instructions order nothing. A block that uses barriers of a part of its lanes (mbarrier,
+// bar.sync of fewer) is watched more closely, by what every lane knows of every other: a vector clock.
+//
+// Bulk copies and wgmma reach shared memory through the asynchronous proxy: what a lane wrote by ordinary stores is
+// theirs to see, or to overwrite, only after that lane's fence.proxy.async.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <vector>
 
 namespace simt {
 
@@ -21,9 +27,12 @@ struct Observer {
     uint64_t warp_sync;   // time of the warp's last full __syncwarp
     bool shared;          // shared memory: nothing is written before the block writes it
     uint32_t place;
+    bool clocks = false;          // lanes have vector clocks
+    bool proxy = false;           // through the asynchronous proxy
+    const Lane *lanes = nullptr;  // of the block
 };
 
-enum class Trouble : uint32_t { None, Uninitialised, Pending, AfterWrite, AfterRead, AfterAsync };
+enum class Trouble : uint32_t { None, Uninitialised, Pending, AfterWrite, AfterRead, AfterAsync, Proxy, BeingRead };
 
 // What stands in the way of an access; the rest describes the other one.
 struct Conflict {
@@ -48,6 +57,11 @@ class Shadow {
     // The start and the end of an asynchronous write.
     Conflict issue(size_t at, size_t bytes, const Observer &by);
     void deliver(size_t at, size_t bytes, const Observer &by);
+    // The same by a bulk copy, as of `time`; `valid` bytes had been written where they come from.
+    void deliver_bulk(size_t at, size_t bytes, uint32_t lane, uint64_t time, bool valid);
+    // The start and the end of an asynchronous read: nothing may be written between.
+    void begin_read(size_t at, size_t bytes);
+    void end_read(size_t at, size_t bytes);
 
     void set_written(size_t at, size_t bytes);
     bool written(size_t at) const { return writes_[at] != 0; }
@@ -58,14 +72,29 @@ class Shadow {
     Conflict change(size_t at, size_t bytes, const Observer &by, uint64_t flags);
     Conflict check_write(size_t at, const Observer &by, bool atomic) const;
     Conflict check_readers(size_t at, const Observer &by) const;
+    // The set of readers with `by` among them, as a mask's stand-in.
+    uint32_t add_reader(uint64_t cell, uint32_t mask, const Observer &by);
+
+    // Lanes of a warp that read at a time and that no one is known to be ordered after.
+    struct Reader {
+        uint64_t time;
+        uint32_t warp;
+        uint32_t mask;
+        auto operator<=>(const Reader &) const = default;
+    };
+    using Readers = std::vector<Reader>;
 
     size_t bytes_;
     char *base_;
     uint64_t *writes_; // time, lane, flags; 0: never
     uint64_t *reads_;  // time, warp, flags; 0: none since the last write
-    uint32_t *masks_;  // lanes of that warp
+    uint32_t *masks_;  // lanes of that warp; of several warps in a block with clocks, a number of `readers_`
     uint32_t *write_places_;
     uint32_t *read_places_;
+    uint8_t *being_read_;
+    std::vector<Readers> readers_; // of the block that began at `readers_start_`
+    std::map<Readers, uint32_t> numbers_;
+    uint64_t readers_start_ = 0;
 };
 
 } // namespace simt

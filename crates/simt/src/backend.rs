@@ -14,6 +14,7 @@ use crate::{Buffer, Executor, Fault, Schedule, ffi};
 pub struct Simulated {
     executor: Executor,
     free_bytes: u64,
+    wgmma: bool,
 }
 
 impl Simulated {
@@ -22,6 +23,16 @@ impl Simulated {
         Self {
             executor: Executor::new(schedule),
             free_bytes: 1 << 30,
+            wgmma: false,
+        }
+    }
+
+    /// The same GPU with the instructions of sm_90.
+    #[must_use]
+    pub fn with_wgmma(self) -> Self {
+        Self {
+            wgmma: true,
+            ..self
         }
     }
 
@@ -110,18 +121,16 @@ impl Runner for Simulated {
         2
     }
 
+    fn has_wgmma(&self) -> bool {
+        self.wgmma
+    }
+
     fn run(&self, call: &Call<'_>) -> Result<(), KernelError> {
         let launch = call.launch();
         if launch.is_empty() {
             return Ok(());
         }
-        let done = self.executor.launch_words(
-            call.entry(),
-            launch.grid,
-            [launch.threads, 1, 1],
-            launch.shared_bytes,
-            call.params(),
-        );
+        let done = self.executor.launch_call(call);
         done.map(|_| ())
             .map_err(|fault| failed(call.entry(), &fault))
     }

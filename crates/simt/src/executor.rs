@@ -2,8 +2,10 @@
 
 use std::ffi::{CStr, CString, c_void};
 
+use tenp_kernels::device::Call;
+
 use crate::fault::{Fault, FaultKind};
-use crate::ffi;
+use crate::{ffi, tensor_map};
 
 /// In which order threads and blocks get their turn. A thread runs until it waits for others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -88,23 +90,18 @@ impl Executor {
         )
     }
 
-    /// [`Self::launch`] of parameters that lie in 64-bit words, as the calls of `tenp_kernels::device` hold them.
+    /// Runs a call of `tenp_kernels::device`, with its tensor maps where it has some.
     ///
     /// # Errors
     /// The first [`Fault`].
-    pub fn launch_words(
-        &self,
-        entry: &str,
-        grid: [u32; 3],
-        block: [u32; 3],
-        shared_bytes: u32,
-        words: &[u64],
-    ) -> Result<Report, Fault> {
+    pub fn launch_call(&self, call: &Call<'_>) -> Result<Report, Fault> {
+        let launch = call.launch();
+        let words = tensor_map::arguments(call.params(), call.tensor_maps());
         self.launch_raw(
-            entry,
-            (grid, block, shared_bytes),
+            call.entry(),
+            (launch.grid, [launch.threads, 1, 1], launch.shared_bytes),
             words.as_ptr().cast(),
-            size_of_val(words),
+            size_of_val(words.as_slice()),
         )
     }
 

@@ -133,6 +133,9 @@ fn check_contribution(batch: &Batch, forward: &Forward, tile: Tile, partials: &P
     }
 }
 
+/// Those that the entries are made for.
+const TILES: [Tile; 5] = [Tile::N64, Tile::N128, Tile::W64, Tile::W128, Tile::W256];
+
 fn check(batch: &Batch, tile: Tile, sim: Sim) {
     let forward = Forward::new(batch, Tile::N64, sim);
     check_norms(batch, &forward);
@@ -141,31 +144,41 @@ fn check(batch: &Batch, tile: Tile, sim: Sim) {
 }
 
 #[test]
-fn both_tiles_at_awkward_widths() {
+fn every_tile_at_awkward_widths() {
     check(&Batch::awkward(10, 72, 37), Tile::N64, Sim::unlike(1));
     check(&Batch::awkward(11, 40, 150), Tile::N128, Sim::unlike(2));
     check(&Batch::awkward(12, 8, 0), Tile::N128, Sim::unlike(0));
     check(&Batch::awkward(13, 24, 1), Tile::N64, Sim::unlike(0));
+    check(&Batch::awkward(14, 72, 37), Tile::W64, Sim::unlike(1));
+    check(&Batch::awkward(15, 40, 150), Tile::W128, Sim::unlike(2));
+    check(&Batch::awkward(16, 136, 270), Tile::W256, Sim::unlike(0));
+    check(&Batch::awkward(17, 8, 0), Tile::W256, Sim::unlike(0));
+    check(&Batch::awkward(18, 24, 1), Tile::W64, Sim::unlike(3));
 }
 
 #[test]
 fn experts_as_wide_as_real_ones() {
     let batch = Batch::wide(12, 16, 9);
-    check(&batch, Tile::N64, Sim::unlike(3));
-    check(&batch, Tile::N128, Sim::unlike(0));
+    for (i, tile) in TILES.into_iter().enumerate() {
+        check(&batch, tile, Sim::unlike(3 + i));
+    }
 }
 
 #[test]
 fn rows_of_slots_routed_nowhere_are_left_alone() {
     let batch = Batch::with_lost_slots(14, 40, 40);
-    check(&batch, Tile::N64, Sim::unlike(1));
-    check(&batch, Tile::N128, Sim::unlike(2));
+    for (i, tile) in TILES.into_iter().enumerate() {
+        check(&batch, tile, Sim::unlike(1 + i));
+    }
 }
 
 #[test]
 fn every_token_on_one_expert() {
     check(&Batch::crowded(20, 16, 67), Tile::N64, Sim::unlike(0));
     check(&Batch::crowded(20, 16, 131), Tile::N128, Sim::unlike(1));
+    check(&Batch::crowded(20, 16, 67), Tile::W64, Sim::unlike(2));
+    check(&Batch::crowded(20, 16, 131), Tile::W128, Sim::unlike(3));
+    check(&Batch::crowded(20, 16, 259), Tile::W256, Sim::unlike(0));
 }
 
 /// Running sums of a product over `before`.

@@ -6,7 +6,7 @@ use half::bf16;
 use simt::{Buffer, Schedule};
 use support::moe::Batch;
 use support::products::{Partials, gate_up};
-use support::{BF16_ROUNDING, F32_ROUNDING, Sim, assert_close, bytes_of, dot};
+use support::{BF16_ROUNDING, F32_ROUNDING, Sim, assert_close, bytes_of, dot, every_tile};
 use tenp_kernels::device::{Product, Tile};
 use tenp_kernels::params::{
     TENP_NUM_ACTIVATION_SUMS, TENP_SUM_ACTIVATION, TENP_SUM_GATED_ENERGY, TENP_SUM_GATED_PEAK,
@@ -64,7 +64,10 @@ fn check_clipped(batch: &Batch, h: &Buffer<bf16>) {
 #[test]
 fn every_path_at_awkward_widths() {
     // The hidden sizes end inside a stage, inside a fragment, and at neither.
-    for (i, (tile, hidden)) in Tile::ALL.into_iter().zip([264, 88, 96, 72]).enumerate() {
+    for (i, (tile, hidden)) in every_tile()
+        .zip([264, 88, 96, 72].into_iter().cycle())
+        .enumerate()
+    {
         let batch = Batch::awkward(10 + i as u64, hidden, 37);
         let product = Product::gate_up(tile);
         check_h(
@@ -78,7 +81,7 @@ fn every_path_at_awkward_widths() {
 #[test]
 fn experts_as_wide_as_real_ones() {
     let batch = Batch::wide(12, 16, 21);
-    for (i, tile) in Tile::ALL.into_iter().enumerate() {
+    for (i, tile) in every_tile().enumerate() {
         let product = Product::gate_up(tile);
         check_h(
             &batch,
@@ -90,7 +93,10 @@ fn experts_as_wide_as_real_ones() {
 
 #[test]
 fn every_token_on_one_expert() {
-    for (i, (tile, tokens)) in Tile::ALL.into_iter().zip([3, 18, 67, 131]).enumerate() {
+    for (i, (tile, tokens)) in every_tile()
+        .zip([3, 18, 67, 131, 9, 17, 35, 66, 131, 200, 260])
+        .enumerate()
+    {
         let batch = Batch::crowded(20, 64, tokens);
         let product = Product::gate_up(tile);
         check_h(
@@ -104,7 +110,7 @@ fn every_token_on_one_expert() {
 #[test]
 fn runs_are_bitwise_equal_whatever_the_order_and_the_grid() {
     let batch = Batch::awkward(30, 40, 20);
-    for tile in Tile::ALL {
+    for tile in every_tile() {
         let product = Product::gate_up(tile);
         let first = bytes_of(&gate_up(&batch, product, Sim::unlike(0)).0);
         for i in 1..4 {
@@ -120,6 +126,10 @@ fn statistics_are_sums_over_the_stored_h() {
         (Tile::N128, Batch::awkward(41, 16, 300)),
         (Tile::N64, Batch::crowded(42, 16, 130)),
         (Tile::N128, Batch::crowded(43, 16, 258)),
+        (Tile::W64, Batch::awkward(44, 16, 150)),
+        (Tile::W128, Batch::awkward(45, 72, 300)),
+        (Tile::W256, Batch::crowded(46, 16, 258)),
+        (Tile::W256, Batch::awkward(47, 16, 400)),
     ]
     .into_iter()
     .enumerate()
@@ -186,7 +196,7 @@ fn check_statistics(batch: &Batch, product: Product, h: &[bf16], partials: &Part
 #[test]
 fn statistics_do_not_change_h() {
     let batch = Batch::awkward(50, 24, 20);
-    for tile in [Tile::N64, Tile::N128] {
+    for tile in [Tile::N64, Tile::N128, Tile::W64, Tile::W128, Tile::W256] {
         let (plain, _) = gate_up(&batch, Product::gate_up(tile), Sim::unlike(0));
         let (h, partials) = gate_up(&batch, Product::gate_up_stats(tile), Sim::unlike(1));
         assert!(bytes_of(&h) == bytes_of(&plain));
@@ -207,7 +217,7 @@ fn bad_tokens_and_weights_stay_where_they_are() {
     dirty.layer.experts[9].up[100 * hidden] = bf16::NAN;
     let dirty = Batch::new(dirty.layer, dirty.routing, dirty.x);
     let pitch = clean.layer.hidden_pitch();
-    for tile in Tile::ALL {
+    for tile in every_tile() {
         let product = Product::gate_up(tile);
         let want = gate_up(&clean, product, Sim::new(Schedule::Forward))
             .0
@@ -235,7 +245,7 @@ fn bad_tokens_and_weights_stay_where_they_are() {
 #[test]
 fn rows_of_slots_routed_nowhere_are_left_alone() {
     let batch = Batch::with_lost_slots(80, 40, 31);
-    for (i, tile) in Tile::ALL.into_iter().enumerate() {
+    for (i, tile) in every_tile().enumerate() {
         let product = Product::gate_up(tile);
         check_h(
             &batch,
@@ -248,7 +258,7 @@ fn rows_of_slots_routed_nowhere_are_left_alone() {
 #[test]
 fn no_tokens_at_all() {
     let batch = Batch::awkward(70, 16, 0);
-    for tile in Tile::ALL {
+    for tile in every_tile() {
         let sim = Sim::new(Schedule::Forward);
         assert!(gate_up(&batch, Product::gate_up(tile), sim).0.is_empty());
     }

@@ -19,6 +19,11 @@
 #define TENP_KERNEL(name, Params, max_threads, min_blocks)                                          \
     extern "C" __global__ void __launch_bounds__(max_threads, min_blocks) name(const __grid_constant__ Params p)
 
+// An entry that also takes the tensor maps `maps` of its two operands.
+#define TENP_KERNEL_MAPS(name, Params, max_threads, min_blocks)                                     \
+    extern "C" __global__ void __launch_bounds__(max_threads, min_blocks)                           \
+        name(const __grid_constant__ Params p, const __grid_constant__ TenpTensorMaps maps)
+
 // `name`: this block's dynamic shared memory, 1024-byte aligned. There is no static shared memory, so the window's start
 // is the array's start and the alignment holds on every architecture.
 #define TENP_SHARED(Type, name)                                                                     \

@@ -16,9 +16,27 @@
 
 #ifdef __cplusplus
 #define TENP_SIZE(type, bytes) static_assert(sizeof(type) == (bytes), #type " has a hole")
+#define TENP_ALIGNED(bytes) alignas(bytes)
 #else
+#define TENP_ALIGNED(bytes) _Alignas(bytes)
 #define TENP_SIZE(type, bytes) _Static_assert(sizeof(type) == (bytes), #type " has a hole")
 #endif
+
+/* ---- tensor maps ------------------------------------------------------------------------------------------------- */
+
+/* A CUtensorMap, or what the executor has in its place. The instructions want it aligned so. */
+typedef struct TenpTensorMap {
+    TENP_ALIGNED(128) uint64_t words[16];
+} TenpTensorMap;
+TENP_SIZE(TenpTensorMap, 128);
+
+/* Second argument of the sm_90a products: weights and rows of activations, and for the contribution h. */
+typedef struct TenpTensorMaps {
+    TenpTensorMap weights;
+    TenpTensorMap rows;
+    TenpTensorMap h;
+} TenpTensorMaps;
+TENP_SIZE(TenpTensorMaps, 384);
 
 /* ---- grouping ---------------------------------------------------------------------------------------------------- */
 

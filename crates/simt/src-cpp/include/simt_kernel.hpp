@@ -39,6 +39,18 @@
     static const ::simt::Registration name##_registration(#name, sizeof(Params), max_threads, name); \
     static void name##_body(const Params &p)
 
+// Behind the parameters, at a multiple of 128 bytes, come the tensor maps.
+#define TENP_KERNEL_MAPS(name, Params, max_threads, min_blocks)                                     \
+    static void name##_body(const Params &p, const TenpTensorMaps &maps);                           \
+    extern "C" void name(const void *raw) {                                                         \
+        const auto *bytes = static_cast<const unsigned char *>(raw);                                \
+        name##_body(*reinterpret_cast<const Params *>(bytes),                                       \
+                    *reinterpret_cast<const TenpTensorMaps *>(bytes + (sizeof(Params) + 127) / 128 * 128)); \
+    }                                                                                               \
+    static const ::simt::Registration name##_registration(                                          \
+        #name, (sizeof(Params) + 127) / 128 * 128 + sizeof(TenpTensorMaps), max_threads, name);     \
+    static void name##_body(const Params &p, const TenpTensorMaps &maps)
+
 #define TENP_SHARED(Type, name) Type *const name = reinterpret_cast<Type *>(::simt::shared_window())
 
 #define threadIdx (::simt::thread_index())

@@ -1,5 +1,4 @@
 // The executor's side of ptx.cuh: the same functions, in the executor's terms.
-// The Hopper instructions join here: mbarrier, bulk tensor copies, wgmma; what they do, beside async.cpp and matrix.cpp.
 #pragma once
 
 #include "simt_kernel.hpp"
@@ -30,6 +29,47 @@ SIMT_INLINE void ldmatrix_x2_trans(uint32_t (&r)[2], const void *row, SIMT_SITE)
 SIMT_INLINE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SIMT_SITE) {
     ::simt::mma_bf16(d, a, b, site);
 }
+
+SIMT_INLINE void stmatrix_x1_trans(void *row, const uint32_t (&r)[1], SIMT_SITE) {
+    ::simt::stmatrix_transposed(r, 1, row, site);
+}
+SIMT_INLINE void stmatrix_x2_trans(void *row, const uint32_t (&r)[2], SIMT_SITE) {
+    ::simt::stmatrix_transposed(r, 2, row, site);
+}
+SIMT_INLINE void stmatrix_x4_trans(void *row, const uint32_t (&r)[4], SIMT_SITE) {
+    ::simt::stmatrix_transposed(r, 4, row, site);
+}
+
+SIMT_INLINE uint32_t shared_address(const void *pointer) { return ::simt::shared_address(pointer); }
+SIMT_INLINE void part_barrier(int id, int threads, SIMT_SITE) { ::simt::part_barrier(id, threads, site); }
+SIMT_INLINE void mbarrier_init(uint64_t *barrier, int arrivals) { ::simt::mbarrier_init(barrier, arrivals); }
+SIMT_INLINE void mbarrier_arrive(uint64_t *barrier) { ::simt::mbarrier_arrive(barrier, 0); }
+SIMT_INLINE void mbarrier_arrive_expect(uint64_t *barrier, int bytes) { ::simt::mbarrier_arrive(barrier, bytes); }
+SIMT_INLINE void mbarrier_wait(uint64_t *barrier, uint32_t parity, SIMT_SITE) {
+    ::simt::mbarrier_wait(barrier, parity, site);
+}
+SIMT_INLINE void fence_mbarrier_init() { ::simt::fence_proxy_async(); }
+SIMT_INLINE void fence_proxy_async() { ::simt::fence_proxy_async(); }
+SIMT_INLINE void prefetch_tensor_map(const TenpTensorMap *) {}
+enum class Keep { First, Last };
+template <Keep> SIMT_INLINE void load_box(void *shared, const TenpTensorMap *map, uint64_t *barrier, int inner, int row) {
+    ::simt::load_box(map, shared, barrier, inner, row);
+}
+SIMT_INLINE void store_box(const TenpTensorMap *map, const void *shared, int inner, int row) {
+    ::simt::store_box(map, shared, inner, row);
+}
+SIMT_INLINE void store_box_commit() { ::simt::store_commit(); }
+template <int N> SIMT_INLINE void store_box_wait_read() { ::simt::store_wait(N); }
+template <int N, bool A_TRANSPOSED>
+SIMT_INLINE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, SIMT_SITE) {
+    ::simt::wgmma_bf16(d, N, A_TRANSPOSED, a, b, site);
+}
+SIMT_INLINE void wgmma_fence() { ::simt::wgmma_fence(); }
+SIMT_INLINE void wgmma_commit() { ::simt::wgmma_commit(); }
+template <int N> SIMT_INLINE void wgmma_wait(SIMT_SITE) { ::simt::wgmma_wait(N, site); }
+template <int COUNT> SIMT_INLINE void hold_registers(float (&)[COUNT]) {}
+template <int COUNT> SIMT_INLINE void more_registers(SIMT_SITE) { ::simt::set_max_registers(COUNT, true, site); }
+template <int COUNT> SIMT_INLINE void fewer_registers(SIMT_SITE) { ::simt::set_max_registers(COUNT, false, site); }
 
 SIMT_INLINE uint4 load_streaming(const void *global) {
     uint4 v;

@@ -43,6 +43,28 @@ void cp_async_wait(uint32_t newest_pending);
 // `matrices` is 2 or 4, one register each.
 void ldmatrix(uint32_t *registers, uint32_t matrices, bool transposed, const void *row, Site site);
 void mma_bf16(float *d, const uint32_t *a, const uint32_t *b, Site site);
+// Stores matrices of 8 rows of 8 halves, one register each.
+void stmatrix_transposed(const uint32_t *registers, uint32_t matrices, void *row, Site site);
+
+// sm_90. Barriers of some lanes: `threads` of the block, or `arrivals` a phase.
+void part_barrier(uint32_t id, uint32_t threads, Site site);
+void mbarrier_init(void *barrier, uint32_t arrivals);
+void mbarrier_arrive(void *barrier, uint32_t expected_bytes);
+void mbarrier_wait(void *barrier, uint32_t parity, Site site);
+void fence_proxy_async();
+// Boxes by a TensorMap (hopper.hpp).
+void load_box(const void *map, void *shared, void *barrier, int inner, int row);
+void store_box(const void *map, const void *shared, int inner, int row);
+void store_commit();
+void store_wait(uint32_t newest_pending);
+// `d` holds columns / 2 sums and keeps its place until they have been waited for.
+void wgmma_bf16(float *d, uint32_t columns, bool a_transposed, uint64_t a, uint64_t b, Site site);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(uint32_t newest_pending, Site site);
+void set_max_registers(uint32_t registers, bool more, Site site);
+uint32_t shared_address(const void *pointer);
+
 // 16 bytes through the read-only path.
 void load_read_only_16(void *destination, const void *global);
 

@@ -83,7 +83,10 @@ fn a_slot_filled_while_it_is_read() {
 #[test]
 fn a_store_to_what_is_on_its_way() {
     let fault = fault_of("test_copy_and_store", FaultKind::Race, run);
-    assert!(fault.detail.contains("while a cp.async"), "{fault}");
+    assert!(
+        fault.detail.contains("while an asynchronous copy"),
+        "{fault}"
+    );
 }
 
 #[test]

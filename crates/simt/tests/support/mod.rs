@@ -18,7 +18,7 @@ use rand::{RngExt as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 use simt::{Buffer, Executor, Fault, Schedule};
 use tenp_kernels::KernelError;
-use tenp_kernels::device::{Call, DeviceSlice, DeviceSliceMut, Runner};
+use tenp_kernels::device::{Call, DeviceSlice, DeviceSliceMut, Runner, Tile};
 
 /// Widths around every tile and padding boundary.
 pub const AWKWARD_WIDTHS: [usize; 10] = [0, 1, 7, 8, 63, 64, 65, 127, 128, 129];
@@ -28,6 +28,11 @@ pub const BF16_ROUNDING: f64 = 1.0 / 256.0;
 
 /// The same of f32.
 pub const F32_ROUNDING: f64 = 1.0 / 16_777_216.0;
+
+/// Every tile of the grouped products, those for sm_90 last.
+pub fn every_tile() -> impl Iterator<Item = Tile> {
+    Tile::ALL.into_iter().chain(Tile::WGMMA)
+}
 
 /// A generator for one test's data.
 pub fn rng(seed: u64) -> ChaCha8Rng {
@@ -89,20 +94,16 @@ impl Runner for Sim {
         self.multiprocessors
     }
 
+    fn has_wgmma(&self) -> bool {
+        true
+    }
+
     fn run(&self, call: &Call<'_>) -> Result<(), Failure> {
-        let launch = call.launch();
-        if launch.is_empty() {
+        if call.launch().is_empty() {
             return Ok(());
         }
-        let threads = [launch.threads, 1, 1];
         Executor::new(self.schedule)
-            .launch_words(
-                call.entry(),
-                launch.grid,
-                threads,
-                launch.shared_bytes,
-                call.params(),
-            )
+            .launch_call(call)
             .map(|_| ())
             .map_err(Failure::Fault)
     }

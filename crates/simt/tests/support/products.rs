@@ -1,5 +1,6 @@
 //! The grouped products of a batch, through their wrappers.
 
+use bytemuck::Pod;
 use half::bf16;
 use simt::Buffer;
 use tenp_kernels::device::Product;
@@ -10,7 +11,7 @@ use tenp_kernels::device::moe_gate_up::{self as wrapper, MoeGateUp, moe_gate_up}
 use tenp_kernels::params::{TENP_NUM_ACTIVATION_SUMS, TENP_NUM_CONTRIBUTION_SUMS};
 
 use super::moe::{Batch, Tiles};
-use super::{Sim, view, view_mut};
+use super::{Sim, bytes_of, view, view_mut};
 
 /// Per-tile sums of a product. What lies behind the tiles there are is never written.
 pub struct Partials {
@@ -64,7 +65,49 @@ impl PartialTable {
 }
 
 /// h, and where `product` makes them the sums of the neurons.
+///
+/// The products for sm_90 have two ways of getting their rows, which must give the same bits.
 pub fn gate_up(batch: &Batch, product: Product, sim: Sim) -> (Buffer<bf16>, Option<Partials>) {
+    let gathered = gate_up_of(batch, product, sim, None);
+    if product.tile.needs_wgmma() {
+        let hidden = batch.layer.hidden;
+        let rows: Vec<bf16> = batch
+            .grouped
+            .token_of_row
+            .to_vec()
+            .iter()
+            .flat_map(|&token| &batch.x[token as usize * hidden..][..hidden])
+            .copied()
+            .collect();
+        let ordered = gate_up_of(
+            batch,
+            product,
+            sim,
+            Some(&Buffer::input("x of rows", &rows)),
+        );
+        assert!(
+            written(&ordered.0) == written(&gathered.0),
+            "{}",
+            product.entry
+        );
+        let sums = |made: &Option<Partials>| made.as_ref().map(|made| written(&made.values));
+        assert!(sums(&ordered.1) == sums(&gathered.1), "{}", product.entry);
+    }
+    gathered
+}
+
+/// The bytes that were written.
+fn written<T: Pod>(buffer: &Buffer<T>) -> (Vec<usize>, Vec<u8>) {
+    (buffer.unwritten(), bytes_of(buffer))
+}
+
+/// With x by token, or by row.
+fn gate_up_of(
+    batch: &Batch,
+    product: Product,
+    sim: Sim,
+    x_of_rows: Option<&Buffer<bf16>>,
+) -> (Buffer<bf16>, Option<Partials>) {
     let (layer, grouped) = (&batch.layer, &batch.grouped);
     let tiles = batch.tiles(product, None, sim);
     let h = Buffer::output("h", batch.num_rows() * layer.hidden_pitch());
@@ -75,13 +118,16 @@ pub fn gate_up(batch: &Batch, product: Product, sim: Sim) -> (Buffer<bf16>, Opti
         product,
         experts: batch.tables.view(),
         gate_up: view(&batch.gate_up),
-        x: view(&batch.x_buffer),
-        token_of_row: Some(view(&grouped.token_of_row)),
+        x: view(x_of_rows.unwrap_or(&batch.x_buffer)),
+        token_of_row: x_of_rows.is_none().then(|| view(&grouped.token_of_row)),
         h: view_mut(&h),
         group_offsets: view(&grouped.group_offsets),
         schedule: partials.tiles.view(),
         sums,
-        x_rows: batch.routing.num_tokens(),
+        x_rows: match x_of_rows {
+            Some(_) => batch.num_rows(),
+            None => batch.routing.num_tokens(),
+        },
         num_rows: batch.num_rows(),
         hidden: layer.hidden,
         hidden_pitch: layer.hidden_pitch(),

@@ -197,9 +197,14 @@ impl<B: Backend> DeviceModel<'_, B> {
     }
 
     /// The tile for a block, by its rows per expert.
-    fn tile(block: &MoeBlock<'_>) -> Tile {
+    fn tile(&self, block: &MoeBlock<'_>) -> Tile {
         let spec = &block.moe.spec;
-        Tile::choose(block.num_tokens(), spec.top_k, spec.num_experts)
+        Tile::choose(
+            self.backend.has_wgmma(),
+            block.num_tokens(),
+            spec.top_k,
+            spec.num_experts,
+        )
     }
 
     /// Experts and combine.
@@ -230,7 +235,7 @@ impl<B: Backend> DeviceModel<'_, B> {
         moments: &mut DeviceMoments<'_, B>,
     ) -> Result<(), KernelError> {
         let (rows, count) = (block.num_rows(), block.moe.spec.num_experts);
-        let (backend, product) = (&self.backend, Product::down(Self::tile(block)));
+        let (backend, product) = (&self.backend, Product::down(self.tile(block)));
         let num_partials = square_partials(&product, self.hidden());
         let mut squares = backend.alloc("squares of outputs", num_partials * rows)?;
         let (h, _) = self.outputs(block, grouped, Some(squares.view_mut()))?;
@@ -266,7 +271,7 @@ impl<B: Backend> DeviceModel<'_, B> {
         squares: Option<DeviceSliceMut<'_, f32>>,
     ) -> Result<(B::Buffer<bf16>, B::Buffer<f32>), KernelError> {
         let (backend, hidden) = (&self.backend, self.hidden());
-        let tile = Self::tile(block);
+        let tile = self.tile(block);
         let experts = block.experts()?;
         let count = block.moe.spec.num_experts;
         let mut gate_up = Planned::<B>::new(backend, Product::gate_up(tile), count, false)?;
@@ -363,7 +368,7 @@ impl<B: Backend> DeviceModel<'_, B> {
         let (backend, hidden) = (&self.backend, self.hidden());
         let (tokens, rows) = (block.num_tokens(), block.num_rows());
         let (experts, layout) = (block.experts()?, &block.moe.layout);
-        let (tile, pitch) = (Self::tile(block).at_least_64(), layout.hidden_pitch());
+        let (tile, pitch) = (self.tile(block).at_least_64(), layout.hidden_pitch());
         let count = block.moe.spec.num_experts;
         let mut gate_up = Planned::<B>::new(backend, Product::gate_up_stats(tile), count, true)?;
         let mut down = Planned::<B>::new(backend, Product::down(tile), count, false)?;

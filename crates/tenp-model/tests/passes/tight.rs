@@ -16,6 +16,10 @@ impl<B: Backend> Runner for Tight<B> {
         self.0.multiprocessors()
     }
 
+    fn has_wgmma(&self) -> bool {
+        self.0.has_wgmma()
+    }
+
     fn run(&self, call: &Call<'_>) -> Result<(), KernelError> {
         self.0.run(call)
     }
