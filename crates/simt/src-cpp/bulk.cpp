@@ -127,7 +127,7 @@ void Engine::store_box(const TensorMap &map, uintptr_t from, int inner, int row,
                 to_inner >= static_cast<int64_t>(map.inner)) {
                 continue;
             }
-            read_operand(*running_, source, true, place);
+            read_operand(*running_, source, 16, true, place);
             shared_shadow_.begin_read(source, 16);
             store.pieces.push_back({shared + source, reinterpret_cast<char *>(map.base + static_cast<uint64_t>(to_row) * map.pitch_bytes +
                                                                              static_cast<uint64_t>(to_inner) * 2)});
@@ -148,7 +148,7 @@ void Engine::wait_stores(uint32_t newest_pending) {
         for (const BulkStore::Piece &piece : store.pieces) {
             const auto at = static_cast<size_t>(piece.shared - shared);
             shared_shadow_.end_read(at, 16);
-            read_operand(lane, at, true, store.place);
+            read_operand(lane, at, 16, true, store.place);
             access(reinterpret_cast<uintptr_t>(piece.global), 16, Access::Write, store.place);
             std::memcpy(piece.global, piece.shared, 16);
         }
@@ -156,14 +156,14 @@ void Engine::wait_stores(uint32_t newest_pending) {
     std::erase_if(lane.stores, [](const BulkStore &store) { return store.read; });
 }
 
-// 16 bytes of shared memory, read through the asynchronous proxy. A product may have rows in it that no one asks for.
-void Engine::read_operand(Lane &lane, size_t at, bool all_written, uint32_t place) {
+// Shared memory read through the asynchronous proxy. A product may have rows in it that no one has written or asks for.
+void Engine::read_operand(Lane &lane, size_t at, size_t bytes, bool all_written, uint32_t place) {
     Lane *mine = running_;
     running_ = &lane;
     Observer by = observer(true, place);
     by.proxy = true;
-    const Conflict conflict = shared_shadow_.read(at, 16, by, true);
-    if (conflict.trouble != Trouble::None && (all_written || conflict.trouble != Trouble::Uninitialised)) {
+    const Conflict conflict = shared_shadow_.read(at, bytes, by, true, all_written);
+    if (conflict.trouble != Trouble::None) {
         conflicting(conflict, nullptr, "reads", place);
     }
     running_ = mine;

@@ -44,6 +44,9 @@ Engine::~Engine() { unmap_bytes(shared_mapping_, SHARED_MAPPING); }
 
 bool Engine::launch(const Request &request) {
     fault = {};
+    if (failed_) {
+        shared_shadow_.forget_reads();
+    }
     failed_ = false;
     steps = 0;
     shared_used = 0;
@@ -143,7 +146,7 @@ void Engine::run_block(uint64_t linear) {
         lane.group = 0;
         lane.seen.clear();
         lane.stores.clear();
-        lane.proxy_fence = lane.store_group = lane.product_group = 0;
+        lane.acquired = lane.proxy_fence = lane.store_group = lane.product_group = 0;
         lane.accumulators_fenced = false;
         lane.fiber.start(stacks_.stack(i), Stacks::BYTES, [] { current()->lane_main(); });
         release(lane);

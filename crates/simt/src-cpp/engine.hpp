@@ -125,7 +125,7 @@ class Engine {
     bool deliver_something();
     void end_asynchronous();
     void grant_registers();
-    void read_operand(Lane &lane, size_t at, bool all_written, uint32_t place);
+    void read_operand(Lane &lane, size_t at, size_t bytes, bool all_written, uint32_t place);
     uint64_t random(uint64_t below);
 
     Request request_{};

@@ -72,11 +72,11 @@ struct Product {
     uint32_t waiting_warps;    // mask
 };
 
-// Operand bytes in use.
+// Operand bytes in use: offsets of 16 bytes.
 struct OperandRead {
     uint64_t group;
-    std::vector<uint32_t> chunks_a[4]; // offsets of 16 bytes, by warp
-    std::vector<uint32_t> chunks_b;
+    std::vector<uint32_t> of_warp[4]; // rows of A
+    std::vector<uint32_t> of_all;     // B
     uint32_t waiting_warps;
 };
 

@@ -57,6 +57,7 @@ struct Lane {
     uint64_t group = 0; // number of commits
     // Per lane of the block: as `known`. Empty in a block without vector clocks.
     std::vector<uint64_t> seen;
+    uint64_t acquired = 0;          // how often `seen` has grown from others
     uint64_t proxy_fence = 0;       // time of the last fence.proxy.async
     bool accumulators_fenced = false; // a wgmma.fence since the last wait for products
     uint64_t product_group = 0;       // number of wgmma commits

@@ -34,6 +34,7 @@ void Engine::publish(Lane &lane, Clocks &into) {
 }
 
 void Engine::acquire(Lane &lane, const Clocks &from) {
+    ++lane.acquired;
     for (size_t i = 0; i < from.size(); ++i) {
         lane.seen[i] = std::max(lane.seen[i], from[i]);
     }

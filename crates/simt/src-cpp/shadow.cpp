@@ -76,7 +76,7 @@ bool Shadow::written_since(size_t at, size_t bytes, uint64_t time) const {
     return std::any_of(writes_ + at, writes_ + at + bytes, [=](uint64_t cell) { return write_time(cell) >= time; });
 }
 
-Conflict Shadow::read(size_t at, size_t bytes, const Observer &by, bool collective) {
+Conflict Shadow::read(size_t at, size_t bytes, const Observer &by, bool collective, bool all_written) {
     const uint32_t warp = by.lane->index / 32;
     const uint32_t bit = 1u << by.lane->index % 32;
     // Neighbouring bytes mostly share their history: what held for the last holds for the next.
@@ -87,6 +87,9 @@ Conflict Shadow::read(size_t at, size_t bytes, const Observer &by, bool collecti
         const uint64_t cell = writes_[i];
         if (cell != checked || cell == 0) {
             if (cell == 0 || (by.shared && write_time(cell) < by.floor)) {
+                if (!all_written) {
+                    continue;
+                }
                 return {Trouble::Uninitialised, i};
             }
             const Conflict other{Trouble::AfterWrite, i, write_time(cell), write_lane(cell), write_places_[i]};
@@ -137,36 +140,73 @@ Conflict Shadow::read(size_t at, size_t bytes, const Observer &by, bool collecti
     return {};
 }
 
+size_t Shadow::Hash::operator()(const std::array<uint64_t, 4> &words) const {
+    uint64_t hash = 0;
+    for (uint64_t word : words) {
+        hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
+        hash ^= hash >> 29;
+    }
+    return hash;
+}
+
+size_t Shadow::Hash::operator()(const Readers &readers) const {
+    uint64_t hash = readers.size();
+    for (const Reader &reader : readers) {
+        hash = (*this)({hash, reader.time, reader.warp, reader.mask});
+    }
+    return hash;
+}
+
 uint32_t Shadow::add_reader(uint64_t cell, uint32_t mask, const Observer &by) {
     if (readers_start_ != by.block_start) {
         readers_.clear();
         numbers_.clear();
+        added_.clear();
         readers_start_ = by.block_start;
     }
-    Readers old;
-    if (cell & NUMBERED) {
-        old = readers_[mask];
-    } else {
-        old.push_back({read_time(cell), read_warp(cell), mask});
+    const std::array<uint64_t, 4> asked{cell, mask, uint64_t{by.lane->index} << 48 | by.lane->acquired, by.lane->clock};
+    if (const auto known = added_.find(asked); known != added_.end()) {
+        return known->second;
     }
     // Who is ordered before this reader is ordered before all that wait for it.
-    Readers now{{by.lane->clock, by.lane->index / 32, 1u << by.lane->index % 32}};
-    for (Reader reader : old) {
+    const Reader alone{read_time(cell), read_warp(cell), mask};
+    const Reader *first = &alone, *last = first + 1;
+    if (cell & NUMBERED) {
+        first = readers_[mask].data();
+        last = first + readers_[mask].size();
+    }
+    const Reader mine{by.lane->clock, by.lane->index / 32, 1u << by.lane->index % 32};
+    bool placed = false;
+    now_.clear();
+    for (; first != last; ++first) {
+        Reader reader = *first;
         for (uint32_t rest = reader.mask; rest != 0; rest &= rest - 1) {
             const uint32_t lane = std::countr_zero(rest);
             if (before(reader.time, reader.warp * 32 + lane, by, true)) {
                 reader.mask &= ~(1u << lane);
             }
         }
+        if (!placed && reader.warp >= mine.warp) {
+            placed = true;
+            now_.push_back(mine);
+            // Lanes that keep step are one reader.
+            if (reader.warp == mine.warp && reader.time == mine.time) {
+                now_.back().mask |= reader.mask;
+                continue;
+            }
+        }
         if (reader.mask != 0) {
-            now.push_back(reader);
+            now_.push_back(reader);
         }
     }
-    std::sort(now.begin(), now.end());
-    const auto [found, fresh] = numbers_.try_emplace(now, static_cast<uint32_t>(readers_.size()));
-    if (fresh) {
-        readers_.push_back(now);
+    if (!placed) {
+        now_.push_back(mine);
     }
+    const auto [found, fresh] = numbers_.try_emplace(now_, static_cast<uint32_t>(readers_.size()));
+    if (fresh) {
+        readers_.push_back(now_);
+    }
+    added_.emplace(asked, found->second);
     return found->second;
 }
 
@@ -278,6 +318,8 @@ void Shadow::deliver_bulk(size_t at, size_t bytes, uint32_t lane, uint64_t time,
 void Shadow::begin_read(size_t at, size_t bytes) {
     std::for_each(being_read_ + at, being_read_ + at + bytes, [](uint8_t &count) { ++count; });
 }
+
+void Shadow::forget_reads() { std::fill_n(being_read_, bytes_, uint8_t{0}); }
 
 void Shadow::end_read(size_t at, size_t bytes) {
     std::for_each(being_read_ + at, being_read_ + at + bytes, [](uint8_t &count) { --count; });

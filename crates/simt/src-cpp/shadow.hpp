@@ -9,9 +9,10 @@
 // theirs to see, or to overwrite, only after that lane's fence.proxy.async.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
-#include <map>
+#include <unordered_map>
 #include <vector>
 
 namespace simt {
@@ -51,7 +52,8 @@ class Shadow {
     Shadow &operator=(const Shadow &) = delete;
 
     // Collective reads are those of a whole warp: not even the own write is ordered without a synchronisation.
-    Conflict read(size_t at, size_t bytes, const Observer &by, bool collective);
+    // Unless `all_written`, bytes that nothing has written may be read too.
+    Conflict read(size_t at, size_t bytes, const Observer &by, bool collective, bool all_written = true);
     Conflict write(size_t at, size_t bytes, const Observer &by);
     Conflict atomic(size_t at, size_t bytes, const Observer &by);
     // The start and the end of an asynchronous write.
@@ -62,6 +64,8 @@ class Shadow {
     // The start and the end of an asynchronous read: nothing may be written between.
     void begin_read(size_t at, size_t bytes);
     void end_read(size_t at, size_t bytes);
+    // A launch that failed has left reads without an end.
+    void forget_reads();
 
     void set_written(size_t at, size_t bytes);
     bool written(size_t at) const { return writes_[at] != 0; }
@@ -80,9 +84,13 @@ class Shadow {
         uint64_t time;
         uint32_t warp;
         uint32_t mask;
-        auto operator<=>(const Reader &) const = default;
+        bool operator==(const Reader &) const = default;
     };
-    using Readers = std::vector<Reader>;
+    using Readers = std::vector<Reader>; // by warp
+    struct Hash {
+        size_t operator()(const Readers &readers) const;
+        size_t operator()(const std::array<uint64_t, 4> &words) const;
+    };
 
     size_t bytes_;
     char *base_;
@@ -93,7 +101,10 @@ class Shadow {
     uint32_t *read_places_;
     uint8_t *being_read_;
     std::vector<Readers> readers_; // of the block that began at `readers_start_`
-    std::map<Readers, uint32_t> numbers_;
+    std::unordered_map<Readers, uint32_t, Hash> numbers_;
+    // What `add_reader` gave: by the cell and its mask, and the lane with its clock and what it knew.
+    std::unordered_map<std::array<uint64_t, 4>, uint32_t, Hash> added_;
+    Readers now_;
     uint64_t readers_start_ = 0;
 };
 

@@ -127,22 +127,22 @@ void Engine::begin_product(Warpgroup &group, const WgmmaRequest &request) {
             }
         }
     };
-    take(a, ROWS, read.chunks_a, left.data(), true);
-    take(b, n, &read.chunks_b, right.data(), false);
+    take(a, ROWS, read.of_warp, left.data(), true);
+    take(b, n, &read.of_all, right.data(), false);
     const auto unique = [](std::vector<uint32_t> &chunks) {
         std::sort(chunks.begin(), chunks.end());
         chunks.erase(std::unique(chunks.begin(), chunks.end()), chunks.end());
     };
-    unique(read.chunks_b);
+    unique(read.of_all);
     for (uint32_t warp = 0; warp < 4; ++warp) {
-        unique(read.chunks_a[warp]);
-        for (uint32_t at : read.chunks_a[warp]) {
-            read_operand(lanes_[first + warp * 32], at, false, request.place);
+        unique(read.of_warp[warp]);
+        for (uint32_t at : read.of_warp[warp]) {
+            read_operand(lanes_[first + warp * 32], at, 16, false, request.place);
             shared_shadow_.begin_read(at, 16);
         }
     }
-    for (uint32_t at : read.chunks_b) {
-        read_operand(lanes_[first], at, false, request.place);
+    for (uint32_t at : read.of_all) {
+        read_operand(lanes_[first], at, 16, false, request.place);
         shared_shadow_.begin_read(at, 16);
     }
     group.reads.push_back(std::move(read));
@@ -190,24 +190,32 @@ void Engine::finish_products(uint32_t warp, uint32_t newest_pending, uint32_t pl
     const uint32_t bit = 1u << warp % 4;
     const uint64_t commits = lanes_[warp * 32].product_group;
     const uint64_t done = commits < newest_pending ? 0 : commits - newest_pending;
+    Lane &first = lanes_[warp * 32];
+    std::vector<uint32_t> used;
     for (OperandRead &read : group.reads) {
         if (read.group >= done || !(read.waiting_warps & bit)) {
             continue;
         }
         read.waiting_warps &= ~bit;
-        Lane &lane = lanes_[warp * 32];
-        for (uint32_t at : read.chunks_a[warp % 4]) {
+        for (uint32_t at : read.of_warp[warp % 4]) {
             shared_shadow_.end_read(at, 16);
-            read_operand(lane, at, false, place);
         }
-        if (read.waiting_warps == 0) {
-            for (uint32_t at : read.chunks_b) {
+        for (uint32_t at : read.of_all) {
+            if (read.waiting_warps == 0) {
                 shared_shadow_.end_read(at, 16);
             }
         }
-        for (uint32_t at : read.chunks_b) {
-            read_operand(lane, at, false, place);
+        used.insert(used.end(), read.of_warp[warp % 4].begin(), read.of_warp[warp % 4].end());
+        used.insert(used.end(), read.of_all.begin(), read.of_all.end());
+    }
+    std::sort(used.begin(), used.end());
+    for (size_t i = 0; i < used.size();) {
+        size_t end = i + 1;
+        while (end < used.size() && used[end] - used[end - 1] <= 16) {
+            ++end;
         }
+        read_operand(first, used[i], used[end - 1] + 16 - used[i], false, place);
+        i = end;
     }
     std::erase_if(group.reads, [](const OperandRead &read) { return read.waiting_warps == 0; });
     for (Product &product : group.products) {

@@ -72,7 +72,7 @@ pub mod buffer;
 pub mod executor;
 pub mod fault;
 mod ffi;
-mod tensor_map;
+pub mod tensor_map;
 
 pub use backend::Simulated;
 pub use buffer::Buffer;

@@ -3,10 +3,11 @@
 use tenp_kernels::device::TensorMap;
 use tenp_kernels::device::tensor_map::BOX_INNER;
 
+/// What tells a map from other bytes.
 const MAGIC: u64 = 0x7061_6d2d_746d_6973;
 
 /// Sixteen words of one map.
-pub(crate) fn encode(map: &TensorMap) -> [u64; 16] {
+pub fn encode(map: &TensorMap) -> [u64; 16] {
     let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
     let mut words = [0; 16];
     words[..7].copy_from_slice(&[

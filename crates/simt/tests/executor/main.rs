@@ -6,6 +6,7 @@ mod barriers;
 mod bounds;
 mod conversions;
 mod copies;
+mod hopper;
 mod launches;
 mod matrices;
 mod warps;
