@@ -12,6 +12,11 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+#[path = "build/planted.rs"]
+mod planted;
+
+use planted::PLANTED;
+
 /// What makes g++ call the functions of `src-cpp/hooks.cpp`.
 const INSTRUMENTATION: [&str; 3] = [
     "-fsanitize=thread",
@@ -35,6 +40,7 @@ fn build() -> Result<(), String> {
     let product = package.join("../../kernels/cuda");
     let own = package.join("tests/kernels");
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build/planted.rs");
     for folder in [&runtime, &product, &own] {
         // A folder is watched with everything in it, so a new file counts as a change too.
         println!("cargo::rerun-if-changed={}", folder.display());
@@ -68,6 +74,10 @@ fn build() -> Result<(), String> {
             let unit = Unit::new(&source, group, &kernel_command)?;
             objects.push(unit.wrapped(&out)?);
         }
+    }
+    for mistake in &PLANTED {
+        let unit = Unit::new(&mistake.write(&product, &out)?, "planted", &kernel_command)?;
+        objects.push(unit.wrapped(&out)?);
     }
     let headers = fingerprint(&headers)?;
     let archived = compile_all(&objects, headers, &out)?;

@@ -95,10 +95,18 @@ impl Executor {
     /// # Errors
     /// The first [`Fault`].
     pub fn launch_call(&self, call: &Call<'_>) -> Result<Report, Fault> {
+        self.launch_call_as(call.entry(), call)
+    }
+
+    /// The same with another entry of the same arguments.
+    ///
+    /// # Errors
+    /// The first [`Fault`].
+    pub fn launch_call_as(&self, entry: &str, call: &Call<'_>) -> Result<Report, Fault> {
         let launch = call.launch();
         let words = tensor_map::arguments(call.params(), call.tensor_maps());
         self.launch_raw(
-            call.entry(),
+            entry,
             (launch.grid, [launch.threads, 1, 1], launch.shared_bytes),
             words.as_ptr().cast(),
             size_of_val(words.as_slice()),

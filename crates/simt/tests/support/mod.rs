@@ -72,6 +72,8 @@ pub struct Sim {
     pub schedule: Schedule,
     /// Persistent kernels get twice as many blocks.
     pub multiprocessors: usize,
+    /// Entries that have a copy with this mistake planted (`build/planted.rs`) run as that.
+    pub planted: Option<&'static str>,
 }
 
 /// How a call fails here.
@@ -102,8 +104,12 @@ impl Runner for Sim {
         if call.launch().is_empty() {
             return Ok(());
         }
+        let copy = self
+            .planted
+            .map(|mistake| format!("planted_{mistake}_{}", call.entry()))
+            .filter(|copy| simt::executor::entries().contains(copy));
         Executor::new(self.schedule)
-            .launch_call(call)
+            .launch_call_as(copy.as_deref().unwrap_or(call.entry()), call)
             .map(|_| ())
             .map_err(Failure::Fault)
     }
@@ -114,6 +120,7 @@ impl Sim {
         Self {
             schedule,
             multiprocessors: 2,
+            planted: None,
         }
     }
 
@@ -122,6 +129,7 @@ impl Sim {
         Self {
             schedule: Schedule::UNLIKE[i % 4],
             multiprocessors: [2, 1, 3, 20][i % 4],
+            planted: None,
         }
     }
 
