@@ -39,3 +39,9 @@ fn the_check_runs_its_steps_and_sees_failures() {
     let name = "the_check_runs_its_steps_and_sees_failures";
     passes(name, &["python3", "bash"], "scripts/gpu-check-test.sh", &[]);
 }
+
+#[test]
+fn the_peers_cases_are_those_of_our_own_bench() {
+    let name = "the_peers_cases_are_those_of_our_own_bench";
+    passes(name, &["python3"], "tests/peers/check_cases.py", &[]);
+}

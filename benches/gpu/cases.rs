@@ -15,7 +15,7 @@ pub struct Shape {
 }
 
 /// The last has a quarter of its model's experts: three sets of all of them do not fit beside the activations.
-pub const SHAPES: [Shape; 3] = [
+pub const SHAPES: [Shape; 4] = [
     Shape {
         name: "Qwen3-30B-A3B",
         hidden: 2048,
@@ -29,6 +29,13 @@ pub const SHAPES: [Shape; 3] = [
         width: 1408,
         experts: 64,
         top_k: 6,
+    },
+    Shape {
+        name: "Qwen2-57B-A14B",
+        hidden: 3584,
+        width: 2560,
+        experts: 64,
+        top_k: 8,
     },
     Shape {
         name: "DeepSeek-V3, 64 experts",
