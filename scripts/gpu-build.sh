@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds what scripts/gpu-check.sh needs on a machine without cargo: the GPU tests, the GPU benches and tenp-run,
-# stripped, with the models and texts they read, in one folder.
+# stripped, with the peers' benches and the models and texts they read, in one folder.
 #
 #   scripts/gpu-build.sh [--bare] [OUT]     OUT: target/gpu without it; replaced if it is such a folder
 #
@@ -45,7 +45,9 @@ for pair in "$tests gpu-tests" "$bench gpu-bench" "$program tenp-run"; do
   read -r from to <<<"$pair"
   strip -o "$partial/$to" "$from"
 done
-cp scripts/gpu-check.sh scripts/gpu-report.py "$partial/"
+cp scripts/gpu-check.sh scripts/gpu-report.py scripts/gpu_peers.py scripts/gpu_plots.py "$partial/"
+mkdir "$partial/peers"
+cp benches/baselines/peers/*.py "$partial/peers/"
 if [[ -z $bare ]]; then
   mkdir -p "$partial/repo/tests"
   cp -r demo "$partial/repo/demo"

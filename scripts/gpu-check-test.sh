@@ -6,11 +6,12 @@ cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 pre=$work/pre
-mkdir -p "$pre/repo/demo/calibration" "$pre/repo/demo/text" "$work/bin"
-cp scripts/gpu-report.py "$pre/"
+mkdir -p "$pre/repo/demo/calibration" "$pre/repo/demo/text" "$pre/peers" "$work/bin"
+cp scripts/gpu-report.py scripts/gpu_peers.py scripts/gpu_plots.py "$pre/"
 echo '{}' > "$pre/repo/demo/config.json"
 touch "$pre/repo/demo/calibration/a.jsonl" "$pre/repo/demo/text/a.jsonl"
 echo pretended > "$pre/revision"
+cp tests/peers/made_up/* "$work/"
 
 # What each is called with goes to a file, so that the options can be looked at.
 cat > "$pre/gpu-tests" <<'END'
@@ -24,7 +25,18 @@ echo "test result: ok. 37 passed; 0 failed; 0 ignored; 0 measured; 0 filtered ou
 END
 cat > "$pre/gpu-bench" <<'END'
 #!/usr/bin/env bash
-echo '{"ceilings": {"cublas_8192_tflops": 1.0, "copy_gb_per_s": 1.0}, "rows": []}' > "$TENP_GPU_BENCH_JSON"
+echo "gpu-bench $TENP_GPU_BENCH_JSON" >> "$PRETENDED/calls"
+cp "$PRETENDED/gpu_moe.json" "$TENP_GPU_BENCH_JSON"
+END
+cat > "$pre/peers/bench.py" <<'END'
+import os, pathlib, sys
+print("peers", *sys.argv[1:], file=open(os.environ["PRETENDED"] + "/calls", "a"))
+if pathlib.Path(os.environ["PRETENDED"], "mode").read_text().strip() == "bare":
+    print("left out: every peer: No module named 'torch'", file=sys.stderr)
+    line = '{"kind": "left_out", "peer": "every peer", "why": "nothing is there"}'
+else:
+    line = pathlib.Path(os.environ["PRETENDED"], "gpu_peers.jsonl").read_text()
+pathlib.Path(sys.argv[1]).write_text(line)
 END
 cat > "$pre/tenp-run" <<'END'
 #!/usr/bin/env bash
@@ -77,6 +89,21 @@ grep -q "repo 1 small 2 0 .*--test-threads=1" "$work/calls" || fail "initcheck's
 grep -q "repo 1    --test-threads=4" "$work/calls" || fail "the tests' options"
 grep -q "tenp-run calibrate .* --device cpu --compute bf16 -o" "$work/calls" || fail "the CPU's options"
 python3 -c 'import json, sys; assert json.load(open(sys.argv[1]))["good"]' "$work/good/report.json" || fail "report.json"
+
+# Ours, the peers, ours again.
+order=$(grep -o '^gpu-bench .*json\|^peers .*jsonl' "$work/calls" | sed 's,/.*/,,')
+[[ $order == $'gpu-bench gpu_moe.json\npeers gpu_peers.jsonl\ngpu-bench gpu_moe_again.json' ]] || fail "the order: $order"
+for word in "## Beside other libraries" "| bench-again | good" "380.0 (**0.95 ×**)"; do
+  grep -qF "$word" "$work/good/report.md" || fail "the report does not say: $word"
+done
+# A bench of its own makes older figures of the peers another comparison; peers alone runs ours too.
+check good 0 "$pre" "$work/good" bench
+grep -qF "No peer was measured" "$work/good/report.md" && ! grep -qF "| peers |" "$work/good/report.md" || fail "figures of different runs are compared"
+check good 0 "$pre" "$work/good" peers
+(($(grep -c '^gpu-bench' "$work/calls") == 2)) || fail "peers without a run of ours before and after"
+check bare 0 "$pre" "$work/bare" peers
+(($(grep -c '^gpu-bench' "$work/calls") == 1)) || fail "ours again without peers"
+grep -qF "left out: every peer: No module named 'torch'" "$work/bare/report.md" || fail "what is missing is not named"
 
 check bad 1 "$pre" "$work/bad" tests
 grep -q 'failed: norms' "$work/bad/report.md" || fail "the failing test is not named"

@@ -4,24 +4,27 @@
 #
 #   gpu-check.sh PREBUILT OUT [STEP…]
 #
-# Steps: tests memcheck racecheck synccheck initcheck bench program; all without any. Writes OUT/report.json and
+# Steps: tests memcheck racecheck synccheck initcheck bench peers program; all without any. Writes OUT/report.json and
 # OUT/report.md; logs are beside them. Steps of several runs add up in one OUT. Exit codes: 0 all good, 1 something
 # failed (the report says what; a missing compute-sanitizer is a failure), 2 usage, 3 no GPU or no python3.
+#
+# peers measures other libraries between two runs of our own bench. It needs PyTorch and Triton, and DeepGEMM for
+# DeepGEMM; what is missing is named in the report and is no failure. matplotlib draws its plots.
 #
 # TENP_REPO           the repository, where gpu-build.sh --bare left its models out
 # TENP_STEP_SECONDS   limit of a step, 1500 without it
 # TENP_GPU_BENCH      what is timed, `short` without it (benches/gpu_moe.rs)
 set -uo pipefail
 
-(($# >= 2)) || { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+(($# >= 2)) || { sed -n '2,17s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 prebuilt=$(cd "$1" 2>/dev/null && pwd) || { echo "gpu-check: no folder $1" >&2; exit 2; }
 mkdir -p "$2" && out=$(cd "$2" && pwd) || exit 2
 shift 2
 steps=("$@")
-((${#steps[@]})) || steps=(tests memcheck racecheck synccheck initcheck bench program)
+((${#steps[@]})) || steps=(tests memcheck racecheck synccheck initcheck bench peers program)
 limit=${TENP_STEP_SECONDS:-1500}
 
-for file in gpu-tests gpu-bench tenp-run gpu-report.py revision; do
+for file in gpu-tests gpu-bench tenp-run gpu-report.py gpu_peers.py gpu_plots.py peers/bench.py revision; do
   [[ -e $prebuilt/$file ]] || { echo "gpu-check: no $prebuilt/$file; scripts/gpu-build.sh makes it" >&2; exit 2; }
 done
 command -v python3 >/dev/null || { echo "gpu-check: python3 is needed for the report" >&2; exit 3; }
@@ -46,6 +49,17 @@ elif ((status)); then
 fi
 export TENP_REQUIRE_GPU=1
 
+# Drops the lines of steps whose results do not count any more.
+forget() { # NAME…
+  local name
+  for name in "$@"; do
+    if [[ -f $out/steps.tsv ]]; then
+      grep -v "^$name	" "$out/steps.tsv" > "$out/steps.tmp"
+      mv "$out/steps.tmp" "$out/steps.tsv"
+    fi
+  done
+}
+
 # Runs one thing and records how it went: a line of steps.tsv, all it printed in a log.
 record() { # NAME COMMAND…
   local name=$1 started status
@@ -56,9 +70,8 @@ record() { # NAME COMMAND…
   status=$?
   ((status == 124)) && echo "ended after $limit s" >> "$out/$name.log"
   # A step that is run again replaces its line.
-  [[ -f $out/steps.tsv ]] && grep -v "^$name	" "$out/steps.tsv" > "$out/steps.tmp"
-  printf '%s\t%s\t%s\n' "$name" "$status" "$(($(date +%s) - started))" >> "$out/steps.tmp"
-  mv "$out/steps.tmp" "$out/steps.tsv"
+  forget "$name"
+  printf '%s\t%s\t%s\n' "$name" "$status" "$(($(date +%s) - started))" >> "$out/steps.tsv"
   ((status == 0)) || { echo "   exit code $status; the end of $name.log:"; tail -n 15 "$out/$name.log"; }
   return "$status"
 }
@@ -70,6 +83,27 @@ sanitize() { # TOOL TEST-ARGUMENTS…
   TENP_CHECK_SIZE=small TENP_REPEATS=2 record "$tool" compute-sanitizer --tool "$tool" --error-exitcode 99 \
     --report-api-errors no "$prebuilt/gpu-tests" --test-threads=1 \
     --skip out_of_memory_says_what_was_wanted --skip times_are_those_of_the_work "$@"
+}
+
+bench() { # STEP FILE
+  CRITERION_HOME=$out/criterion TENP_GPU_BENCH_JSON=$out/$2 record "$1" "$prebuilt/gpu-bench" --bench
+}
+
+# Ours, the peers, ours again, all in this call: figures of different times are not compared.
+benched=
+first_bench() {
+  forget peers bench-again
+  rm -rf "$out/gpu_peers.jsonl" "$out/gpu_moe_again.json" "$out/plots"
+  bench bench gpu_moe.json
+  benched=1
+}
+
+peers() {
+  [[ -n $benched ]] || first_bench
+  record peers python3 "$prebuilt/peers/bench.py" "$out/gpu_peers.jsonl"
+  if grep -q '"kind": "row"' "$out/gpu_peers.jsonl"; then
+    bench bench-again gpu_moe_again.json
+  fi
 }
 
 program() {
@@ -100,9 +134,8 @@ for step in "${steps[@]}"; do
     # The model's passes launch the same kernels; hazards of all of them take too long to track.
     racecheck) sanitize "$step" --skip calibration --skip continuations --skip branches --skip logits ;;
     initcheck) TENP_GPU_POISON=0 sanitize "$step" ;;
-    bench)
-      CRITERION_HOME=$out/criterion TENP_GPU_BENCH_JSON=$out/gpu_moe.json record bench "$prebuilt/gpu-bench" --bench
-      ;;
+    bench) first_bench ;;
+    peers) peers ;;
     program) program ;;
     *) echo "gpu-check: no step $step" >&2; exit 2 ;;
   esac

@@ -16,6 +16,9 @@ import struct
 import sys
 import tempfile
 
+import gpu_peers
+from gpu_peers import table
+
 # The GPU's statistics may be this far from the CPU's at bf16, and so many of its kept neurons must be the same.
 MOST_ERROR = 1e-2
 LEAST_AGREEMENT = 0.99
@@ -102,6 +105,7 @@ def finding(name, log):
     results = re.findall(r"test result: (.*?); finished", log)
     failed = re.findall(r"^test (\S+) \.\.\. FAILED", log, re.MULTILINE)
     parts = results[-1:] + summaries[-1:] + ([f"failed: {', '.join(failed)}"] if failed else [])
+    parts += re.findall(r"^left out: .*", log, re.MULTILINE)
     return "; ".join(parts)
 
 
@@ -135,17 +139,12 @@ def gather(folder):
             report[key] = json.loads(read(path)) if os.path.exists(path) else None
         except json.JSONDecodeError:
             report[key] = None
+    report["peers"] = gpu_peers.gather(folder, report["bench"])
     for place in ["cpu", "cuda"]:
         path = os.path.join(folder, f"generate-{place}.log")
         if os.path.exists(path):
             report.setdefault("continuations", {})[place] = read(path).strip().splitlines()[-1:]
     return report
-
-
-def table(header, rows, numeric_from=0):
-    rule = ["---" if i < numeric_from else "---:" for i in range(len(header))]
-    lines = [header, rule, *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def bench_tables(bench):
@@ -213,6 +212,7 @@ def markdown(report):
                        [[name, f"{error:.2e}"] for name, error in found["errors"].items()], numeric_from=1)]
     if report.get("bench"):
         text += ["", "## Benches", "", bench_tables(report["bench"])]
+    text += ["", gpu_peers.markdown(report["peers"])]
     return "\n".join(text) + "\n"
 
 

@@ -45,3 +45,9 @@ fn the_peers_cases_are_those_of_our_own_bench() {
     let name = "the_peers_cases_are_those_of_our_own_bench";
     passes(name, &["python3"], "tests/peers/check_cases.py", &[]);
 }
+
+#[test]
+fn peers_are_reported_beside_our_own_figures() {
+    let name = "peers_are_reported_beside_our_own_figures";
+    passes(name, &["python3"], "tests/peers/check_report.py", &[]);
+}
