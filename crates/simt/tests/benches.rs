@@ -58,6 +58,36 @@ fn every_launch_is_sound() {
     }
 }
 
+/// Checksums of ragged widths, a row for each share, and of the ids of 500 tokens, a row for each routing, by shape.
+/// tests/peers/check_cases.py reads them here and compares them with what the Python benches draw.
+const DRAWN_WIDTHS: [[usize; 4]; 2] = [
+    [4_734_632, 2_151_696, 3_913_336, 3_130_360],
+    [3_137_600, 1_419_824, 2_581_784, 2_066_000],
+];
+const DRAWN_IDS: [[usize; 4]; 3] = [
+    [512_995_979, 139_209_889, 250_089_774, 250_089_774],
+    [461_982_047, 129_409_411, 237_758_028, 237_758_028],
+    [498_129_902, 138_736_319, 245_048_047, 245_048_047],
+];
+
+fn checksum(values: impl IntoIterator<Item = usize>) -> usize {
+    values.into_iter().zip(1_usize..).map(|(v, i)| v * i).sum()
+}
+
+#[test]
+fn draws_are_those_that_the_python_benches_repeat() {
+    let widths = [Widths::Ragged75, Widths::Ragged50]
+        .map(|widths| SHAPES.map(|shape| checksum(widths.of(&shape))));
+    assert_eq!(widths, DRAWN_WIDTHS);
+    let ids = [Routing::Uniform, Routing::Zipf, Routing::ManyEmpty].map(|routing| {
+        SHAPES.map(|shape| {
+            let ids = routing.ids(&shape, 500);
+            checksum(ids.into_iter().map(|id| id as usize))
+        })
+    });
+    assert_eq!(ids, DRAWN_IDS);
+}
+
 #[test]
 fn widths_and_routings_are_what_they_are_called() {
     for shape in SHAPES {
