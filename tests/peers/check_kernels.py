@@ -20,6 +20,7 @@ import torch
 
 import bench
 import cases
+import clock
 import layers
 
 CPU = torch.device("cpu")
@@ -131,6 +132,73 @@ def check_tuning():
         assert bench.error_of(peer) < 2e-3
 
 
+class PretendedCuda:
+    """As much of torch.cuda as the clock uses; a launch takes a second, replays of a graph a tenth for all of it."""
+
+    OutOfMemoryError = torch.cuda.OutOfMemoryError
+
+    def __init__(self, refuse=None):
+        self.now, self.refuse, self.capturing, self.stream = 0.0, refuse, False, "own"
+        self.CUDAGraph, self.Event, self.graph = lambda: self, lambda enable_timing: PretendedEvent(self), lambda _: self
+
+    def launch(self):
+        if self.capturing and self.refuse:
+            raise self.refuse
+        self.now += 0.0 if self.capturing else 1.0
+
+    def replay(self):
+        self.now += 0.1
+
+    def __enter__(self):
+        self.capturing, self.stream = True, "capture"
+
+    def __exit__(self, kind, *_):
+        self.capturing = False
+        self.stream = self.stream if kind else "own"
+
+    def current_stream(self, _):
+        return self.stream
+
+    def set_stream(self, stream):
+        self.stream = stream
+
+    def synchronize(self, _):
+        pass
+
+
+class PretendedEvent:
+    def __init__(self, cuda):
+        self.cuda = cuda
+
+    def record(self):
+        self.at = self.cuda.now
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.at - self.at)
+
+
+def check_clock():
+    """Seconds of one run, by graph where it can be; nothing of a failed capture stays behind."""
+    kept, sets = clock.torch.cuda, []
+    try:
+        for refuse, seconds, launched in [(None, 0.1 / 4, "graph"), (RuntimeError("cannot be captured"), 1.0, "stream")]:
+            cuda = clock.torch.cuda = PretendedCuda(refuse)
+            found = clock.GpuClock(CPU).seconds(lambda set_: (sets.append(set_), cuda.launch()), 4)
+            assert abs(found[0] - seconds) < 1e-9 and found[1] == launched, found
+            assert cuda.stream == "own" and set(sets) == {0, 1, 2, 3}
+        clock.torch.cuda = PretendedCuda(torch.cuda.OutOfMemoryError("too much"))
+        try:
+            clock.GpuClock(CPU).seconds(lambda _: clock.torch.cuda.launch(), 4)
+            raise AssertionError("out of memory was taken for work that cannot be captured")
+        except kept.OutOfMemoryError:
+            pass
+    finally:
+        clock.torch.cuda = kept
+
+
 def check_bench():
     """The whole of a case, to its lines."""
     sys.modules["deep_gemm"] = None
@@ -163,6 +231,6 @@ def check_bench():
 
 if __name__ == "__main__":
     torch.manual_seed(1)
-    for check in [check_layers, check_faults, check_tuning, check_bench]:
+    for check in [check_clock, check_faults, check_tuning, check_bench, check_layers]:
         check()
         print(f"{check.__name__}: passed")

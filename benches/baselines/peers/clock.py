@@ -36,7 +36,7 @@ class GpuClock:
 
     def captured(self, work, sets):
         self.wait()
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             with torch.cuda.graph(graph):
                 for set_ in range(sets):
@@ -44,7 +44,8 @@ class GpuClock:
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError:
-            # Work that waits for the GPU cannot be captured.
+            # Work that waits for the GPU cannot be captured; and PyTorch then leaves the capture's stream the current one.
+            torch.cuda.set_stream(stream)
             self.wait()
             return None
         return graph

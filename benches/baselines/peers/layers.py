@@ -248,6 +248,8 @@ class TritonFused(Peer):
     def use(self, up, down=None):
         self.config = (up, down or up)
         self.regroup(up.m)
+        # The old ones go before new ones come: they are gigabytes.
+        self.h = self.y = None
         self.h = self.problem.empty(self.groups.capacity, self.width)
         self.y = self.problem.empty(self.groups.capacity, self.problem.hidden)
 
