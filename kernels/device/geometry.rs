@@ -79,6 +79,12 @@ impl Tile {
         Self::W256,
     ];
 
+    /// The tiles of a GPU with, or without, the products of sm_90.
+    pub fn of(wgmma: bool) -> impl Iterator<Item = Self> {
+        let more: &[Self] = if wgmma { &Self::WGMMA } else { &[] };
+        Self::ALL.iter().chain(more).copied()
+    }
+
     /// Rows of a tile.
     #[must_use]
     pub const fn rows(self) -> usize {
@@ -321,7 +327,7 @@ mod tests {
 
     #[test]
     fn entries_name_their_tile_and_fit_a_block() {
-        for tile in Tile::ALL.into_iter().chain(Tile::WGMMA) {
+        for tile in Tile::of(true) {
             for product in [
                 Product::gate_up(tile),
                 Product::gate_up_stats(tile),
@@ -370,7 +376,7 @@ mod tests {
             experts in proptest::collection::vec((0usize..300, 0usize..20), 1..40),
             tile in 0usize..11,
         ) {
-            let tile = *Tile::ALL.iter().chain(&Tile::WGMMA).nth(tile).unwrap();
+            let tile = Tile::of(true).nth(tile).unwrap();
             let pitch = experts.iter().map(|e| 16 * e.1).max().unwrap_or(0);
             let rows: usize = experts.iter().map(|e| e.0).sum();
             let neurons: usize = experts.iter().map(|e| 16 * e.1).sum();

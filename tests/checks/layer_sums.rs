@@ -172,7 +172,7 @@ pub fn a_scored_layer_is_that_of_the_cpu<B: Backend>(on: On<'_, B>, size: Size) 
     for batch in batches {
         let residual = f32_values(&mut rng(99), batch.x.len(), 2.0);
         let want = on_cpu(&batch, &residual);
-        for tile in [Tile::N64, Tile::N128] {
+        for tile in super::products::scoring_tiles(on) {
             compare(&scored(&batch, &residual, tile), &want);
         }
     }

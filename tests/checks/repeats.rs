@@ -8,7 +8,7 @@ use tenp_kernels::params::{TENP_NUM_ACTIVATION_SUMS, TENP_NUM_CONTRIBUTION_SUMS}
 use super::attention::{Sequences, Span, shape};
 use super::batch::Batch;
 use super::layer_sums::scored;
-use super::products::{contribution, down, gate_up, row_norms};
+use super::products::{contribution, down, gate_up, row_norms, scoring_tiles};
 use super::{On, Size, f32_values, rng};
 
 fn batch<B: Backend>(on: On<'_, B>, size: Size) -> Batch<'_, B> {
@@ -32,7 +32,7 @@ fn repeat<B: Backend, R: PartialEq>(on: On<'_, B>, what: &str, mut run: impl FnM
 
 pub fn products_have_the_same_bits<B: Backend>(on: On<'_, B>, size: Size) {
     let batch = batch(on, size);
-    for tile in Tile::ALL {
+    for tile in Tile::of(on.backend.has_wgmma()) {
         let (h, _) = gate_up(&batch, Product::gate_up(tile));
         repeat(on, &format!("gate and up, {tile:?}"), || {
             bits(&on.get(gate_up(&batch, Product::gate_up(tile)).0.view()))
@@ -47,7 +47,7 @@ pub fn products_have_the_same_bits<B: Backend>(on: On<'_, B>, size: Size) {
             (y, on.get(row_norms(&batch, &made).inverse.view()))
         });
     }
-    for tile in [Tile::N64, Tile::N128] {
+    for tile in scoring_tiles(on) {
         repeat(on, &format!("statistics, {tile:?}"), || {
             let (h, sums) = gate_up(&batch, Product::gate_up_stats(tile));
             let sums = sums.expect("the entry makes them");
@@ -90,7 +90,7 @@ pub fn attention_has_the_same_bits<B: Backend>(on: On<'_, B>, size: Size) {
 pub fn a_scored_layer_has_the_same_bits<B: Backend>(on: On<'_, B>, size: Size) {
     let batch = batch(on, size);
     let residual = f32_values(&mut rng(52), batch.x.len(), 1.0);
-    for tile in [Tile::N64, Tile::N128] {
+    for tile in scoring_tiles(on) {
         repeat(on, &format!("a scored layer, {tile:?}"), || {
             scored(&batch, &residual, tile)
         });

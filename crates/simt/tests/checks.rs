@@ -23,7 +23,7 @@ macro_rules! on_the_executor {
             fn $check() {
                 // Every check under a schedule of its own; the kernels' own tests go through all of them.
                 let at = stringify!($check).len() % Schedule::UNLIKE.len();
-                let backend = Simulated::new(Schedule::UNLIKE[at]);
+                let backend = Simulated::new(Schedule::UNLIKE[at]).with_wgmma();
                 $family::$check(On::new(&backend, 2), size());
             }
         )*

@@ -6,7 +6,7 @@ use half::bf16;
 use simt::{Buffer, Schedule};
 use support::moe::Batch;
 use support::products::{Outputs, down, gate_up};
-use support::{F32_ROUNDING, Sim, assert_close, bytes_of, dot, every_tile};
+use support::{F32_ROUNDING, Sim, assert_close, bytes_of, dot};
 use tenp_kernels::device::{Product, Tile};
 
 /// h of the batch as the kernels made it.
@@ -70,7 +70,7 @@ fn check_clipped(batch: &Batch, outputs: &Outputs) {
 #[test]
 fn every_path_at_awkward_widths() {
     // The hidden sizes end inside a tile of outputs, behind one, and are smaller than one.
-    for (i, (tile, hidden)) in every_tile()
+    for (i, (tile, hidden)) in Tile::of(true)
         .zip([72, 136, 264, 24].into_iter().cycle())
         .enumerate()
     {
@@ -86,7 +86,7 @@ fn every_path_at_awkward_widths() {
 fn experts_as_wide_as_real_ones() {
     let batch = Batch::wide(12, 16, 21);
     let h = hidden_states(&batch);
-    for (i, tile) in every_tile().enumerate() {
+    for (i, tile) in Tile::of(true).enumerate() {
         let product = Product::down(tile);
         let outputs = down(&batch, &h, product, Sim::unlike(i));
         check(&batch, &h.to_vec(), product, &outputs);
@@ -97,7 +97,7 @@ fn experts_as_wide_as_real_ones() {
 fn rows_of_slots_routed_nowhere_are_left_alone() {
     let batch = Batch::with_lost_slots(15, 72, 31);
     let h = hidden_states(&batch);
-    for (i, tile) in every_tile().enumerate() {
+    for (i, tile) in Tile::of(true).enumerate() {
         let product = Product::down(tile);
         let outputs = down(&batch, &h, product, Sim::unlike(i));
         check(&batch, &h.to_vec(), product, &outputs);
@@ -106,7 +106,7 @@ fn rows_of_slots_routed_nowhere_are_left_alone() {
 
 #[test]
 fn every_token_on_one_expert() {
-    for (i, (tile, tokens)) in every_tile()
+    for (i, (tile, tokens)) in Tile::of(true)
         .zip([3, 18, 67, 131, 9, 17, 35, 66, 131, 200, 260])
         .enumerate()
     {
@@ -129,7 +129,7 @@ fn runs_are_bitwise_equal_whatever_the_order_and_the_grid() {
             bytes_of(&o.squares),
         )
     };
-    for tile in every_tile() {
+    for tile in Tile::of(true) {
         let product = Product::down(tile);
         let first = bytes(&down(&batch, &h, product, Sim::unlike(0)));
         for i in 1..4 {
@@ -151,7 +151,7 @@ fn bad_hidden_states_and_weights_stay_where_they_are() {
     // Output 17 of expert 4 is NaN whatever its token.
     dirty.layer.experts[4].down[17 * 63 + 5] = bf16::NAN;
     let dirty = Batch::new(dirty.layer, dirty.routing, dirty.x);
-    for tile in every_tile() {
+    for tile in Tile::of(true) {
         let product = Product::down(tile);
         let want = down(&clean, &h, product, Sim::new(Schedule::Forward));
         let got = down(&dirty, &dirty_h, product, Sim::new(Schedule::Reversed));
@@ -185,7 +185,7 @@ fn what_is_behind_the_width_is_not_read() {
         values[row.index * pitch + padded..(row.index + 1) * pitch].fill(bf16::NAN);
     }
     let h = Buffer::input("h", &values);
-    for (i, tile) in every_tile().enumerate() {
+    for (i, tile) in Tile::of(true).enumerate() {
         let product = Product::down(tile);
         let outputs = down(&batch, &h, product, Sim::unlike(i));
         check(&batch, &values, product, &outputs);

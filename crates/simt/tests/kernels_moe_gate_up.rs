@@ -6,7 +6,7 @@ use half::bf16;
 use simt::{Buffer, Schedule};
 use support::moe::Batch;
 use support::products::{Partials, gate_up};
-use support::{BF16_ROUNDING, F32_ROUNDING, Sim, assert_close, bytes_of, dot, every_tile};
+use support::{BF16_ROUNDING, F32_ROUNDING, Sim, assert_close, bytes_of, dot};
 use tenp_kernels::device::{Product, Tile};
 use tenp_kernels::params::{
     TENP_NUM_ACTIVATION_SUMS, TENP_SUM_ACTIVATION, TENP_SUM_GATED_ENERGY, TENP_SUM_GATED_PEAK,
@@ -64,7 +64,7 @@ fn check_clipped(batch: &Batch, h: &Buffer<bf16>) {
 #[test]
 fn every_path_at_awkward_widths() {
     // The hidden sizes end inside a stage, inside a fragment, and at neither.
-    for (i, (tile, hidden)) in every_tile()
+    for (i, (tile, hidden)) in Tile::of(true)
         .zip([264, 88, 96, 72].into_iter().cycle())
         .enumerate()
     {
@@ -81,7 +81,7 @@ fn every_path_at_awkward_widths() {
 #[test]
 fn experts_as_wide_as_real_ones() {
     let batch = Batch::wide(12, 16, 21);
-    for (i, tile) in every_tile().enumerate() {
+    for (i, tile) in Tile::of(true).enumerate() {
         let product = Product::gate_up(tile);
         check_h(
             &batch,
@@ -93,7 +93,7 @@ fn experts_as_wide_as_real_ones() {
 
 #[test]
 fn every_token_on_one_expert() {
-    for (i, (tile, tokens)) in every_tile()
+    for (i, (tile, tokens)) in Tile::of(true)
         .zip([3, 18, 67, 131, 9, 17, 35, 66, 131, 200, 260])
         .enumerate()
     {
@@ -110,7 +110,7 @@ fn every_token_on_one_expert() {
 #[test]
 fn runs_are_bitwise_equal_whatever_the_order_and_the_grid() {
     let batch = Batch::awkward(30, 40, 20);
-    for tile in every_tile() {
+    for tile in Tile::of(true) {
         let product = Product::gate_up(tile);
         let first = bytes_of(&gate_up(&batch, product, Sim::unlike(0)).0);
         for i in 1..4 {
@@ -217,7 +217,7 @@ fn bad_tokens_and_weights_stay_where_they_are() {
     dirty.layer.experts[9].up[100 * hidden] = bf16::NAN;
     let dirty = Batch::new(dirty.layer, dirty.routing, dirty.x);
     let pitch = clean.layer.hidden_pitch();
-    for tile in every_tile() {
+    for tile in Tile::of(true) {
         let product = Product::gate_up(tile);
         let want = gate_up(&clean, product, Sim::new(Schedule::Forward))
             .0
@@ -245,7 +245,7 @@ fn bad_tokens_and_weights_stay_where_they_are() {
 #[test]
 fn rows_of_slots_routed_nowhere_are_left_alone() {
     let batch = Batch::with_lost_slots(80, 40, 31);
-    for (i, tile) in every_tile().enumerate() {
+    for (i, tile) in Tile::of(true).enumerate() {
         let product = Product::gate_up(tile);
         check_h(
             &batch,
@@ -258,7 +258,7 @@ fn rows_of_slots_routed_nowhere_are_left_alone() {
 #[test]
 fn no_tokens_at_all() {
     let batch = Batch::awkward(70, 16, 0);
-    for tile in every_tile() {
+    for tile in Tile::of(true) {
         let sim = Sim::new(Schedule::Forward);
         assert!(gate_up(&batch, Product::gate_up(tile), sim).0.is_empty());
     }

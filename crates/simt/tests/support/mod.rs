@@ -18,7 +18,7 @@ use rand::{RngExt as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 use simt::{Buffer, Executor, Fault, Schedule};
 use tenp_kernels::KernelError;
-use tenp_kernels::device::{Call, DeviceSlice, DeviceSliceMut, Runner, Tile};
+use tenp_kernels::device::{Call, DeviceSlice, DeviceSliceMut, Runner};
 
 /// Widths around every tile and padding boundary.
 pub const AWKWARD_WIDTHS: [usize; 10] = [0, 1, 7, 8, 63, 64, 65, 127, 128, 129];
@@ -28,11 +28,6 @@ pub const BF16_ROUNDING: f64 = 1.0 / 256.0;
 
 /// The same of f32.
 pub const F32_ROUNDING: f64 = 1.0 / 16_777_216.0;
-
-/// Every tile of the grouped products, those for sm_90 last.
-pub fn every_tile() -> impl Iterator<Item = Tile> {
-    Tile::ALL.into_iter().chain(Tile::WGMMA)
-}
 
 /// A generator for one test's data.
 pub fn rng(seed: u64) -> ChaCha8Rng {
