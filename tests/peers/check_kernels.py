@@ -3,6 +3,7 @@
 
 Run by hand, with PyTorch, Triton and NumPy: `tests/peers/check_kernels.py`. In f16, because the interpreter multiplies bf16
 as if its bits were whole numbers; the kernels take their type from their operands. What it cannot show is speed.
+Triton 3.6's interpreter needs NumPy before 2.4.
 """
 
 import json
@@ -219,14 +220,38 @@ def check_bench():
     assert len(drift) == 6 and all(d["peer"].startswith("torch") and d["drift"] > 0 for d in drift), drift
     left_out = [line for line in made if line["kind"] == "left_out"]
     assert [l["peer"] for l in left_out] == ["DeepGEMM", "DeepGEMM, padded"], left_out
-    # A wrong peer is named, not timed.
-    kept, bench.error_of = bench.error_of, lambda peer: float("nan")
-    with tempfile.TemporaryDirectory() as folder:
-        run.lines = bench.Lines(Path(folder, "peers.jsonl"))
-        run.case(cases.Case(TINY, 1, "full", "uniform"))
-        made = [json.loads(line) for line in Path(folder, "peers.jsonl").read_text().splitlines()]
-    bench.error_of = kept
-    assert run.failures == 3 and {l["kind"] for l in made} == {"wrong", "left_out"}, made
+    check_failures(run)
+
+
+def check_failures(run):
+    """A wrong peer is named, not timed; so is one that needs too much memory, then or at the end of the case."""
+    def told(name, stand_in):
+        kept = getattr(bench, name)
+        setattr(bench, name, stand_in(kept))
+        run.failures = 0
+        with tempfile.TemporaryDirectory() as folder:
+            run.lines = bench.Lines(Path(folder, "peers.jsonl"))
+            run.case(cases.Case(TINY, 1, "full", "uniform"))
+            made = [json.loads(line) for line in Path(folder, "peers.jsonl").read_text().splitlines()]
+        setattr(bench, name, kept)
+        return run.failures, [(l["kind"], l["peer"], l.get("why")) for l in made if l["kind"] != "row"]
+
+    def limited(measure, most):
+        measured = []
+
+        def stand_in(peer, clock):
+            measured.append(peer)
+            if len(measured) > most:
+                raise torch.cuda.OutOfMemoryError("too much")
+            return measure(peer, clock)
+        return stand_in
+
+    failures, lines = told("error_of", lambda _: lambda peer: float("nan"))
+    assert failures == 3 and [kind for kind, *_ in lines] == ["wrong", "wrong", "left_out", "wrong"], lines
+    failures, lines = told("measure", lambda measure: limited(measure, 3))
+    assert failures == 0 and ("left_out", "torch._grouped_mm, again", "out of GPU memory") in lines, lines
+    failures, lines = told("measure", lambda measure: limited(measure, 0))
+    assert failures == 0 and [why for *_, why in lines].count("out of GPU memory") == 3, lines
 
 
 if __name__ == "__main__":

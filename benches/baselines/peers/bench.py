@@ -135,7 +135,7 @@ class Bench:
                 return None
             times = measure(peer, self.clock)
         except torch.cuda.OutOfMemoryError:
-            self.lines.add("left_out", **case.names(), peer=name, why="out of GPU memory")
+            self.out_of_memory(case, name)
         except ImportError as missing:
             self.lines.add("left_out", **case.names(), peer=name, why=str(missing))
         except Exception as failed:
@@ -162,9 +162,21 @@ class Bench:
                 share_of_bytes_ceiling=bytes_ / seconds / self.ceilings["bytes"],
                 padded_to=getattr(peer, "width", None), config=[str(c) for c in peer.config or []])
 
+    def out_of_memory(self, case, name):
+        import torch
+
+        self.lines.add("left_out", **case.names(), peer=name, why="out of GPU memory")
+        torch.cuda.empty_cache()
+
     def drift(self, case, name, make, times):
-        peer = make()
-        for what, (again, _) in measure(peer, self.clock).items():
+        import torch
+
+        try:
+            found = measure(make(), self.clock)
+        except torch.cuda.OutOfMemoryError:
+            self.out_of_memory(case, f"{name}, again")
+            return
+        for what, (again, _) in found.items():
             first = times[what][0]
             self.lines.add("drift", **case.names(), peer=name, what=what, first_us=first * 1e6, again_us=again * 1e6,
                            drift=again / first - 1.0)
