@@ -286,21 +286,9 @@ impl Device {
         kernels.insert(entry, Kernel(function));
         Ok(Kernel(function))
     }
-}
 
-impl Runner for Device {
-    type Error = KernelError;
-
-    fn multiprocessors(&self) -> usize {
-        self.inner.properties.multiprocessors
-    }
-
-    fn has_wgmma(&self) -> bool {
-        runs_wgmma(self.inner.properties.capability)
-    }
-
-    /// Asks for the kernel on the compute stream and does not wait; an empty grid is no launch.
-    fn run(&self, call: &Call<'_>) -> Result<(), KernelError> {
+    /// Asks for the kernel on `stream` and does not wait; an empty grid is no launch.
+    pub(super) fn launch(&self, call: &Call<'_>, stream: sys::CUstream) -> Result<(), KernelError> {
         let launch = call.launch();
         if launch.is_empty() {
             return Ok(());
@@ -320,11 +308,28 @@ impl Runner for Device {
                 (x, y, z),
                 (launch.threads, 1, 1),
                 launch.shared_bytes,
-                self.inner.stream.cu_stream(),
+                stream,
                 &mut arguments,
             )
         }
         .map_err(|e| driver_error(call.entry(), e))
+    }
+}
+
+impl Runner for Device {
+    type Error = KernelError;
+
+    fn multiprocessors(&self) -> usize {
+        self.inner.properties.multiprocessors
+    }
+
+    fn has_wgmma(&self) -> bool {
+        runs_wgmma(self.inner.properties.capability)
+    }
+
+    /// Asks for the kernel on the compute stream and does not wait; an empty grid is no launch.
+    fn run(&self, call: &Call<'_>) -> Result<(), KernelError> {
+        self.launch(call, self.inner.stream.cu_stream())
     }
 }
 

@@ -9,6 +9,7 @@
 //! | [`geometry`] | how kernels are launched, the choice of tiles |
 //! | [`view`], [`call`] | borrowed GPU memory, checked launches |
 //! | [`tensor_map`] | matrices as the bulk copies of sm_90 see them |
+//! | [`ragged_moe`] | a whole layer over another runtime's memory, and (feature `cuda`) stream |
 //! | [`backend`], [`dense`] | what a forward pass needs of the place it runs on |
 //! | [`check`] | checks of offsets, alignment and sizes |
 //! | one per `.cu` file | argument structures and the functions that make calls of them |
@@ -36,6 +37,7 @@ pub mod moe_row_norms;
 pub mod moe_schedule;
 pub mod pack;
 pub mod packed;
+pub mod ragged_moe;
 pub mod rms_norm;
 pub mod rotary;
 pub mod router;
@@ -58,6 +60,8 @@ mod fatbins;
 #[cfg(feature = "cuda")]
 mod gpu;
 #[cfg(feature = "cuda")]
+mod stream;
+#[cfg(feature = "cuda")]
 mod timing;
 #[cfg(feature = "cuda")]
 mod upload;
@@ -67,6 +71,7 @@ pub use call::{Call, Runner};
 pub use dense::{DenseElement, DenseShape, InputLayout, WeightLayout};
 pub use geometry::{Launch, Product, Tile};
 pub use packed::PaddedLayout;
+pub use ragged_moe::{MoeBatch, MoeWeights, RaggedMoe};
 pub use tensor_map::TensorMap;
 pub use view::{DeviceSlice, DeviceSliceMut, InOut};
 
@@ -75,6 +80,7 @@ pub use self::{
     blas::{GroupedDense, GroupedProduct, cublas_found},
     buffer::DeviceBuffer,
     context::{Device, Properties, gpu_count},
+    stream::OnStream,
     timing::Timer,
     upload::{IdleBuffer, PinnedBuffer, Upload},
 };
