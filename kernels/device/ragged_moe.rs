@@ -196,7 +196,7 @@ impl RaggedMoe {
     ) -> Result<Vec<Call<'a>>, KernelError> {
         let (rows, count) = (batch.num_tokens * batch.top_k, self.layout.num_experts());
         let parts = self.parts(batch.num_tokens, batch.top_k);
-        let room = Room::new(&workspace, parts.bytes)?;
+        let room = Room::new(workspace, parts.bytes)?;
         let tables = ExpertTables {
             layout: &self.layout,
             neuron_offsets: weights.tables.slice(0..count + 1)?,
@@ -292,17 +292,18 @@ struct Room<'a> {
 }
 
 impl<'a> Room<'a> {
-    fn new(workspace: &DeviceSliceMut<'a, u8>, bytes: usize) -> Result<Self, KernelError> {
-        if workspace.len() < bytes {
+    fn new(workspace: DeviceSliceMut<'a, u8>, bytes: usize) -> Result<Self, KernelError> {
+        let (address, got) = workspace.into_raw();
+        if got < bytes {
             return Err(KernelError::Length {
                 what: "workspace",
                 expected: bytes,
-                got: workspace.len(),
+                got,
             });
         }
-        super::check::check_alignment("workspace", workspace.address(), ALIGNMENT as u64)?;
+        super::check::check_alignment("workspace", address, ALIGNMENT as u64)?;
         Ok(Self {
-            address: workspace.address(),
+            address,
             bytes,
             marker: std::marker::PhantomData,
         })

@@ -161,6 +161,11 @@ impl<'a, T: Pod> DeviceSliceMut<'a, T> {
         self.address
     }
 
+    /// Address and length, which no view guards any more.
+    pub(super) const fn into_raw(self) -> (u64, usize) {
+        (self.address, self.len)
+    }
+
     /// The same elements, to read.
     #[must_use]
     pub const fn as_slice(&self) -> DeviceSlice<'_, T> {
