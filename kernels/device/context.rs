@@ -210,6 +210,17 @@ impl Device {
             .map_err(|e| driver_error("waiting for the GPU", e))
     }
 
+    /// Waits for all work on the GPU, other handles' and other runtimes' in this process included.
+    ///
+    /// # Errors
+    /// As [`Self::synchronize`].
+    pub fn synchronize_all(&self) -> Result<(), KernelError> {
+        self.inner
+            .context
+            .synchronize()
+            .map_err(|e| driver_error("waiting for the GPU", e))
+    }
+
     pub(super) fn stream(&self) -> &Arc<CudaStream> {
         &self.inner.stream
     }
@@ -285,6 +296,12 @@ impl Device {
             .map_err(|e| driver_error(entry, e))?;
         kernels.insert(entry, Kernel(function));
         Ok(Kernel(function))
+    }
+
+    /// Finds the call's kernel, which takes longer the first time.
+    pub(super) fn prepare(&self, call: &Call<'_>) -> Result<(), KernelError> {
+        self.bind()?;
+        self.kernel(call.entry()).map(|_| ())
     }
 
     /// Asks for the kernel on `stream` and does not wait; an empty grid is no launch.

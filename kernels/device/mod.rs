@@ -60,6 +60,8 @@ mod fatbins;
 #[cfg(feature = "cuda")]
 mod gpu;
 #[cfg(feature = "cuda")]
+mod graph;
+#[cfg(feature = "cuda")]
 mod stream;
 #[cfg(feature = "cuda")]
 mod timing;
@@ -80,6 +82,7 @@ pub use self::{
     blas::{GroupedDense, GroupedProduct, cublas_found},
     buffer::DeviceBuffer,
     context::{Device, Properties, gpu_count},
+    graph::Graph,
     stream::OnStream,
     timing::Timer,
     upload::{IdleBuffer, PinnedBuffer, Upload},

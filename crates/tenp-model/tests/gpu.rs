@@ -14,6 +14,7 @@
 
 #[path = "../../../tests/checks/mod.rs"]
 mod checks;
+mod only_gpu;
 mod passes;
 mod support;
 
@@ -134,6 +135,27 @@ fn a_stopped_calibration_goes_on_with_the_same_bits() {
         return;
     };
     passes::resuming::a_stopped_calibration_goes_on_with_the_same_bits(&|_| device.clone());
+}
+
+#[test]
+fn a_decode_step_is_captured() {
+    if let Some(device) = gpu("a_decode_step_is_captured") {
+        only_gpu::a_decode_step_is_captured(device);
+    }
+}
+
+#[test]
+fn streams_do_not_disturb_each_other() {
+    if let Some(device) = gpu("streams_do_not_disturb_each_other") {
+        only_gpu::streams_do_not_disturb_each_other(device, repeats());
+    }
+}
+
+#[test]
+fn a_foreign_stream_is_launched_on() {
+    if let Some(device) = gpu("a_foreign_stream_is_launched_on") {
+        only_gpu::a_foreign_stream_is_launched_on(device);
+    }
 }
 
 #[test]
