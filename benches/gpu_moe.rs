@@ -6,7 +6,7 @@
 //!
 //! | variable | |
 //! |---|---|
-//! | `TENP_GPU_BENCH` | `short` (the default), `full`, or the beginning of a shape's name |
+//! | `TENP_GPU_BENCH` | `short` (the default), `full`, the beginning of a shape's name, or `tiles`: every tile at every row count |
 //! | `TENP_GPU_BENCH_JSON` | where the figures go, `gpu_moe.json` without it; for `scripts/gpu-report.py bench` |
 
 #[allow(unreachable_pub, reason = "a test uses it too")]
@@ -30,13 +30,13 @@ use tenp_kernels::KernelError;
 use tenp_kernels::cost::{Ceilings, MoeWork, dense_flops};
 use tenp_kernels::device::moe_group::{GatherRows, gather_rows};
 use tenp_kernels::device::{
-    DenseShape, Device, DeviceBuffer, GroupedDense, GroupedProduct, Runner as _, Timer,
+    DenseShape, Device, DeviceBuffer, GroupedDense, GroupedProduct, Runner as _, Tile, Timer,
     WeightLayout,
 };
 
-use cases::{Case, SHAPES, Shape};
+use cases::{Case, Routing, SHAPES, Shape, Widths};
 use inputs::{Noise, Weights};
-use layer::Layer;
+use layer::{Layer, chosen_tile};
 
 /// Buffer sets that iterations go through in turn.
 const MIN_SETS: usize = 3;
@@ -285,7 +285,8 @@ fn run_case(
     let ids = case.routing.ids(&case.shape, case.tokens);
     let work = case.work(&ids);
     let scored = case.tokens <= MAX_SCORED_TOKENS;
-    let mut layer = Layer::new(device, weights, noise, case, &ids, scored)?;
+    let tile = chosen_tile(device, &case);
+    let mut layer = Layer::new(device, weights, noise, case, &ids, scored, tile)?;
     let group = format!(
         "{}/{} tokens/{}/{}",
         case.shape.name,
@@ -341,6 +342,53 @@ fn run_case(
     Ok(rows)
 }
 
+/// Every tile on full widths, with the rows gathered by the product and by a launch before it: what the choice of tiles
+/// is to be made from.
+fn run_tiles(
+    bench: &Bench<'_>,
+    shape: &Shape,
+    ceilings: Ceilings,
+    rows: &mut Vec<Value>,
+) -> Result<(), KernelError> {
+    let device = bench.device;
+    let noise = Noise::new((3.0 / shape.hidden as f32).sqrt());
+    let weights = Weights::new(device, &noise, shape, MIN_SETS)?;
+    for rows_per_expert in [1, 4, 8, 16, 32, 64, 128, 192, 256, 512, 1024] {
+        let case = Case {
+            shape: *shape,
+            tokens: (rows_per_expert * shape.experts).div_ceil(shape.top_k),
+            widths: Widths::Full,
+            routing: Routing::Uniform,
+        };
+        let ids = case.routing.ids(shape, case.tokens);
+        let work = case.work(&ids);
+        let (flops, bytes) = (work.forward_flops(), work.forward_bytes());
+        let group = format!("tiles/{}/{rows_per_expert} rows an expert", shape.name);
+        for tile in Tile::of(device.has_wgmma()) {
+            for ordered in [false, true] {
+                let mut layer = Layer::new(device, &weights, &noise, case, &ids, false, tile)?;
+                if ordered {
+                    layer.order_rows()?;
+                }
+                let how = if ordered {
+                    "gathered before"
+                } else {
+                    "gathering"
+                };
+                let name = format!("{tile:?} {how}");
+                let seconds = bench.measure((&group, &name), flops, MIN_SETS, &mut |set| {
+                    layer.experts(set)
+                })?;
+                let mut made = row(&case, &name, seconds, (flops, bytes), ceilings);
+                made["rows_per_expert"] = json!(rows_per_expert);
+                made["chosen"] = json!(tile == chosen_tile(device, &case));
+                rows.push(made);
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Cases that do not fit into the memory are named in the report instead of measured.
 fn run_shape(
     bench: &Bench<'_>,
@@ -381,8 +429,13 @@ fn run(device: &Device) -> Result<Value, KernelError> {
     let ceilings = ceilings(&bench, &Noise::new(1.0))?;
     let selection = std::env::var("TENP_GPU_BENCH").unwrap_or_else(|_| "short".into());
     let (mut rows, mut left_out) = (Vec::new(), Vec::new());
+    let mut tiles = Vec::new();
     for shape in &SHAPES {
-        if matches!(selection.as_str(), "short" | "full") || shape.name.starts_with(&selection) {
+        if selection == "tiles" {
+            run_tiles(&bench, shape, ceilings, &mut tiles)?;
+        } else if matches!(selection.as_str(), "short" | "full")
+            || shape.name.starts_with(&selection)
+        {
             run_shape(
                 &bench,
                 shape,
@@ -407,6 +460,7 @@ fn run(device: &Device) -> Result<Value, KernelError> {
             "copy_gb_per_s": ceilings.bytes / 1e9,
         },
         "rows": rows,
+        "tiles": tiles,
         "left_out": left_out,
     }))
 }

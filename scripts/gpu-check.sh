@@ -4,7 +4,8 @@
 #
 #   gpu-check.sh PREBUILT OUT [STEP…]
 #
-# Steps: tests memcheck racecheck synccheck initcheck bench peers program; all without any. Writes OUT/report.json and
+# Steps: tests memcheck racecheck synccheck initcheck bench peers program; all of these without any. One more, tiles, times
+# every tile of the grouped products, what the choice of tiles is made from. Writes OUT/report.json and
 # OUT/report.md; logs are beside them. Steps of several runs add up in one OUT. Exit codes: 0 all good, 1 something
 # failed (the report says what; a missing compute-sanitizer is a failure), 2 usage, 3 no GPU or no python3.
 #
@@ -16,7 +17,7 @@
 # TENP_GPU_BENCH      what is timed, `short` without it (benches/gpu_moe.rs)
 set -uo pipefail
 
-(($# >= 2)) || { sed -n '2,17s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+(($# >= 2)) || { sed -n '2,18s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 prebuilt=$(cd "$1" 2>/dev/null && pwd) || { echo "gpu-check: no folder $1" >&2; exit 2; }
 mkdir -p "$2" && out=$(cd "$2" && pwd) || exit 2
 shift 2
@@ -136,6 +137,7 @@ for step in "${steps[@]}"; do
     initcheck) TENP_GPU_POISON=0 sanitize "$step" ;;
     bench) first_bench ;;
     peers) peers ;;
+    tiles) TENP_GPU_BENCH=tiles bench tiles gpu_tiles.json ;;
     program) program ;;
     *) echo "gpu-check: no step $step" >&2; exit 2 ;;
   esac

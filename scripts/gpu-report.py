@@ -133,7 +133,7 @@ def gather(folder):
         "steps": steps,
         "good": bool(steps) and all(step["good"] for step in steps),
     }
-    for key, file in [("bench", "gpu_moe.json"), ("comparison", "compare.log")]:
+    for key, file in [("bench", "gpu_moe.json"), ("tiles", "gpu_tiles.json"), ("comparison", "compare.log")]:
         path = os.path.join(folder, file)
         try:
             report[key] = json.loads(read(path)) if os.path.exists(path) else None
@@ -183,6 +183,22 @@ def bench_tables(bench):
     return "\n".join(text)
 
 
+def tile_table(rows):
+    """The fastest tile and the chosen one, by shape and rows an expert."""
+    cases = {}
+    for row in rows:
+        cases.setdefault((row["shape"], row["rows_per_expert"]), []).append(row)
+    made = []
+    for (shape, count), of_case in cases.items():
+        best = min(of_case, key=lambda row: row["p50_us"])
+        chosen = min((row for row in of_case if row["chosen"]), key=lambda row: row["p50_us"], default=None)
+        made.append([shape, str(count), best["what"], f"{best['p50_us']:.1f}", f"{100 * best['share_of_floor']:.0f} %",
+                     chosen["what"] if chosen else "", f"{chosen['p50_us'] / best['p50_us']:.2f} ×" if chosen else ""])
+    return "\n".join(["Experts of full width; the fastest of all tiles, and how much slower the one is that the program takes.",
+                      "", table(["shape", "rows an expert", "fastest", "µs", "floor / p50", "chosen", "its time"], made,
+                                numeric_from=3)])
+
+
 def pruning_rows(rows):
     """Each pruned case beside the same one with whole experts."""
     case = lambda row: (row["shape"], row["tokens"], row["routing"], row["what"])
@@ -212,6 +228,8 @@ def markdown(report):
                        [[name, f"{error:.2e}"] for name, error in found["errors"].items()], numeric_from=1)]
     if report.get("bench"):
         text += ["", "## Benches", "", bench_tables(report["bench"])]
+    if report.get("tiles"):
+        text += ["", "## Tiles", "", tile_table(report["tiles"]["tiles"])]
     text += ["", gpu_peers.markdown(report["peers"])]
     return "\n".join(text) + "\n"
 
@@ -305,10 +323,16 @@ def test_report(folder):
             ("compare", 0, json.dumps(found))]
     with open(os.path.join(folder, "gpu_moe.json"), "w", encoding="utf-8") as file:
         json.dump(made_up_bench(), file)
+    tile = {"shape": "Tiny", "rows_per_expert": 64, "share_of_floor": 0.5}
+    tiles = [tile | {"what": "N64 gathering", "p50_us": 30.0, "chosen": True},
+             tile | {"what": "W64 gathering", "p50_us": 20.0, "chosen": False}]
+    with open(os.path.join(folder, "gpu_tiles.json"), "w", encoding="utf-8") as file:
+        json.dump({"tiles": tiles}, file)
     fill(folder, good)
     report, text = write_report(folder), read(os.path.join(folder, "report.md"))
     assert report["good"] and "Everything is good." in text and "an invented one" in text, text
     assert "| energy | 1.00e-03 |" in text and "99.50 %" in text and "### Tiny" in text, text
+    assert "| W64 gathering | 20.0 | 50 % | N64 gathering | 1.50 × |" in text, text
     assert "ERROR SUMMARY: 0 errors" in text and "RACECHECK SUMMARY: 0 hazards" in text, text
     failed = "test norms ... FAILED\ntest result: FAILED. 36 passed; 1 failed; 0 ignored; finished in 1s\n"
     for bad in [("tests", 101, failed), ("memcheck", 99, "========= ERROR SUMMARY: 2 errors\n"),

@@ -2,22 +2,25 @@
 
 use half::bf16;
 use tenp_kernels::device::expert_sums::{ExpertSums, expert_sums};
-use tenp_kernels::device::geometry::partial_stride;
 use tenp_kernels::device::moe_accumulate::{AccumulatePartials, accumulate_partials};
 use tenp_kernels::device::moe_combine::{
     CombineInto, ExpertOutputs, MoeCombine, Slots, moe_combine,
 };
 use tenp_kernels::device::moe_contribution::{MoeContribution, moe_contribution};
-use tenp_kernels::device::moe_direction::{MoeDirection, ROW_DOTS, TOKEN_DOTS, moe_direction};
+use tenp_kernels::device::moe_direction::{MoeDirection, moe_direction};
 use tenp_kernels::device::moe_down::{MoeDown, moe_down};
 use tenp_kernels::device::moe_gate_up::{MoeGateUp, Partials, moe_gate_up};
-use tenp_kernels::device::moe_group::{MoeGroup, group_scratch_len, moe_group};
+use tenp_kernels::device::moe_group::{
+    GatherRows, MoeGroup, gather_rows, group_scratch_len, moe_group,
+};
 use tenp_kernels::device::moe_schedule::{ExpertTables, Schedule, ScheduleOut, moe_schedule};
 use tenp_kernels::device::{Backend, Memory as _, PaddedLayout, Product, Tile};
-use tenp_kernels::params::{
-    TENP_NUM_ACTIVATION_SUMS, TENP_NUM_CONTRIBUTION_SUMS, TENP_NUM_EXPERT_SUMS,
-};
 use tenp_kernels::{KernelError, RaggedLayout};
+
+#[path = "scoring.rs"]
+mod scoring;
+
+use scoring::Scoring;
 
 use super::cases::Case;
 use super::inputs::{Noise, Weights};
@@ -57,25 +60,6 @@ impl<B: Backend> Tiles<B> {
     }
 }
 
-/// What scoring needs besides.
-struct Scoring<B: Backend> {
-    gate_up: Tiles<B>,
-    contribution: Tiles<B>,
-    x_f32: B::Buffer<f32>,
-    residual: B::Buffer<f32>,
-    y_f32: B::Buffer<f32>,
-    row_dots: B::Buffer<f64>,
-    row_peaks: B::Buffer<f32>,
-    row_inverse: B::Buffer<f32>,
-    token_dots: B::Buffer<f64>,
-    activation: B::Buffer<f32>,
-    contributions: B::Buffer<f32>,
-    strides: [usize; 2],
-    neuron_sums: B::Buffer<f64>,
-    expert_sums: B::Buffer<f64>,
-    counts: [B::Buffer<i64>; 2],
-}
-
 /// A case on a backend.
 pub struct Layer<'a, B: Backend> {
     backend: &'a B,
@@ -97,7 +81,15 @@ pub struct Layer<'a, B: Backend> {
     pub h: B::Buffer<bf16>,
     pub y: B::Buffer<bf16>,
     combined: B::Buffer<f32>,
+    /// Rows of x in the experts' order, where a launch of its own gathers them.
+    ordered: Option<B::Buffer<bf16>>,
     scoring: Option<Scoring<B>>,
+}
+
+/// The tile that the model takes for a case.
+pub fn chosen_tile(backend: &impl Backend, case: &Case) -> Tile {
+    let shape = &case.shape;
+    Tile::choose(backend.has_wgmma(), case.tokens, shape.top_k, shape.experts)
 }
 
 impl<'a, B: Backend> Layer<'a, B> {
@@ -109,10 +101,10 @@ impl<'a, B: Backend> Layer<'a, B> {
         case: Case,
         ids: &[i32],
         scored: bool,
+        tile: Tile,
     ) -> Result<Self, KernelError> {
         let (shape, rows) = (case.shape, ids.len());
         let layout = PaddedLayout::new(&RaggedLayout::new(case.widths.of(&shape))?)?;
-        let tile = Tile::choose(backend.has_wgmma(), case.tokens, shape.top_k, shape.experts);
         let ints = |values: &[i32]| {
             let mut buffer = backend.alloc("table", values.len())?;
             backend.write(buffer.view_mut(), values)?;
@@ -150,11 +142,37 @@ impl<'a, B: Backend> Layer<'a, B> {
             h: noise.buffer(backend, rows * layout.hidden_pitch(), 3)?,
             y: backend.alloc("y", rows * shape.hidden)?,
             combined: backend.alloc("combined", tokens * shape.hidden)?,
+            ordered: None,
             scoring,
             layout,
         };
         layer.group()?;
         Ok(layer)
+    }
+
+    /// From now on a launch gathers the rows before the products, which then need not.
+    pub fn order_rows(&mut self) -> Result<(), KernelError> {
+        let len = self.num_rows() * self.case.shape.hidden;
+        self.ordered = Some(self.backend.alloc("ordered rows", len)?);
+        Ok(())
+    }
+
+    fn gather(&mut self, set: usize) -> Result<(), KernelError> {
+        let rows = self.num_rows();
+        let Some(ordered) = &mut self.ordered else {
+            return Ok(());
+        };
+        let args = GatherRows {
+            input: self.x[set].view(),
+            row_ids: self.token_of_row.view(),
+            out: ordered.view_mut(),
+            num_live_rows: None,
+            input_rows: self.case.tokens,
+            rows,
+            cols: self.case.shape.hidden,
+        };
+        // SAFETY: the ids are tokens, as the grouping kernel wrote them.
+        self.backend.run(&unsafe { gather_rows(args) }?)
     }
 
     pub fn num_rows(&self) -> usize {
@@ -245,13 +263,22 @@ impl<'a, B: Backend> Layer<'a, B> {
             product: tiles.product,
             experts: tables,
             gate_up: self.weights.gate_up[set].view(),
-            x: self.x[set].view(),
-            token_of_row: Some(self.token_of_row.view()),
+            x: match &self.ordered {
+                Some(ordered) => ordered.view(),
+                None => self.x[set].view(),
+            },
+            token_of_row: match &self.ordered {
+                Some(_) => None,
+                None => Some(self.token_of_row.view()),
+            },
             h: self.h.view_mut(),
             group_offsets: self.group_offsets.view(),
             schedule: tiles.view(),
             sums,
-            x_rows: self.case.tokens,
+            x_rows: match &self.ordered {
+                Some(_) => num_rows,
+                None => self.case.tokens,
+            },
             num_rows,
             hidden: shape.hidden,
             hidden_pitch: self.layout.hidden_pitch(),
@@ -289,6 +316,7 @@ impl<'a, B: Backend> Layer<'a, B> {
     /// The schedule and the three products of grouped tokens: what the baselines do.
     pub fn experts(&mut self, set: usize) -> Result<(), KernelError> {
         self.schedule(false)?;
+        self.gather(set)?;
         self.run_gate_up(set, false)?;
         self.run_down(set, false)
     }
@@ -325,6 +353,7 @@ impl<'a, B: Backend> Layer<'a, B> {
     pub fn scored(&mut self, set: usize) -> Result<(), KernelError> {
         self.group()?;
         self.schedule(true)?;
+        self.gather(set)?;
         self.run_gate_up(set, true)?;
         self.run_down(set, true)?;
         let Some(mut scoring) = self.scoring.take() else {
@@ -410,52 +439,5 @@ impl<'a, B: Backend> Layer<'a, B> {
             })?)?;
         }
         Ok(())
-    }
-}
-
-impl<B: Backend> Scoring<B> {
-    fn new(
-        backend: &B,
-        noise: &Noise,
-        case: &Case,
-        layout: &PaddedLayout,
-        tile: Tile,
-    ) -> Result<Self, KernelError> {
-        let (shape, tokens) = (case.shape, case.tokens);
-        let rows = tokens * shape.top_k;
-        let (gate_up, contribution) = (Product::gate_up_stats(tile), Product::contribution(tile));
-        let stride = |product: Product| {
-            partial_stride(rows, product.tile, layout.hidden_pitch(), layout.total())
-        };
-        let strides = [stride(gate_up), stride(contribution)];
-        let zeros = |len: usize| {
-            let mut buffer = backend.alloc::<f64>("sums", len)?;
-            backend.clear(buffer.view_mut())?;
-            Ok::<_, KernelError>(buffer)
-        };
-        let counts = || {
-            let mut buffer = backend.alloc::<i64>("counts", shape.experts)?;
-            backend.clear(buffer.view_mut())?;
-            Ok::<_, KernelError>(buffer)
-        };
-        Ok(Self {
-            gate_up: Tiles::new(backend, gate_up, shape.experts)?,
-            contribution: Tiles::new(backend, contribution, shape.experts)?,
-            x_f32: noise.wide(backend, tokens * shape.hidden)?,
-            residual: noise.wide(backend, tokens * shape.hidden)?,
-            y_f32: backend.alloc("y", rows * shape.hidden)?,
-            row_dots: backend.alloc("dots", ROW_DOTS * rows)?,
-            row_peaks: backend.alloc("peaks", rows)?,
-            row_inverse: backend.alloc("inverse norms", rows)?,
-            token_dots: backend.alloc("dots", TOKEN_DOTS * tokens)?,
-            activation: backend
-                .alloc("partials", TENP_NUM_ACTIVATION_SUMS as usize * strides[0])?,
-            contributions: backend
-                .alloc("partials", TENP_NUM_CONTRIBUTION_SUMS as usize * strides[1])?,
-            strides,
-            neuron_sums: zeros(TENP_NUM_ACTIVATION_SUMS as usize * layout.total())?,
-            expert_sums: zeros(TENP_NUM_EXPERT_SUMS as usize * shape.experts)?,
-            counts: [counts()?, counts()?],
-        })
     }
 }
