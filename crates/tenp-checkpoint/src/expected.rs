@@ -34,34 +34,46 @@ pub struct ExpectedTensor {
 }
 
 /// Every tensor of the model, in the order of computation. MTP layers are not among them.
-pub fn expected_tensors(config: &ModelConfig, spelling: Spelling) -> Vec<ExpectedTensor> {
+///
+/// They are made a layer at a time, as a small config can promise millions.
+pub fn expected_tensors(
+    config: &ModelConfig,
+    spelling: Spelling,
+) -> impl Iterator<Item = ExpectedTensor> {
     let hidden = config.hidden_size;
-    let mut list = List(Vec::new());
-    list.add(
+    let (mut first, mut last) = (List::default(), List::default());
+    first.add(
         "model.embed_tokens.weight",
         &[config.vocab_size, hidden],
         Role::Embedding,
     );
-    for layer in 0..config.num_layers {
+    let of_layer = move |layer| {
         let widths = config.moe_index(layer).map(|index| {
             let experts = 0..config.num_experts(index);
             experts.map(|expert| config.width(index, expert)).collect()
         });
+        let mut list = List::default();
         decoder_layer(&mut list, config, spelling, layer, widths);
-    }
-    list.add("model.norm.weight", &[hidden], Role::Norm);
+        list.0
+    };
+    last.add("model.norm.weight", &[hidden], Role::Norm);
     if !config.tie_word_embeddings {
-        list.add("lm_head.weight", &[config.vocab_size, hidden], Role::Head);
+        last.add("lm_head.weight", &[config.vocab_size, hidden], Role::Head);
     }
-    list.0
+    let layers = (0..config.num_layers).flat_map(of_layer);
+    first.0.into_iter().chain(layers).chain(last.0)
 }
 
 /// Every tensor of the MTP layers that the config announces, at the experts' full width, as DeepSeek-V3 names them. A
 /// checkpoint may lack them.
-pub fn mtp_tensors(config: &ModelConfig, spelling: Spelling) -> Vec<ExpectedTensor> {
+pub fn mtp_tensors(
+    config: &ModelConfig,
+    spelling: Spelling,
+) -> impl Iterator<Item = ExpectedTensor> {
     let (hidden, vocab) = (config.hidden_size, config.vocab_size);
-    let mut list = List(Vec::new());
-    for layer in config.num_layers..config.num_layers + config.num_mtp_layers {
+    let layers = config.num_layers..config.num_layers + config.num_mtp_layers;
+    layers.flat_map(move |layer| {
+        let mut list = List::default();
         let name = |tensor: &str| format!("model.layers.{layer}.{tensor}.weight");
         list.add(name("embed_tokens"), &[vocab, hidden], Role::Embedding);
         list.add(name("enorm"), &[hidden], Role::Norm);
@@ -71,8 +83,8 @@ pub fn mtp_tensors(config: &ModelConfig, spelling: Spelling) -> Vec<ExpectedTens
         decoder_layer(&mut list, config, spelling, layer, Some(widths));
         list.add(name("shared_head.norm"), &[hidden], Role::Norm);
         list.add(name("shared_head.head"), &[vocab, hidden], Role::Head);
-    }
-    list.0
+        list.0
+    })
 }
 
 /// A layer with experts of these widths, or a dense one.
@@ -106,6 +118,7 @@ fn decoder_layer(
     }
 }
 
+#[derive(Default)]
 struct List(Vec<ExpectedTensor>);
 
 impl List {

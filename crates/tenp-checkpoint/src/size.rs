@@ -94,7 +94,6 @@ impl Checkpoint {
         }
         if !self.missing_shards().is_empty() {
             size.parameters_total += expected_tensors(config, self.spelling())
-                .iter()
                 .filter(|tensor| !self.contains(&tensor.name))
                 .map(|tensor| count(&tensor.shape))
                 .fold(0, u64::saturating_add);

@@ -76,10 +76,8 @@ pub fn synthesise(
     } else {
         Spelling::classic(config.family)
     };
-    let mut expected = expected_tensors(&config, spelling);
-    if options.mtp {
-        expected.extend(mtp_tensors(&config, spelling));
-    }
+    let mtp = mtp_tensors(&config, spelling).take_while(|_| options.mtp);
+    let expected = expected_tensors(&config, spelling).chain(mtp);
     let tensors = contents(expected, options.dtype);
     let planned: Vec<PlannedTensor> = tensors.iter().map(|(tensor, _)| tensor.clone()).collect();
     let total = planned.iter().map(PlannedTensor::num_bytes).sum();
@@ -140,10 +138,12 @@ fn edit_config(json: &mut Map<String, Value>, options: SynthesiseOptions) {
 }
 
 /// Every tensor to write, in order.
-fn contents(expected: Vec<ExpectedTensor>, dtype: Dtype) -> Vec<(PlannedTensor, Fill)> {
-    let mut tensors = Vec::with_capacity(expected.len());
-    let mut last = Vec::new();
-    for (number, tensor) in expected.into_iter().enumerate() {
+fn contents(
+    expected: impl Iterator<Item = ExpectedTensor>,
+    dtype: Dtype,
+) -> Vec<(PlannedTensor, Fill)> {
+    let (mut tensors, mut last) = (Vec::new(), Vec::new());
+    for (number, tensor) in expected.enumerate() {
         let quantised =
             dtype == Dtype::F8E4M3 && tensor.role == Role::Projection && tensor.shape.len() == 2;
         let dtype = match tensor.role {

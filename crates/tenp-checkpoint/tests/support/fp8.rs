@@ -35,7 +35,6 @@ fn quantise_with(from: &Path, to: &Path, factor: impl Fn(usize, usize) -> f32) {
     let checkpoint = Checkpoint::open(from).expect("opens");
     let expected = expected_tensors(checkpoint.config(), checkpoint.spelling());
     let projections: HashSet<String> = expected
-        .into_iter()
         .filter(|tensor| tensor.role == Role::Projection && tensor.shape.len() == 2)
         .map(|tensor| tensor.name)
         .collect();
