@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use crate::config::{ModelConfig, is_fp8};
+use crate::config::{ConfigFile, ModelConfig};
 use crate::expected::{ExpectedTensor, Role, expected_tensors};
 use crate::header::Entry;
 use crate::index::{self, INDEX_FILE, ShardList};
@@ -78,13 +78,11 @@ impl Checkpoint {
         let config_path = dir.join("config.json");
         let text =
             std::fs::read(&config_path).map_err(CheckpointError::io("read", &config_path))?;
-        let config_json: Map<String, Value> =
-            serde_json::from_slice(&text).map_err(|source| CheckpointError::Json {
-                path: config_path.clone(),
-                source,
-            })?;
-        let config = ModelConfig::from_json(&config_path, &config_json)?;
-        let fp8 = is_fp8(&config_path, &config_json)?;
+        let ConfigFile {
+            json: config_json,
+            model: config,
+            fp8,
+        } = ConfigFile::parse(&config_path, &text)?;
         let ShardList {
             present,
             missing,

@@ -6,7 +6,7 @@ mod fields;
 mod moe;
 mod parse;
 
-pub(crate) use parse::{RAGGED_PREFIX, has_scales_of_powers_of_two, is_fp8};
+pub(crate) use parse::{ConfigFile, RAGGED_PREFIX, has_scales_of_powers_of_two};
 
 /// Model family, decided by `model_type` (with or without the `tenp_` prefix of a ragged checkpoint).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

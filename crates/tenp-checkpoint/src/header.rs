@@ -60,8 +60,11 @@ pub(crate) fn parse(file: &[u8]) -> Result<Header, String> {
             "header length {length} is above {MAX_HEADER_BYTES}"
         ));
     }
-    let raw: RawHeader = serde_json::from_slice(&rest[..length])
+    // As a whole: the parser itself does not look into fields that it skips.
+    let text = str::from_utf8(&rest[..length])
         .map_err(|error| format!("the header is not valid: {error}"))?;
+    let raw: RawHeader =
+        serde_json::from_str(text).map_err(|error| format!("the header is not valid: {error}"))?;
     let data_start = LENGTH_BYTES + length;
     let entries = check(raw.entries, data_start, file.len() - data_start)?;
     Ok(Header {

@@ -1,6 +1,6 @@
 //! Which shards a folder has, and which tensors its index promises.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde::Deserialize;
@@ -32,39 +32,37 @@ pub(crate) fn locate(dir: &Path) -> Result<ShardList, CheckpointError> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return single(dir),
         Err(error) => return Err(CheckpointError::io("read", path)(error)),
     };
-    let index: Index = serde_json::from_slice(&text).map_err(|source| CheckpointError::Json {
-        path: path.clone(),
-        source,
-    })?;
-    let mut shards: Vec<&String> = index.weight_map.values().collect();
-    shards.sort_unstable();
-    shards.dedup();
-    if shards.is_empty() {
-        return Err(CheckpointError::Index {
-            path,
-            problem: "names no tensor; download it again".to_owned(),
-        });
-    }
-    let (mut present, mut missing) = (Vec::new(), Vec::new());
-    for shard in shards {
-        if !is_plain_name(shard) {
-            return Err(CheckpointError::Index {
-                path,
-                problem: format!(
-                    "names the file `{shard}`, which is not a plain name inside the folder; do not trust this checkpoint"
-                ),
-            });
-        }
-        if dir.join(shard).is_file() {
-            present.push(shard.clone());
-        } else {
-            missing.push(shard.clone());
-        }
-    }
+    let promised = parse(&path, &text)?;
+    let shards: BTreeSet<&String> = promised.values().collect();
+    let (present, missing) = shards
+        .into_iter()
+        .cloned()
+        .partition(|shard| dir.join(shard).is_file());
     Ok(ShardList {
         present,
         missing,
-        promised: index.weight_map,
+        promised,
+    })
+}
+
+/// Tensor to shard; every shard a plain name. `path` is only named in errors.
+pub(crate) fn parse(path: &Path, text: &[u8]) -> Result<BTreeMap<String, String>, CheckpointError> {
+    let index: Index = serde_json::from_slice(text).map_err(|source| CheckpointError::Json {
+        path: path.to_path_buf(),
+        source,
+    })?;
+    let problem = if index.weight_map.is_empty() {
+        "names no tensor; download it again".to_owned()
+    } else if let Some(shard) = index.weight_map.values().find(|name| !is_plain_name(name)) {
+        format!(
+            "names the file `{shard}`, which is not a plain name inside the folder; do not trust this checkpoint"
+        )
+    } else {
+        return Ok(index.weight_map);
+    };
+    Err(CheckpointError::Index {
+        path: path.to_path_buf(),
+        problem,
     })
 }
 

@@ -31,6 +31,8 @@ mod mapped;
 mod names;
 mod neurons;
 pub mod plan;
+#[doc(hidden)]
+pub mod readers;
 mod residency;
 mod scales;
 mod scratch;

@@ -15,6 +15,30 @@ pub(crate) const RAGGED_PREFIX: &str = "tenp_";
 /// Far above every published model; bounds what a damaged config can make us allocate.
 const MAX_LAYERS: usize = 512;
 
+/// A `config.json`, read.
+pub(crate) struct ConfigFile {
+    pub(crate) json: Map<String, Value>,
+    pub(crate) model: ModelConfig,
+    /// Whether the weights are said to be fp8.
+    pub(crate) fp8: bool,
+}
+
+impl ConfigFile {
+    /// `path` is only named in errors.
+    pub(crate) fn parse(path: &Path, text: &[u8]) -> Result<Self, CheckpointError> {
+        let json: Map<String, Value> =
+            serde_json::from_slice(text).map_err(|source| CheckpointError::Json {
+                path: path.to_path_buf(),
+                source,
+            })?;
+        Ok(Self {
+            model: ModelConfig::from_json(path, &json)?,
+            fp8: is_fp8(path, &json)?,
+            json,
+        })
+    }
+}
+
 impl ModelConfig {
     /// Reads a `config.json` already parsed as JSON; `path` is only named in errors.
     ///
@@ -126,7 +150,7 @@ pub(crate) fn has_scales_of_powers_of_two(json: &Map<String, Value>) -> bool {
 }
 
 /// Whether a checkpoint's weights are fp8 in blocks of 128 × 128; any other quantisation is refused.
-pub(crate) fn is_fp8(path: &Path, json: &Map<String, Value>) -> Result<bool, CheckpointError> {
+fn is_fp8(path: &Path, json: &Map<String, Value>) -> Result<bool, CheckpointError> {
     let fields = Fields { path, map: json };
     let Some(quantization) = fields.object("quantization_config")? else {
         return Ok(false);

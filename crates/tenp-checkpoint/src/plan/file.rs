@@ -18,7 +18,12 @@ impl Plan {
     /// The file is unreadable, not JSON of this form, or of another version.
     pub fn read(path: &Path) -> Result<Self, CheckpointError> {
         let text = std::fs::read(path).map_err(CheckpointError::io("read", path))?;
-        let plan: Self = serde_json::from_slice(&text).map_err(|source| CheckpointError::Json {
+        Self::parse(path, &text)
+    }
+
+    /// The text of [`Self::read`]; `path` is only named in errors.
+    pub(crate) fn parse(path: &Path, text: &[u8]) -> Result<Self, CheckpointError> {
+        let plan: Self = serde_json::from_slice(text).map_err(|source| CheckpointError::Json {
             path: path.to_path_buf(),
             source,
         })?;

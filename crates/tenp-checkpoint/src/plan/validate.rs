@@ -29,7 +29,7 @@ impl Plan {
     }
 
     /// The part of [`Self::validate`] that needs only the config.
-    fn check_model(&self, config: &ModelConfig) -> Result<(), CheckpointError> {
+    pub(crate) fn check_model(&self, config: &ModelConfig) -> Result<(), CheckpointError> {
         let layers: Vec<usize> = self.layers.iter().map(|layer| layer.layer).collect();
         if layers != config.moe_layers {
             return Err(error(

@@ -1,6 +1,7 @@
 //! The statistics file: one safetensors file, read strictly.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 use super::fields::FIELDS;
@@ -33,10 +34,32 @@ impl Statistics {
         wanted: &dyn Fn(&str) -> bool,
     ) -> Result<Self, CheckpointError> {
         let shard = Shard::open_file(path.to_path_buf(), "statistics")?;
+        let release = |range| shard.release(range);
         let file = StatisticsFile {
             path,
-            shard,
+            entries: &shard.entries,
+            metadata: &shard.metadata,
+            bytes: shard.slice(0..shard.num_bytes() as usize),
+            release: &release,
             wanted,
+            partial: false,
+        };
+        file.read()
+    }
+
+    /// The bytes of [`Self::read`]; `path` is only named in errors.
+    pub(crate) fn parse(path: &Path, bytes: &[u8]) -> Result<Self, CheckpointError> {
+        let header = header::parse(bytes).map_err(|problem| CheckpointError::Shard {
+            path: path.to_path_buf(),
+            problem,
+        })?;
+        let file = StatisticsFile {
+            path,
+            entries: &header.entries,
+            metadata: &header.metadata,
+            bytes,
+            release: &|_| (),
+            wanted: &|_| true,
             partial: false,
         };
         file.read()
@@ -140,7 +163,12 @@ pub(super) fn write_layer(
 
 pub(super) struct StatisticsFile<'a> {
     pub(super) path: &'a Path,
-    pub(super) shard: Shard,
+    pub(super) entries: &'a [Entry],
+    pub(super) metadata: &'a BTreeMap<String, String>,
+    /// The whole file.
+    pub(super) bytes: &'a [u8],
+    /// Told a byte range that has been read.
+    pub(super) release: &'a dyn Fn(Range<usize>),
     /// Which `[N,K]` tables are read.
     pub(super) wanted: &'a dyn Fn(&str) -> bool,
     /// Whether such tables may be missing.
@@ -149,14 +177,14 @@ pub(super) struct StatisticsFile<'a> {
 
 impl StatisticsFile<'_> {
     fn read(&self) -> Result<Statistics, CheckpointError> {
-        let metadata = &self.shard.metadata;
+        let metadata = self.metadata;
         if metadata.get("format").map(String::as_str) != Some(FORMAT) {
             return Err(self.error("this is not a statistics file; make one with `calibrate`"));
         }
         if metadata.get("format_version").map(String::as_str) != Some(FORMAT_VERSION) {
             return Err(self.error("written by another version of this program; calibrate again"));
         }
-        let entries = self.entries();
+        let entries = self.by_name();
         let mut statistics = Statistics {
             checkpoint: self.text("checkpoint")?.to_owned(),
             tokens: self.json("tokens")?,
@@ -170,6 +198,9 @@ impl StatisticsFile<'_> {
             },
             domains: BTreeMap::new(),
         };
+        statistics
+            .check_own_shares()
+            .map_err(|problem| self.error(problem))?;
         for name in entries.keys() {
             let parsed = name
                 .rsplit_once('/')
@@ -189,8 +220,8 @@ impl StatisticsFile<'_> {
         Ok(statistics)
     }
 
-    pub(super) fn entries(&self) -> BTreeMap<&str, &Entry> {
-        let entries = self.shard.entries.iter();
+    pub(super) fn by_name(&self) -> BTreeMap<&str, &Entry> {
+        let entries = self.entries.iter();
         entries.map(|entry| (entry.name.as_str(), entry)).collect()
     }
 
@@ -235,7 +266,7 @@ impl StatisticsFile<'_> {
             }
             *(field.get_mut)(&mut layer) = values;
             let Entry { start, end, .. } = self.entry(entries, prefix, field.name)?;
-            self.shard.release(*start..*end);
+            (self.release)(*start..*end);
         }
         Ok(layer)
     }
@@ -271,8 +302,7 @@ impl StatisticsFile<'_> {
                 entry.dtype, entry.shape
             )));
         }
-        let (start, end) = (entry.start, entry.end);
-        Ok(self.shard.slice(start..end))
+        Ok(&self.bytes[entry.start..entry.end])
     }
 
     fn entry<'e>(
@@ -288,15 +318,11 @@ impl StatisticsFile<'_> {
     }
 
     fn text(&self, key: &str) -> Result<&str, CheckpointError> {
-        self.shard
-            .metadata
-            .get(key)
-            .map(String::as_str)
-            .ok_or_else(|| {
-                self.error(format!(
-                    "`{key}` is missing from the header; calibrate again"
-                ))
-            })
+        self.metadata.get(key).map(String::as_str).ok_or_else(|| {
+            self.error(format!(
+                "`{key}` is missing from the header; calibrate again"
+            ))
+        })
     }
 
     fn json<T: serde::de::DeserializeOwned>(&self, key: &str) -> Result<T, CheckpointError> {

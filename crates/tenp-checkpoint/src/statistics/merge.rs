@@ -115,6 +115,12 @@ fn compatible(own: &LayerStatistics, other: &LayerStatistics) -> Result<(), Stri
         if left.len() != right.len() {
             return Err(format!("{name}: lengths differ"));
         }
+        let too_large = |(a, b): (&f64, &f64)| !(a + b).is_finite();
+        if *merge == Merge::Sum && left.iter().zip(right).any(too_large) {
+            return Err(format!(
+                "the sums of {name} are too large for a number; check the weights, and calibrate again"
+            ));
+        }
         let differs = |(a, b): (&f64, &f64)| (a - b).abs() > NORM_TOLERANCE * a.abs().max(b.abs());
         if *merge == Merge::Equal && left.iter().zip(right).any(differs) {
             return Err(format!(

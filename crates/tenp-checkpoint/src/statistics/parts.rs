@@ -60,13 +60,18 @@ pub fn read_parts(
     statistics: &mut Statistics,
     folds: &mut Folds,
 ) -> Result<(), CheckpointError> {
+    let shard = Shard::open_file(path.to_path_buf(), "statistics")?;
+    let release = |range| shard.release(range);
     let file = StatisticsFile {
         path,
-        shard: Shard::open_file(path.to_path_buf(), "statistics")?,
+        entries: &shard.entries,
+        metadata: &shard.metadata,
+        bytes: shard.slice(0..shard.num_bytes() as usize),
+        release: &release,
         wanted: &|_| true,
         partial: true,
     };
-    let entries = file.entries();
+    let entries = file.by_name();
     let read = |domain: &str, group: usize| {
         file.layer(&entries, &format!("{}/layers.{layer}", name(domain, group)))
     };

@@ -1,5 +1,6 @@
 //! Statistics of a share of a calibration's samples, to be merged with those of the other shares.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -17,6 +18,11 @@ pub struct Share {
     pub parts: u32,
 }
 
+impl Share {
+    /// Shares in all, at most: what a file says of others bounds what is listed as missing.
+    pub const MAX_PARTS: u32 = 1 << 16;
+}
+
 impl fmt::Display for Share {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.part, self.parts)
@@ -26,19 +32,39 @@ impl fmt::Display for Share {
 impl Statistics {
     /// Shares that are not in the statistics although others of the same calibration are.
     pub fn missing_shares(&self) -> Vec<Share> {
-        let mut missing = Vec::new();
-        for share in &self.shares {
-            for part in 1..=share.parts {
-                let other = Share {
-                    part,
-                    ..share.clone()
-                };
-                if !self.shares.contains(&other) && !missing.contains(&other) {
-                    missing.push(other);
-                }
-            }
+        let there: BTreeSet<&Share> = self.shares.iter().collect();
+        let shares = self.splits().into_iter().flat_map(|(of_text, parts)| {
+            (1..=parts).map(move |part| Share {
+                of_text: of_text.to_owned(),
+                part,
+                parts,
+            })
+        });
+        shares.filter(|share| !there.contains(share)).collect()
+    }
+
+    /// Texts that shares are of, with the number of shares of each.
+    fn splits(&self) -> BTreeSet<(&str, u32)> {
+        let shares = self.shares.iter();
+        let splits = shares.map(|share| (share.of_text.as_str(), share.parts));
+        splits.collect()
+    }
+
+    /// The first reason why no such shares can have been calibrated.
+    pub(super) fn check_own_shares(&self) -> Result<(), String> {
+        let exists = |share: &Share| (1..=share.parts).contains(&share.part);
+        if let Some(share) = self.shares.iter().find(|share| !exists(share)) {
+            return Err(format!("there is no share {share}; calibrate again"));
         }
-        missing
+        let splits = self.splits().into_iter();
+        let all: u64 = splits.map(|(_, parts)| u64::from(parts)).sum();
+        if all > u64::from(Share::MAX_PARTS) {
+            return Err(format!(
+                "its shares are of {all} in all, more than the {} there may be; calibrate in fewer shares",
+                Share::MAX_PARTS
+            ));
+        }
+        Ok(())
     }
 
     /// Whether the two hold different shares of one calibration.

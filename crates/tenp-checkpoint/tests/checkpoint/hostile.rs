@@ -105,6 +105,16 @@ fn a_name_twice_in_one_header() {
     refused(&fixture, &["`a` appears twice"]);
 }
 
+/// Also where the parser only skips.
+#[test]
+fn a_header_that_is_not_text() {
+    let fixture = Fixture::new("olmoe");
+    let header =
+        b"{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1],\"more\":\"\xff\"}}";
+    write_shard(&fixture.shard(), header, &[0]);
+    refused(&fixture, &["the header is not valid", "utf-8"]);
+}
+
 #[test]
 fn tensors_that_are_not_what_the_config_asks_for() {
     let fixture = Fixture::new("olmoe");

@@ -239,3 +239,47 @@ fn shares_add_up_to_the_whole_and_only_once() {
     // From here on the text of a share is known like any other.
     assert!(merged.merge(share(2, 3)).is_err());
 }
+
+/// What a file promises of others must not decide how much is listed.
+#[test]
+fn shares_that_cannot_be() {
+    let dir = tempfile::tempdir().unwrap();
+    let share = |of_text: &str, part, parts| Share {
+        of_text: of_text.to_owned(),
+        part,
+        parts,
+    };
+    for (shares, problem) in [
+        (vec![share("t", 1, u32::MAX)], "more than the 65536"),
+        (
+            vec![share("t", 1, 40_000), share("u", 1, 40_000)],
+            "80000 in all",
+        ),
+        (vec![share("t", 0, 3)], "no share 0/3"),
+        (vec![share("t", 4, 3)], "no share 4/3"),
+    ] {
+        let mut statistics = file("d", "tokens", 1.0);
+        statistics.shares = shares;
+        let error = Statistics::read(&saved(dir.path(), &statistics)).unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains(problem), "{error}");
+    }
+    let mut statistics = file("d", "tokens", 1.0);
+    statistics.shares = vec![share("t", 3, Share::MAX_PARTS)];
+    let read = Statistics::read(&saved(dir.path(), &statistics)).unwrap();
+    assert_eq!(read.missing_shares().len(), 65_535);
+}
+
+/// A sum that is no number could be written, but not read again.
+#[test]
+fn sums_that_are_too_large() {
+    let mut merged = file("d", "t1", 1e308);
+    let before = merged.clone();
+    let error = merged.merge(file("d", "t2", 1e308)).unwrap_err();
+    let error = error.to_string();
+    assert!(
+        error.contains("domain d, layer 1") && error.contains("too large"),
+        "{error}"
+    );
+    assert_eq!(merged, before);
+}

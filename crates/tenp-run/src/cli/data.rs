@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use clap::{Args, ValueEnum};
+use tenp_checkpoint::statistics::Share;
 use tenp_model::text::Data;
 
 #[derive(Clone, Debug, Args)]
@@ -69,6 +70,12 @@ impl std::str::FromStr for ShareArg {
         let (part, parts) = text.split_once('/').ok_or_else(wrong)?;
         let [part, parts] = [part, parts].map(str::parse);
         let (part, parts) = (part.map_err(|_| wrong())?, parts.map_err(|_| wrong())?);
+        if parts > Share::MAX_PARTS {
+            return Err(format!(
+                "`{text}` is of more than {} shares",
+                Share::MAX_PARTS
+            ));
+        }
         if (1..=parts).contains(&part) {
             Ok(Self { part, parts })
         } else {
