@@ -66,6 +66,16 @@ pub fn attention(
     Ok(())
 }
 
+/// Bytes of a thread's keys, values and scores for a sequence of `keys` keys; they stay with the thread.
+#[must_use]
+pub fn thread_bytes(shape: &AttentionShape, keys: usize) -> usize {
+    let padded = keys.next_multiple_of(TILE_COLS) * shape.qk_dim;
+    let values = keys * shape.v_dim.next_multiple_of(TILE_COLS);
+    // Queries, scores, and the scores packed, of a panel.
+    let panel = TILE_ROWS * (shape.qk_dim + 2 * keys);
+    size_of::<f32>() * (padded + values + panel)
+}
+
 fn check(
     shape: &AttentionShape,
     sequences: &[Sequence<'_>],
@@ -340,6 +350,36 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn a_thread_keeps_what_is_said() {
+        let shape = AttentionShape {
+            num_heads: 1,
+            num_kv_heads: 1,
+            qk_dim: 12,
+            v_dim: 9,
+            scale: 1.0,
+            window: None,
+        };
+        let keys = 3 * TILE_ROWS;
+        let (k, v) = (vec![0.5; keys * 12], vec![0.5; keys * 9]);
+        let sequence = Sequence {
+            queries: 0..keys,
+            keys: &k,
+            values: &v,
+        };
+        let mut out = vec![0.0; keys * 9];
+        let mut s = Scratch::default();
+        one_head(&shape, &sequence, 0, &k, &Disjoint::new(&mut out), &mut s);
+        let held = [
+            s.keys.len(),
+            s.values.len(),
+            s.queries.len(),
+            s.scores.len(),
+            s.weights.len(),
+        ];
+        assert_eq!(4 * held.iter().sum::<usize>(), thread_bytes(&shape, keys));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use rayon::prelude::*;
 
 use super::disjoint::Disjoint;
-use super::pack::{BlockRows, check_shape};
+use super::pack::{BlockRows, Packing, check_shape};
 pub use super::panels::PackedRows;
 use super::panels::{panels_of, row_runs};
 use super::tile::{TILE_COLS, Tile, copy_row, multiply};
@@ -33,6 +33,13 @@ pub(crate) fn with_blocks<R>(len: usize, f: impl FnOnce(&mut [u32]) -> R) -> R {
 /// (up to 1 MiB) stay in L2 themselves.
 pub(crate) fn columns_per_task(steps: usize) -> usize {
     ((1 << 18) / steps.max(1) / TILE_COLS).clamp(1, 8) * TILE_COLS
+}
+
+/// Bytes of a thread's weight blocks for products over an inner dimension of `inner`; they stay with the thread.
+#[must_use]
+pub fn thread_bytes(compute: Compute, inner: usize) -> usize {
+    let steps = Packing::of(compute).steps(inner);
+    size_of::<u32>() * columns_per_task(steps) * steps
 }
 
 /// `x · Wᵀ + bias` for `x` `[rows, inner]` and `weight` `[outputs, inner]`; `out` is `[rows, outputs]`.

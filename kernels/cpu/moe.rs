@@ -83,6 +83,17 @@ impl ExpertActivations {
         self.hidden
     }
 
+    /// Bytes of the buffers, as [`activation_bytes`] counts them.
+    #[must_use]
+    pub fn held_bytes(&self) -> [usize; 4] {
+        [
+            self.x.held_bytes(),
+            size_of_val(&self.h[..]),
+            size_of_val(&self.y[..]),
+            self.packed_y.held_bytes(),
+        ]
+    }
+
     /// Whether the next forward passes also keep y packed, as [`super::neuron::accumulate_neuron_sums`] needs it.
     pub fn keep_packed_outputs(&mut self, keep: bool) {
         self.keeps_packed_y = keep;
@@ -132,6 +143,25 @@ impl ExpertActivations {
             }
         }
     }
+}
+
+/// Bytes of the buffers that [`ExpertActivations`] keeps for `rows` rows of experts of one width: x, h, y, and y packed
+/// where that is kept. Each grows to what its largest pass needs.
+#[must_use]
+pub fn activation_bytes(
+    compute: Compute,
+    rows: usize,
+    (hidden, width): (usize, usize),
+    keeps_packed: bool,
+) -> [usize; 4] {
+    let packed = |inner| PackedRows::bytes(compute, rows, inner);
+    let packed_y = if keeps_packed { packed(hidden) } else { 0 };
+    [
+        packed(hidden),
+        packed(width),
+        size_of::<f32>() * rows * hidden,
+        packed_y,
+    ]
 }
 
 impl ExpertActivations {
@@ -361,4 +391,30 @@ pub fn combine(
             }
         });
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_as_large_as_is_said() {
+        let (hidden, width, tokens) = (24, 7, 37);
+        let values = vec![0.5; hidden * width];
+        let rows = |rows, cols| MatrixView::from_f32(rows, cols, &values).unwrap();
+        let expert = ExpertWeights {
+            gate: rows(width, hidden),
+            up: rows(width, hidden),
+            down: rows(hidden, width),
+        };
+        for (compute, keeps) in [(Compute::F32, false), (Compute::Bf16, true)] {
+            let mut activations = ExpertActivations::default();
+            activations.keep_packed_outputs(keeps);
+            let x = vec![0.25; tokens * hidden];
+            let groups = ExpertGroups::dense(tokens);
+            expert_forward(compute, &[expert], &groups, &x, &mut activations).unwrap();
+            let said = activation_bytes(compute, tokens, (hidden, width), keeps);
+            assert_eq!(activations.held_bytes(), said, "{compute:?}");
+        }
+    }
 }

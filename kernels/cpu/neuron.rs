@@ -56,6 +56,12 @@ impl NeuronSums {
         }
     }
 
+    /// Bytes of the sums of `neurons` neurons.
+    #[must_use]
+    pub fn bytes(neurons: usize) -> usize {
+        7 * size_of::<f64>() * neurons
+    }
+
     /// Widths and offsets of the experts.
     #[must_use]
     pub fn layout(&self) -> &RaggedLayout {

@@ -84,6 +84,12 @@ impl Default for PackedRows {
 }
 
 impl PackedRows {
+    /// Bytes that `rows` rows of length `inner` take.
+    #[must_use]
+    pub fn bytes(compute: Compute, rows: usize, inner: usize) -> usize {
+        size_of::<u32>() * rows * Packing::of(compute).steps(inner)
+    }
+
     /// Packs `x`, `[rows, inner]`, as one group.
     ///
     /// # Errors
@@ -190,6 +196,12 @@ impl PackedRows {
 
     pub(crate) fn packing(&self) -> Packing {
         self.packing
+    }
+
+    /// Bytes of the buffer.
+    #[must_use]
+    pub fn held_bytes(&self) -> usize {
+        size_of_val(&self.data[..])
     }
 
     /// Row length.

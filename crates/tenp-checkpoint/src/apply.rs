@@ -6,6 +6,7 @@ mod folder;
 mod form;
 mod gather;
 mod layout;
+mod memory;
 mod mtp;
 mod rewrite;
 mod tensors;
@@ -28,6 +29,7 @@ use folder::{Folder, Target};
 use form::{Kind, Output};
 use rewrite::Rewritten;
 
+pub use memory::writing_memory;
 pub use verify::{Difference, Verification, verify};
 
 pub use rewrite::{LayerRewriter, Notes, RewrittenExpert, RewrittenLayer};

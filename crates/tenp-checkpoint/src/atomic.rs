@@ -7,7 +7,7 @@ use std::path::Path;
 
 use crate::CheckpointError;
 
-const BUFFER_BYTES: usize = 1 << 20;
+pub(crate) const BUFFER_BYTES: usize = 1 << 20;
 
 /// Bytes after which the system is asked to begin writing them, so that little is left to wait for at the end.
 const WRITE_BACK_BYTES: u64 = 32 << 20;

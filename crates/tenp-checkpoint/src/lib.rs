@@ -25,6 +25,7 @@ mod error;
 mod expected;
 mod fp8;
 mod header;
+mod heap;
 mod index;
 #[cfg(unix)]
 mod mapped;
@@ -47,7 +48,7 @@ pub use access::{ExpertTensors, Matrix, RouterTensors, SharedTensors};
 pub use apply::{
     ApplyOptions, ApplyOutcome, Difference, LayerRewriter, Mtp, Notes, OutputDtype, OutputForm,
     ReportPage, RewrittenExpert, RewrittenLayer, Verification, apply, apply_rewritten, check_form,
-    check_output, check_unfinished, output_bytes, verify,
+    check_output, check_unfinished, output_bytes, verify, writing_memory,
 };
 pub use atomic::{Sink, check_replaceable, replace_file};
 pub use checkpoint::{Checkpoint, TensorView};
@@ -57,6 +58,7 @@ pub use error::CheckpointError;
 pub use expected::{ExpectedTensor, Role, expected_tensors, mtp_tensors};
 pub use fp8::{FP8_BLOCK, NonFinite, holds_nan, weight_of_scale};
 pub use header::PlannedTensor;
+pub use heap::return_large_buffers;
 #[cfg(unix)]
 pub use mapped::explain_faults;
 pub use names::{Part, Spelling, dense, layer_of};

@@ -46,6 +46,50 @@ pub(crate) struct AttentionBuffers {
     packed_low: PackedRows,
 }
 
+/// Bytes of [`AttentionBuffers`] for `rows` tokens.
+pub(crate) fn buffer_bytes(config: &ModelConfig, compute: Compute, rows: usize) -> usize {
+    let hidden = config.hidden_size;
+    let (shape, _) = attention_shape(config, 0, 1.0);
+    let heads = shape.num_heads * shape.v_dim;
+    let keys_and_values = shape.num_kv_heads * (shape.qk_dim + shape.v_dim);
+    let mut values = shape.num_heads * shape.qk_dim + keys_and_values + heads + hidden;
+    let packed = |inner| PackedRows::bytes(compute, rows, inner);
+    let mut packed_rows = packed(hidden.max(heads));
+    if let Attention::Mla {
+        num_heads,
+        q_lora_rank,
+        kv_lora_rank,
+        nope_dim,
+        rope_dim,
+        v_dim,
+        ..
+    } = config.attention
+    {
+        let low = q_lora_rank.unwrap_or(0);
+        values += low + kv_lora_rank + rope_dim + num_heads * (nope_dim + v_dim);
+        packed_rows += packed(low.max(kv_lora_rank));
+    }
+    size_of::<f32>() * rows * values + packed_rows
+}
+
+#[cfg(test)]
+impl AttentionBuffers {
+    pub(crate) fn held_bytes(&self) -> usize {
+        let values = [
+            &self.queries,
+            &self.keys,
+            &self.values,
+            &self.low,
+            &self.compressed,
+            &self.expanded,
+            &self.heads,
+            &self.out,
+        ];
+        let values: usize = values.iter().map(|buffer| size_of_val(&buffer[..])).sum();
+        values + self.packed.held_bytes() + self.packed_low.held_bytes()
+    }
+}
+
 /// The first `len` elements of a buffer, grown if need be; they hold what was there before.
 fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
     if buffer.len() < len {

@@ -60,7 +60,8 @@ pub fn calibrate_in_folds(
     mut keep: Option<&mut Keep>,
     progress: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<(Statistics, Folds), ModelError> {
-    let (sequences, labels, mut collected) = prepare(model, domains, options);
+    let (sequences, labels) = grouped(model, domains, options);
+    let mut collected = empty(model, domains, &labels);
     let collector = Collector {
         checkpoint: model.checkpoint(),
         num_domains: domains.len(),
@@ -88,13 +89,32 @@ pub fn calibrate_in_folds(
     Ok((collected.statistics, collected.folds))
 }
 
-/// The sequences, domain and group of each of their labels, and statistics without any layer.
-fn prepare(
+/// The sequences of all domains, and domain and group of each of their labels.
+pub(crate) fn grouped(
     model: &Model<'_>,
     domains: &[(String, Vec<Vec<u32>>)],
     options: &FoldOptions,
-) -> (Sequences, Vec<(usize, usize)>, Collected) {
-    let mut sequences = Sequences::default();
+) -> (Sequences, Vec<(usize, usize)>) {
+    let (mut sequences, mut labels) = (Sequences::default(), Vec::new());
+    for (d, (_, samples)) in domains.iter().enumerate() {
+        let num_folds = num_folds(model, samples, options.num_folds);
+        for fold in 0..num_folds {
+            let group = samples.len() * fold / num_folds..samples.len() * (fold + 1) / num_folds;
+            for sample in &samples[group] {
+                sequences.push(sample, labels.len());
+            }
+            labels.push((d, fold));
+        }
+    }
+    (sequences, labels)
+}
+
+/// Statistics without any layer, of these groups.
+fn empty(
+    model: &Model<'_>,
+    domains: &[(String, Vec<Vec<u32>>)],
+    labels: &[(usize, usize)],
+) -> Collected {
     let mut statistics = Statistics {
         checkpoint: model.checkpoint().fingerprint().to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -105,23 +125,15 @@ fn prepare(
         ..Statistics::default()
     };
     let mut folds = Folds::new();
-    let mut labels = Vec::new();
     for (d, (name, samples)) in domains.iter().enumerate() {
-        let num_folds = num_folds(model, samples, options.num_folds);
-        for fold in 0..num_folds {
-            let group = samples.len() * fold / num_folds..samples.len() * (fold + 1) / num_folds;
-            for sample in &samples[group] {
-                sequences.push(sample, labels.len());
-            }
-            labels.push((d, fold));
-        }
+        let num_folds = labels.iter().filter(|(domain, _)| *domain == d).count();
         statistics
             .tokens
             .insert(name.clone(), vec![tokens_fingerprint(samples)]);
         statistics.domains.insert(name.clone(), BTreeMap::new());
         folds.insert(name.clone(), vec![BTreeMap::new(); num_folds]);
     }
-    (sequences, labels, Collected { statistics, folds })
+    Collected { statistics, folds }
 }
 
 impl Collected {

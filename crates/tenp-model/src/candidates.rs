@@ -1,10 +1,12 @@
 //! How well plans predict a text, without writing them.
 
-use tenp_checkpoint::{Checkpoint, ExpertTensors, OutputDtype, Plan};
+use std::sync::Arc;
+
+use tenp_checkpoint::{Checkpoint, ExpertTensors, ModelConfig, OutputDtype, Plan};
 use tenp_kernels::Compute;
 use tenp_kernels::cpu::elementwise::log_sum_exp;
 
-use crate::cpu::{CpuModel, CpuPass};
+use crate::cpu::{BufferPool, CpuModel, CpuPass};
 use crate::engine::Pass;
 use crate::head::Head;
 use crate::narrow::Narrow;
@@ -30,8 +32,6 @@ pub fn plan_nlls(
 ) -> Result<Vec<f64>, ModelError> {
     let config = checkpoint.config();
     sequences.check(config)?;
-    let bytes = 4 * config.hidden_size * sequences.num_tokens();
-    let together = (PASS_BYTES / bytes.max(1)).max(1);
     let model = CpuModel {
         checkpoint,
         compute,
@@ -39,11 +39,13 @@ pub fn plan_nlls(
     };
     let head = Head::new(checkpoint, compute, None)?;
     let mut nlls = Vec::with_capacity(plans.len());
-    for plans in plans.chunks(together) {
+    // One plan runs at a time: all share the buffers.
+    let buffers = Arc::new(BufferPool::default());
+    for plans in plans.chunks(together(config, sequences)) {
         let mut passes = plans
             .iter()
-            .map(|_| CpuPass::new(model, sequences, None))
-            .collect::<Result<Vec<_>, _>>()?;
+            .map(|_| Ok(CpuPass::new(model, sequences, None)?.sharing(&buffers)))
+            .collect::<Result<Vec<_>, ModelError>>()?;
         for layer in 0..config.num_layers {
             for (plan, pass) in plans.iter().zip(&mut passes) {
                 step(checkpoint, plan, layer, pass)?;
@@ -57,6 +59,12 @@ pub fn plan_nlls(
         }
     }
     Ok(nlls)
+}
+
+/// Plans that run side by side.
+pub(crate) fn together(config: &ModelConfig, sequences: &Sequences) -> usize {
+    let bytes = size_of::<f32>() * config.hidden_size * sequences.num_tokens();
+    (PASS_BYTES / bytes.max(1)).max(1)
 }
 
 fn step(

@@ -1,19 +1,18 @@
 //! The pass on the CPU: hidden states between layers, blocks of tokens within one, on all threads.
 
 use std::ops::Range;
-use std::sync::Mutex;
-use std::time::Instant;
+use std::sync::{Arc, Mutex};
 
 use rayon::prelude::*;
 use tenp_checkpoint::{Checkpoint, ExpertTensors, ModelConfig};
 use tenp_kernels::cpu::direction::{ExpertSums, TokenContext, accumulate_expert_sums};
 use tenp_kernels::cpu::elementwise::{add, all_finite};
-use tenp_kernels::cpu::linear::{PackedRows, linear};
+use tenp_kernels::cpu::linear::PackedRows;
 use tenp_kernels::cpu::moe::ExpertActivations;
 use tenp_kernels::cpu::neuron::{NeuronSums, accumulate_neuron_sums, neuron_weight_norms};
 use tenp_kernels::cpu::norm::{rms_norm, rms_norm_strided};
 use tenp_kernels::cpu::rotary::RotaryTable;
-use tenp_kernels::{Compute, KernelError, MatrixView, RaggedLayout};
+use tenp_kernels::{Compute, KernelError, RaggedLayout};
 
 use crate::attention::{AttentionBlock, AttentionBuffers};
 use crate::cache::CachedSequence;
@@ -71,33 +70,6 @@ impl CpuModel<'_> {
     }
 }
 
-impl CpuModel<'_> {
-    /// FLOP/s of a dense product.
-    pub(crate) fn measured_rate(&self) -> Result<f64, ModelError> {
-        let (rows, inner, outputs) = (448, 1024, 1024);
-        let values = |count: usize, period: usize, offset: f32| -> Vec<f32> {
-            (0..count)
-                .map(|i| (i % period) as f32 * 0.1 - offset)
-                .collect()
-        };
-        let (x, w) = (
-            values(rows * inner, 17, 0.8),
-            values(outputs * inner, 13, 0.6),
-        );
-        let weight = MatrixView::from_f32(outputs, inner, &w).at(0)?;
-        let mut out = vec![0.0; rows * outputs];
-        let mut product = || linear(self.compute, &x, &weight, None, &mut out).at(0);
-        product()?;
-        let started = Instant::now();
-        let mut runs = 0;
-        while started.elapsed().as_secs_f64() < 0.3 {
-            product()?;
-            runs += 1;
-        }
-        Ok((2 * rows * inner * outputs * runs) as f64 / started.elapsed().as_secs_f64())
-    }
-}
-
 /// A pass in progress: hidden states of all tokens after some layers.
 pub(crate) struct CpuPass<'s> {
     model: CpuModel<'s>,
@@ -108,7 +80,7 @@ pub(crate) struct CpuPass<'s> {
     softmax_factor: f64,
     hidden: Hidden,
     layer: usize,
-    buffers: BufferPool,
+    buffers: Arc<BufferPool>,
 }
 
 /// Intermediate results of a block, kept from block to block and layer to layer so that they are allocated once.
@@ -125,9 +97,23 @@ struct Buffers {
 
 /// Buffers that no block is using: as many as blocks were ever in flight at once.
 #[derive(Default)]
-struct BufferPool(Mutex<Vec<Buffers>>);
+pub(crate) struct BufferPool(Mutex<Vec<Buffers>>);
 
 impl BufferPool {
+    /// Of the buffers of every block that was in flight.
+    #[cfg(test)]
+    pub(crate) fn held_bytes(&self) -> Vec<usize> {
+        let buffers = self.0.lock().expect("no thread of the test panicked");
+        let of = |buffers: &Buffers| {
+            let values = [&buffers.x, &buffers.combined].map(|values| size_of_val(&values[..]));
+            values.iter().sum::<usize>()
+                + buffers.router_input.held_bytes()
+                + buffers.attention.held_bytes()
+                + buffers.experts.held_bytes().iter().sum::<usize>()
+        };
+        buffers.iter().map(of).collect()
+    }
+
     fn lend<R>(&self, work: impl FnOnce(&mut Buffers) -> R) -> R {
         const UNPOISONED: &str = "nothing panics while the pool is locked";
         let spare = self.0.lock().expect(UNPOISONED).pop();
@@ -175,8 +161,16 @@ impl<'s> CpuPass<'s> {
             softmax_factor,
             hidden: Hidden::embedded(model.checkpoint, sequences.ids(), model.spill)?,
             layer: 0,
-            buffers: BufferPool::default(),
+            buffers: Arc::default(),
         })
+    }
+
+    /// With the buffers of passes that run in turn.
+    pub(crate) fn sharing(self, buffers: &Arc<BufferPool>) -> Self {
+        Self {
+            buffers: Arc::clone(buffers),
+            ..self
+        }
     }
 
     /// `[tokens, H]` of the residual stream.

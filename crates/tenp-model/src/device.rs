@@ -43,9 +43,10 @@ use self::store::Store;
 use crate::attention::attention_shape;
 use crate::engine::{Engine, Pass};
 use crate::error::AtLayer;
+use crate::forward::WorkingBytes;
 use crate::head::head_name;
 use crate::weights::view;
-use crate::{KvCache, ModelError, Sequences, WorkingBytes};
+use crate::{KvCache, ModelError, Sequences};
 
 /// Tokens that go through a layer at once, where no sequence is longer: rows enough for every expert of the models we
 /// know to be bound by arithmetic (`docs/cuda.md`).

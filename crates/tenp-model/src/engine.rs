@@ -2,8 +2,9 @@
 
 use tenp_checkpoint::ExpertTensors;
 
+use crate::forward::WorkingBytes;
 use crate::moments::{ExpertMoments, MomentsWanted};
-use crate::{KvCache, ModelError, Observer, Sequences, WorkingBytes};
+use crate::{KvCache, ModelError, Observer, Sequences};
 
 /// Runs a checkpoint's layers and head somewhere else than on the CPU.
 pub(crate) trait Engine {

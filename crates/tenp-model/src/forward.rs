@@ -31,11 +31,11 @@ pub struct Model<'c> {
 
 /// Memory that a pass takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WorkingBytes {
+pub(crate) struct WorkingBytes {
     /// On the host, beside the mapped file.
-    pub host: usize,
+    pub(crate) host: usize,
     /// On the GPU, where there is one.
-    pub device: Option<usize>,
+    pub(crate) device: Option<usize>,
 }
 
 /// A pass in progress: hidden states of all tokens after some layers.
@@ -203,7 +203,7 @@ impl<'c> Model<'c> {
         format!("{by}{:?}", self.compute)
     }
 
-    fn on_cpu(&self) -> CpuModel<'c> {
+    pub(crate) fn on_cpu(&self) -> CpuModel<'c> {
         CpuModel {
             checkpoint: self.checkpoint,
             compute: self.compute,
@@ -241,61 +241,24 @@ impl<'c> Model<'c> {
         }
     }
 
-    /// What a calibration pass over `tokens` tokens takes at most, about.
-    pub fn working_bytes(&self, tokens: usize) -> WorkingBytes {
-        match self.engine {
-            Some(engine) => engine.working_bytes(tokens),
-            None => WorkingBytes {
-                host: self.cpu_working_bytes(tokens),
-                device: None,
-            },
-        }
+    /// What a pass over `tokens` tokens takes at most, about, where an engine runs it.
+    pub(crate) fn engine_bytes(&self, tokens: usize) -> Option<WorkingBytes> {
+        self.engine.map(|engine| engine.working_bytes(tokens))
     }
 
-    /// FLOP/s of a dense product of the calibration's kind, measured for a fraction of a second.
-    ///
-    /// # Errors
-    /// The GPU's own words.
-    pub fn measured_rate(&self) -> Result<f64, ModelError> {
-        match self.engine {
-            Some(engine) => engine.measured_rate(),
-            None => self.on_cpu().measured_rate(),
-        }
+    /// Of that, on the GPU.
+    pub fn device_bytes(&self, tokens: usize) -> Option<usize> {
+        self.engine_bytes(tokens)?.device
+    }
+
+    /// FLOP/s of a dense product on the GPU, where one runs the model.
+    pub(crate) fn engine_rate(&self) -> Result<Option<f64>, ModelError> {
+        self.engine.map(Engine::measured_rate).transpose()
     }
 
     /// Tokens of a block on the CPU; samples are grouped by it, wherever they run.
     pub(crate) fn block_tokens(&self) -> usize {
         self.on_cpu().block_tokens()
-    }
-
-    /// Hidden states, and one block's activations and statistics.
-    fn cpu_working_bytes(&self, tokens: usize) -> usize {
-        let config = self.config();
-        let moe = &config.moe;
-        let cpu = self.on_cpu();
-        let block = (cpu.block_tokens() * cpu.blocks_in_flight()).min(tokens);
-        let heads = match &config.attention {
-            Attention::Mla {
-                num_heads,
-                nope_dim,
-                rope_dim,
-                v_dim,
-                ..
-            } => num_heads * (3 * (nope_dim + rope_dim) + 3 * v_dim),
-            Attention::Gqa {
-                num_heads,
-                num_kv_heads,
-                head_dim,
-                ..
-            } => (2 * num_heads + 2 * num_kv_heads) * head_dim,
-        };
-        let routed = moe.top_k * (3 * config.hidden_size + moe.expert_width);
-        let shared = 2 * config.hidden_size + moe.shared_width.max(config.dense_width);
-        let block_values = block * (4 * config.hidden_size + heads.max(routed).max(shared));
-        let statistics = 8 * 9 * (1 + config.moe_layers.len()) * moe.num_experts * moe.expert_width;
-        let hidden = tokens * self.hidden_bytes_per_token();
-        let spilled = self.spilled_bytes(tokens);
-        hidden - spilled + 4 * block_values + statistics
     }
 }
 

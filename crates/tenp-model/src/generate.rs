@@ -91,6 +91,17 @@ fn cached_bytes_per_token(config: &ModelConfig) -> usize {
     4 * config.num_layers * values
 }
 
+/// Keys and values of `sequences` that are completed together, with `new_tokens` more each: all, or what is allowed.
+pub(crate) fn most_cached_bytes(
+    config: &ModelConfig,
+    sequences: &Sequences,
+    new_tokens: usize,
+) -> usize {
+    let more = new_tokens * sequences.spans().len();
+    let all = (sequences.num_tokens() + more) * cached_bytes_per_token(config);
+    all.min(CACHE_BYTES)
+}
+
 fn complete_together(
     model: &Model<'_>,
     prompts: &[&[u32]],

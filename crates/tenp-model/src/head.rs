@@ -20,6 +20,17 @@ pub(crate) fn head_name(config: &ModelConfig) -> &'static str {
     }
 }
 
+/// Rows whose logits are made at once: 64 MiB of them.
+fn batch_rows(vocab_size: usize) -> usize {
+    ((64 << 20) / 4 / vocab_size.max(1)).clamp(14, 4096)
+}
+
+/// Bytes of the logits of `rows` rows, as many as are made at once, and of the hidden states they are made of.
+pub(crate) fn batch_bytes(config: &ModelConfig, rows: usize) -> usize {
+    let values = config.vocab_size + config.hidden_size;
+    size_of::<f32>() * batch_rows(config.vocab_size).min(rows) * values
+}
+
 /// The output head of a model (its embedding matrix, where the two are tied).
 #[derive(Clone, Copy)]
 pub struct Head<'c> {
@@ -89,9 +100,7 @@ impl<'c> Head<'c> {
         mut visit: impl FnMut(usize, &[f32]),
     ) -> Result<(), ModelError> {
         let width = self.weight.cols();
-        // 64 MiB of logits at a time.
-        let batch = ((64 << 20) / 4 / self.vocab_size().max(1)).clamp(14, 4096);
-        for rows in rows.chunks(batch) {
+        for rows in rows.chunks(batch_rows(self.vocab_size())) {
             let gathered: Vec<f32> = rows
                 .iter()
                 .flat_map(|&r| &hidden[r * width..(r + 1) * width])

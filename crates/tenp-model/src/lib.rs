@@ -12,6 +12,7 @@
 //! | likelihoods, perplexity, comparison with a reference | [`evaluate`] |
 //! | what narrower experts would cost | [`sensitivity`] |
 //! | new weights for pruned layers | [`rewrite`] |
+//! | what a step holds in memory, and how long it computes | [`memory`], [`speed`] |
 //! | text generation with a key/value cache | [`generate`] |
 //! | tokenizer, chat template, data files | [`text`] |
 
@@ -28,6 +29,7 @@ pub mod forward;
 pub mod generate;
 mod head;
 mod hidden;
+pub mod memory;
 mod mlp;
 mod moments;
 mod narrow;
@@ -35,12 +37,13 @@ mod observer;
 pub mod rewrite;
 pub mod sensitivity;
 pub mod sequences;
+pub mod speed;
 pub mod text;
 mod weights;
 
 pub use cache::KvCache;
 pub use error::ModelError;
-pub use forward::{Model, Run, WorkingBytes};
+pub use forward::{Model, Run};
 pub use head::Head;
 pub use hidden::Spill;
 pub use observer::{BlockSums, Observer, RoutedActivations, WeightNorms};

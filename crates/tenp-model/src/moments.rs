@@ -38,6 +38,16 @@ pub(crate) struct ExpertMoments {
     pub(crate) outputs: [f64; 2],
 }
 
+/// Bytes of an expert's moments.
+pub(crate) fn bytes(width: usize) -> usize {
+    2 * size_of::<f64>() * width * width
+}
+
+/// Bytes that a thread holds while it adds to them: activations of some rows, scaled and packed, and their products.
+pub(crate) fn adding_bytes(width: usize) -> usize {
+    size_of::<f32>() * (3 * ROWS * width + width * width)
+}
+
 /// Collects the moments of a layer on the CPU. Blocks must come in order.
 pub(crate) struct Moments<'a> {
     layer: usize,

@@ -14,4 +14,5 @@ mod rescale;
 
 pub use dern::Dern;
 pub use recover::{LeastSquares, RecoverOptions};
+pub(crate) use recover::{operations as fit_operations, rate as fit_rate};
 pub use rescale::Rescale;

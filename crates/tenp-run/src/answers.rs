@@ -118,10 +118,24 @@ impl Samples {
         inputs
     }
 
-    /// Tokens with their answers, at most.
-    pub(crate) fn most_tokens(&self, model: &Model<'_>) -> usize {
-        let given = models::num_tokens(&self.domains);
-        given + self.limits.map_or(0, |limits| self.room(limits, model))
+    /// The samples with answers as long as they may be; of generated ones only the length is meant.
+    pub(crate) fn longest(&self, model: &Model<'_>) -> Domains {
+        let mut domains = self.domains.clone();
+        if let Some(limits) = self.limits {
+            for sample in domains.iter_mut().flat_map(|(_, samples)| samples) {
+                let room = limits.room(sample.len(), model.config());
+                sample.resize(sample.len() + room, 0);
+            }
+        }
+        domains
+    }
+
+    /// Tokens of the longest answer that may be generated; `None` where answers are given.
+    pub(crate) fn new_tokens(&self, model: &Model<'_>) -> Option<usize> {
+        let limits = self.limits?;
+        let samples = self.domains.iter().flat_map(|(_, samples)| samples);
+        let rooms = samples.map(|sample| limits.room(sample.len(), model.config()));
+        rooms.max()
     }
 
     fn room(&self, limits: Limits, model: &Model<'_>) -> usize {

@@ -20,7 +20,7 @@ pub(crate) use data::{AnswersArg, AnswersArgs, DataArgs, MIN_TOKENS, ShareArg};
 pub(crate) use keep::{HiddenArgs, KeepArgs};
 pub(crate) use output::{DtypeArg, MtpArg};
 pub(crate) use run::{ComputeArg, DeviceArg, RunArgs};
-pub(crate) use single::{Generate, Logits};
+pub(crate) use single::{Demo, Generate, Logits};
 pub(crate) use verify::Verify;
 pub(crate) use weights::{DernArgs, GatesArg, InputsArg, RecoverArg, RecoverArgs};
 
@@ -149,6 +149,12 @@ pub(crate) struct Calibrate {
     /// the same run as it is.
     #[arg(long)]
     pub(crate) restart: bool,
+    /// Only say what it would take: sizes, memory, passes, time.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Print what --dry-run says as JSON.
+    #[arg(long, requires = "dry_run")]
+    pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) hidden: HiddenArgs,
     #[command(flatten)]
@@ -378,6 +384,9 @@ pub(crate) struct Apply {
     pub(crate) hidden: HiddenArgs,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
+    /// Only say what it would take: sizes, memory, passes, time.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
     /// Print the outcome as JSON.
     #[arg(long)]
     pub(crate) json: bool,
@@ -406,7 +415,7 @@ pub(crate) struct Prune {
     /// Keep the statistics here, to plan other budgets without calibrating again.
     #[arg(long, value_name = "FILE")]
     pub(crate) save_stats: Option<PathBuf>,
-    /// Only say what it would take: sizes, memory, time.
+    /// Only say what it would take: sizes, memory, passes, time.
     #[arg(long)]
     pub(crate) dry_run: bool,
     #[command(flatten)]
@@ -479,19 +488,6 @@ pub(crate) struct Compare {
     #[arg(short, long, value_name = "FOLDER")]
     pub(crate) output: PathBuf,
     /// Print all results as JSON.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Demo {
-    /// Folder of the demo: checkpoint, calibration/, tasks/.
-    #[arg(long, value_name = "FOLDER")]
-    pub(crate) folder: Option<PathBuf>,
-    /// Share of the routed-expert neurons to keep.
-    #[arg(long, default_value_t = 0.6, value_name = "SHARE")]
-    pub(crate) keep: f64,
-    /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
 }

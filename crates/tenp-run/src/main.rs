@@ -10,6 +10,7 @@ mod commands;
 mod console;
 mod coverage;
 mod failure;
+mod forecast;
 mod interrupt;
 mod models;
 mod picture;
@@ -28,6 +29,7 @@ use anyhow::Context as _;
 use clap::Parser;
 
 fn main() -> ExitCode {
+    tenp_checkpoint::return_large_buffers();
     let cli = cli::Cli::parse();
     #[cfg(unix)]
     tenp_checkpoint::explain_faults();

@@ -55,7 +55,7 @@ pub(crate) fn check(request: &PlanRequest, domains: &Domains) -> Result<()> {
 }
 
 /// Samples to plan from, and those to try plans on: every fourth, or the last of fewer.
-fn split(domains: &Domains) -> (Domains, Domains) {
+pub(crate) fn split(domains: &Domains) -> (Domains, Domains) {
     let part = |held: bool| {
         let domain = |(name, samples): &(String, Vec<Vec<u32>>)| {
             let is_held = |i: usize| i % 4 == 3 || (samples.len() < 4 && i + 1 == samples.len());

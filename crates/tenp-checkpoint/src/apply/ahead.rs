@@ -12,6 +12,10 @@ const CHUNK_BYTES: usize = 8 << 20;
 /// Far enough to keep a disk busy while a tensor is put together, near enough to be in memory still when its turn comes.
 const AHEAD_BYTES: u64 = 256 << 20;
 
+/// What is noted of an output tensor that has one source.
+pub(super) const PLACE_BYTES: usize =
+    size_of::<(usize, Range<usize>, u64)>() + size_of::<u64>() + size_of::<Option<usize>>();
+
 /// The bytes of the source in the order in which they are needed.
 pub(super) struct Ahead<'a> {
     checkpoint: &'a Checkpoint,

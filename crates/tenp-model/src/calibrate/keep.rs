@@ -10,16 +10,14 @@ use tenp_checkpoint::statistics::{read_parts, write_parts};
 use tenp_checkpoint::{Folds, ModelConfig, Statistics, Work};
 
 use super::{FoldOptions, MAX_FOLDS};
+use crate::memory::StatisticsMemory;
 use crate::{Model, ModelError, Run, Sequences};
 
 /// Keeping takes at most about one part in this many of the time.
 const TIME_SHARE: u32 = 20;
 
-/// Statistics by neuron.
-const TABLES: usize = 9;
-
-/// Rows of hidden states that go to and from the disk at once.
-const CHUNK_ROWS: usize = 4096;
+/// Bytes of hidden states that go to and from the disk at once.
+const CHUNK_BYTES: usize = 8 << 20;
 
 /// Where a calibration keeps what it has done.
 #[derive(Debug)]
@@ -52,11 +50,16 @@ impl Keep {
         domains: usize,
         options: &FoldOptions,
     ) -> usize {
-        let (moe, layers) = (&model.config().moe, model.config().moe_layers.len());
-        let groups = options.num_folds.unwrap_or(MAX_FOLDS);
-        let tables = domains * (TABLES + groups * options.tables.len());
-        let statistics = 8 * layers * moe.num_experts * moe.expert_width * tables;
+        let groups = domains * options.num_folds.unwrap_or(MAX_FOLDS);
+        let statistics = StatisticsMemory::new(model.config(), domains);
+        let statistics = statistics.with_groups(groups, options.tables.len()).all();
         statistics + 2 * tokens * model.hidden_bytes_per_token()
+    }
+
+    /// Bytes of the hidden states of `tokens` tokens that are in memory on their way to the disk.
+    pub(crate) fn chunk_bytes(model: &Model<'_>, tokens: usize) -> usize {
+        let row = model.hidden_bytes_per_token();
+        row * tokens.min(chunk_rows(row))
     }
 
     /// Keeps in a folder that the caller has resumed, no more often than `every`.
@@ -214,17 +217,23 @@ impl Keep {
     }
 }
 
+/// Rows of a chunk, of `row_bytes` each.
+fn chunk_rows(row_bytes: usize) -> usize {
+    (CHUNK_BYTES / row_bytes.max(1)).max(1)
+}
+
 /// First row and length of every chunk of `[tokens, H]`.
-fn chunks(tokens: usize) -> impl Iterator<Item = (usize, usize)> {
+fn chunks(tokens: usize, hidden_size: usize) -> impl Iterator<Item = (usize, usize)> {
+    let rows = chunk_rows(hidden_size * size_of::<f32>());
     (0..tokens)
-        .step_by(CHUNK_ROWS)
-        .map(move |first| (first, CHUNK_ROWS.min(tokens - first)))
+        .step_by(rows)
+        .map(move |first| (first, rows.min(tokens - first)))
 }
 
 fn write_hidden(path: &Path, run: &Run<'_>, tokens: usize) -> Result<(), ModelError> {
     let mut file = File::create(path).map_err(io(path))?;
     let mut values = Vec::new();
-    for (first, rows) in chunks(tokens) {
+    for (first, rows) in chunks(tokens, run.hidden_size()) {
         values.resize(rows * run.hidden_size(), 0f32);
         run.read_hidden(first, &mut values)?;
         file.write_all(bytemuck::cast_slice(&values))
@@ -236,7 +245,7 @@ fn write_hidden(path: &Path, run: &Run<'_>, tokens: usize) -> Result<(), ModelEr
 fn read_hidden(path: &Path, run: &mut Run<'_>, tokens: usize) -> Result<(), ModelError> {
     let mut file = File::open(path).map_err(io(path))?;
     let mut values = Vec::new();
-    for (first, rows) in chunks(tokens) {
+    for (first, rows) in chunks(tokens, run.hidden_size()) {
         values.resize(rows * run.hidden_size(), 0f32);
         file.read_exact(bytemuck::cast_slice_mut(&mut values))
             .map_err(io(path))?;

@@ -22,6 +22,7 @@ use crate::narrow::Narrow;
 use crate::{Model, ModelError, Sequences};
 use held_out::held_out;
 use solve::{Problem, Solution, solve};
+pub(crate) use solve::{operations, rate};
 
 /// How the fit is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! Commands that run a model once: `logits` and `generate`.
+//! Commands with little to choose: `logits`, `generate` and `demo`.
 
 use std::path::PathBuf;
 
@@ -43,4 +43,17 @@ pub(crate) struct Generate {
     pub(crate) seed: u64,
     #[command(flatten)]
     pub(crate) run: RunArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Demo {
+    /// Folder of the demo: checkpoint, calibration/, tasks/.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) folder: Option<PathBuf>,
+    /// Share of the routed-expert neurons to keep.
+    #[arg(long, default_value_t = 0.6, value_name = "SHARE")]
+    pub(crate) keep: f64,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }

@@ -11,14 +11,16 @@ use tenp_checkpoint::{
     apply_rewritten, check_form, check_output, check_unfinished, output_bytes,
 };
 use tenp_kernels::Compute;
-use tenp_model::Spill;
+use tenp_model::calibrate::FoldOptions;
 use tenp_model::rewrite::{Dern, LeastSquares, Rescale};
+use tenp_model::{Model, Spill};
 
 use crate::cli::{
     Apply, ComputeArg, DataArgs, DeviceArg, DtypeArg, FormArg, MIN_TOKENS, MtpArg, OutputArgs,
     RecoverArg,
 };
 use crate::failure::usage;
+use crate::forecast::{Forecast, Sizes};
 use crate::models::Domains;
 use crate::place::Place;
 use crate::progress::{Progress, Unit};
@@ -49,18 +51,26 @@ pub(super) fn run(args: &Apply) -> Result<()> {
             _ => Compute::F32,
         })
     };
+    let text = match args.recover.recover {
+        RecoverArg::None => None,
+        _ => Some(calibration(args, &checkpoint, &plan)?),
+    };
+    if args.dry_run {
+        let spill = args.hidden.spill(&args.output.output);
+        return place.with_model(&checkpoint, |model| {
+            dry_run(&model.spilling(&spill), args, &plan, text)
+        });
+    }
     let sequences;
-    let recovery = match args.recover.recover {
-        RecoverArg::None => Recovery::None,
-        kind => {
-            let (domains, weights) = calibration(args, &checkpoint, &plan)?;
-            if kind == RecoverArg::Rescale {
-                let statistics = super::calibrate::run_domains(&checkpoint, &domains, &place)?;
-                recovery::rescale(&checkpoint, &plan, &statistics, &weights)?
-            } else {
-                sequences = recovery::sequences(&domains, &weights);
-                recovery::least_squares(args.recover, &sequences)
-            }
+    let recovery = match text {
+        None => Recovery::None,
+        Some((domains, weights)) if args.recover.recover == RecoverArg::Rescale => {
+            let statistics = super::calibrate::run_domains(&checkpoint, &domains, &place)?;
+            recovery::rescale(&checkpoint, &plan, &statistics, &weights)?
+        }
+        Some((domains, weights)) => {
+            sequences = recovery::sequences(&domains, &weights);
+            recovery::least_squares(args.recover, &sequences)
         }
     };
     let making = Making {
@@ -144,6 +154,44 @@ fn calibration(
     let domains = models::Texts::new(checkpoint).domains(&data)?;
     let weights = recovery::plan_weights(plan, &domains);
     Ok((domains, weights))
+}
+
+/// What the run would take.
+fn dry_run(
+    model: &Model<'_>,
+    args: &Apply,
+    plan: &Plan,
+    text: Option<(Domains, BTreeMap<String, f64>)>,
+) -> Result<()> {
+    let writing = options(&args.output);
+    let output = output_bytes(model.checkpoint(), plan, &writing)?;
+    check_output(
+        model.checkpoint(),
+        &args.output.output,
+        args.output.force,
+        0,
+    )?;
+    let mut forecast = Forecast::new(*model);
+    let mut tokens = 0;
+    if let Some((domains, weights)) = text {
+        if args.recover.recover == RecoverArg::Rescale {
+            forecast.calibration(&domains, &FoldOptions::default())?;
+            tokens = models::num_tokens(&domains);
+        } else {
+            let sequences = recovery::sequences(&domains, &weights);
+            forecast.fits(&sequences, plan)?;
+            tokens = sequences.num_tokens();
+        }
+    }
+    forecast.merging(plan)?;
+    forecast.writing(plan, &writing, output)?;
+    let sizes = Sizes {
+        tokens,
+        output,
+        is_checkpoint: true,
+    };
+    forecast.show(sizes, args.json);
+    Ok(())
 }
 
 fn check_data(args: &Apply) -> Result<()> {

@@ -6,10 +6,12 @@ use anyhow::{Context, Result};
 use tenp_checkpoint::{Checkpoint, Folds, Statistics, Work};
 use tenp_model::Model;
 use tenp_model::calibrate::{FoldOptions, Keep, calibrate_in_folds};
+use tenp_model::memory::StatisticsMemory;
 
 use crate::answers::Samples;
 use crate::cli::Calibrate;
 use crate::coverage::Coverage;
+use crate::forecast::{Forecast, Sizes};
 use crate::place::Place;
 use crate::progress::{Progress, Unit};
 use crate::unfinished::{self, OUTPUT};
@@ -26,6 +28,11 @@ pub(super) fn run(args: &Calibrate) -> Result<()> {
     let mut samples = Samples::read(&models::Texts::new(&checkpoint), &args.data, args.answers)?;
     let share = args.shard.map(|share| samples.take_share(share));
     let share = share.transpose()?;
+    if args.dry_run {
+        return place.with_model(&checkpoint, |model| {
+            dry_run(&model.spilling(&spill), &samples, args.json)
+        });
+    }
     let mut inputs = unfinished::calibration_inputs(&checkpoint, &samples, &place);
     if let Some(share) = &share {
         inputs.insert("share of the samples".to_owned(), share.to_string());
@@ -60,6 +67,24 @@ pub(super) fn run(args: &Calibrate) -> Result<()> {
     std::fs::rename(&whole, out).with_context(|| format!("cannot write {}", out.display()))?;
     keep.finish();
     console::note(&format!("wrote {}", out.display()));
+    Ok(())
+}
+
+/// What the run would take.
+fn dry_run(model: &Model<'_>, samples: &Samples, json: bool) -> Result<()> {
+    let mut forecast = Forecast::new(*model);
+    let domains = samples.longest(model);
+    if let Some(new_tokens) = samples.new_tokens(model) {
+        forecast.generation(&samples.domains, new_tokens)?;
+    }
+    forecast.calibration(&domains, &FoldOptions::default())?;
+    let statistics = StatisticsMemory::new(model.config(), domains.len());
+    let sizes = Sizes {
+        tokens: models::num_tokens(&domains),
+        output: statistics.all() as u64,
+        is_checkpoint: false,
+    };
+    forecast.show(sizes, json);
     Ok(())
 }
 

@@ -9,14 +9,15 @@ use tenp_checkpoint::{
     check_unfinished, output_bytes,
 };
 use tenp_model::Model;
-use tenp_model::calibrate::{FoldOptions, Keep};
+use tenp_model::calibrate::FoldOptions;
 use tenp_prune::PlanRequest;
 
 use super::apply::{self, Making};
 use crate::answers::{Answered, Samples};
-use crate::cli::{AnswersArg, Prune, RecoverArg};
+use crate::cli::{Prune, RecoverArg};
 use crate::coverage::Coverage;
 use crate::failure::usage;
+use crate::forecast::{Forecast, Sizes};
 use crate::place::Place;
 use crate::recovery::{self, Recovery};
 use crate::search::{self, Search};
@@ -41,18 +42,7 @@ pub(super) fn run(args: &Prune) -> Result<()> {
     if args.dry_run {
         return place.with_model(&checkpoint, |model| {
             let model = model.spilling(&spill);
-            let most = Keep::most_bytes(
-                &model,
-                samples.most_tokens(&model),
-                samples.domains.len(),
-                &folds,
-            );
-            dry_run(
-                &model,
-                args,
-                (bytes_after, most),
-                samples.most_tokens(&model),
-            )
+            dry_run(&model, args, &samples, (&request, &folds), bytes_after)
         });
     }
     let form: OutputForm = args.output.form.into();
@@ -215,80 +205,34 @@ fn finished(out: &Path, inputs: &str) -> Result<Option<Plan>> {
     Ok(Some(Plan::read(&out.join("tenp_plan.json"))?))
 }
 
-/// What the run would take. The time is the arithmetic at the rate this machine shows in a short product.
+/// What the run would take.
 fn dry_run(
     model: &Model<'_>,
     args: &Prune,
-    (bytes_after, kept_bytes): (u64, usize),
-    tokens: usize,
+    samples: &Samples,
+    (request, folds): (&PlanRequest, &FoldOptions),
+    bytes_after: u64,
 ) -> Result<()> {
-    let (size, config) = (model.checkpoint().size(), model.config());
-    let memory = model.working_bytes(tokens);
-    let disk_bytes = bytes_after + model.spilled_bytes(tokens) as u64;
-    // The forward pass, and a third of the routed part again for the contributions.
-    let routed_active =
-        size.parameters_routed as f64 * config.moe.top_k as f64 / config.moe.num_experts as f64;
-    let flops = tokens as f64 * (2.0 * size.parameters_active as f64 + 2.0 * routed_active / 3.0);
-    if args.answers.answers == AnswersArg::Generate {
-        console::note(
-            "with answers as long as they may be; generating them comes on top: as much arithmetic again, and the \
-             model read once for each token of the longest answer",
-        );
+    let mut forecast = Forecast::new(*model);
+    let domains = samples.longest(model);
+    if let Some(new_tokens) = samples.new_tokens(model) {
+        forecast.generation(&samples.domains, new_tokens)?;
     }
-    let rate = model.measured_rate()?;
-    let seconds = flops / rate;
-    if args.json {
-        console::json(&json!({
-            "tokens": tokens,
-            "bytes_before": size.bytes_total,
-            "bytes_after": bytes_after,
-            "memory_bytes": memory.host,
-            "device_bytes": memory.device,
-            "disk_bytes": disk_bytes,
-            "kept_bytes": kept_bytes,
-            "compute_seconds": seconds,
-            "bytes_read": 2 * size.bytes_total,
-        }));
-        return Ok(());
+    forecast.calibration(&domains, folds)?;
+    let names = domains.iter().map(|(name, _)| name.as_str());
+    let rehearsed = requests::rehearse(model.checkpoint(), names, request)?;
+    forecast.planning(&domains, request, &rehearsed)?;
+    if args.recover.recover == RecoverArg::LeastSquares {
+        let sequences = recovery::sequences(&domains, &request.domain_weights);
+        forecast.fits(&sequences, &rehearsed)?;
     }
-    let mut rows = vec![
-        ("calibration tokens", tokens.to_string()),
-        (
-            "model",
-            format!(
-                "{} → {}",
-                console::bytes(size.bytes_total),
-                console::bytes(bytes_after)
-            ),
-        ),
-        ("disk needed", console::bytes(disk_bytes)),
-        (
-            "and while calibrating, if that is long",
-            console::bytes(kept_bytes as u64),
-        ),
-        (
-            "peak memory beside the mapped file",
-            console::bytes(memory.host as u64),
-        ),
-    ];
-    if let Some(bytes) = memory.device {
-        rows.push(("peak GPU memory", console::bytes(bytes as u64)));
-    }
-    rows.push((
-        "calibration arithmetic",
-        format!(
-            "{seconds:.1} s at the {:.0} GFLOP/s measured just now",
-            rate / 1e9
-        ),
-    ));
-    rows.push((
-        "read",
-        format!(
-            "{} (once to calibrate, once to write)",
-            console::bytes(2 * size.bytes_total)
-        ),
-    ));
-    let rows = rows.iter().map(|(name, value)| (*name, value.as_str()));
-    console::data(&console::pairs(rows, 36));
+    forecast.merging(&rehearsed)?;
+    forecast.writing(&rehearsed, &apply::options(&args.output), bytes_after)?;
+    let sizes = Sizes {
+        tokens: models::num_tokens(&domains),
+        output: bytes_after,
+        is_checkpoint: true,
+    };
+    forecast.show(sizes, args.json);
     Ok(())
 }

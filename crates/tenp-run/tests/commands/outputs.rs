@@ -299,3 +299,71 @@ fn the_folder_may_be_given_in_any_way() {
         tenp("inspect {}", &[&scratch.join(out)]).ok();
     }
 }
+
+#[test]
+fn every_dry_run_tells_its_steps_and_passes() {
+    let scratch = Scratch::new();
+    let data = demo_file("calibration", "lists");
+    let (stats, plan) = (scratch.join("stats"), scratch.join("plan.json"));
+    let named = |said: &serde_json::Value, what: &str| -> Vec<String> {
+        let all = said[what].as_array().unwrap().iter();
+        all.map(|each| each["name"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    let line = "calibrate {} --data {} --samples 20 -o {}";
+    let said = tenp(
+        &format!("{line} --dry-run --json"),
+        &[&demo(), &data, &stats],
+    )
+    .ok()
+    .json();
+    assert!(!stats.exists());
+    assert_eq!(named(&said, "steps"), ["calibrate"]);
+    assert_eq!(named(&said, "passes"), ["calibrate"]);
+    let step = &said["steps"][0];
+    let parts = step["parts"].as_object().unwrap().values().map(number);
+    assert_eq!(parts.sum::<f64>(), number(&step["memory_bytes"]));
+    tenp(line, &[&demo(), &data, &stats]).ok();
+    let written = number(&said["disk_bytes"]) / stats.metadata().unwrap().len() as f64;
+    assert!((0.7..1.0).contains(&written), "all but headers: {written}");
+
+    tenp(
+        "plan {} --stats {} --keep 0.6 -o {}",
+        &[&demo(), &stats, &plan],
+    )
+    .ok();
+    let out = scratch.join("out");
+    let apply = |options: &str| {
+        let line = format!("apply {{}} --plan {{}} --dry-run --json {options} -o {{}}");
+        let run = tenp(&line, &[&demo(), &plan, &out]).ok();
+        assert!(!out.exists());
+        run.json()
+    };
+    assert_eq!(named(&apply(""), "passes"), ["write"]);
+    let fitted = apply(&format!(
+        "--recover least-squares --data {}",
+        data.display()
+    ));
+    assert_eq!(
+        named(&fitted, "steps"),
+        ["fit a layer", "run the pruned layer", "write"]
+    );
+    assert_eq!(number(&fitted["passes"][0]["passes"]), 2.0);
+
+    let line = "prune {} --data {} --samples 20 --keep 0.6 --alpha search --allocation trapezoid --answers generate \
+                --answer-tokens 3 --dry-run --json -o {}";
+    let said = tenp(line, &[&demo(), &data, &out]).ok().json();
+    let passes = [
+        "generate answers",
+        "calibrate",
+        "calibrate on three quarters",
+        "try α",
+        "write",
+    ];
+    assert_eq!(named(&said, "passes"), passes);
+    assert_eq!(
+        number(&said["passes"][0]["passes"]),
+        4.0,
+        "the prompts and three tokens"
+    );
+}

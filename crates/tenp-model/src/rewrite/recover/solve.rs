@@ -135,6 +135,40 @@ pub(super) fn solve(problem: &Problem<'_>) -> Solution {
     solution
 }
 
+/// Operations of a fit, about: for every ridge a factor, a solution and its error, and once for all tokens; the columns of W.
+pub(crate) fn operations(hidden: usize, width: usize, kept: usize) -> f64 {
+    let (h, s, r) = (hidden as f64, kept as f64, (width - kept) as f64);
+    let ridge = s.powi(3) / 3.0 + 4.0 * s * s * r + 2.0 * s * r * r;
+    (RIDGES.len() + 1) as f64 * ridge + 2.0 * h * r * (r + s)
+}
+
+/// Operations a second of one thread, from one fit of a made-up expert of about this width.
+pub(crate) fn rate(width: usize) -> f64 {
+    let width = width.clamp(16, 384);
+    let (kept, hidden) = (width / 2, 64);
+    let wave = |i: usize| ((i * 37) % 101) as f64 / 101.0;
+    // v vᵀ + I: positive definite.
+    let gram: Vec<f64> = (0..width * width)
+        .map(|i| (i / width, i % width))
+        .map(|(row, col)| wave(row) * wave(col) + f64::from(u8::from(row == col)))
+        .collect();
+    let moments = ExpertMoments {
+        sums: [gram.clone(), gram],
+        outputs: [1.0; 2],
+    };
+    let kept_ids: Vec<u32> = (0..kept as u32).collect();
+    let down: Vec<f32> = (0..hidden * width).map(|i| wave(i) as f32).collect();
+    let started = std::time::Instant::now();
+    let solution = solve(&Problem {
+        moments: &moments,
+        kept: &kept_ids,
+        down: &down,
+        hidden,
+    });
+    std::hint::black_box(solution);
+    operations(hidden, width, kept) / started.elapsed().as_secs_f64()
+}
+
 /// The best ridge and its error on the tokens held out, if that is below cutting's. Of equals the largest.
 fn choose(fitted: &Moments, held: &Moments, g: &DMatrix<f64>) -> Option<(f64, f64)> {
     let mut best: Option<(f64, f64)> = None;

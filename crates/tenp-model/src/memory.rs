@@ -1,0 +1,145 @@
+//! What the steps of a run hold in memory on the CPU beside the mapped file, part by part: each part is the size of the
+//! buffers it is named after. Where a GPU runs the model, its own account is taken.
+
+mod pass;
+mod recovery;
+mod statistics;
+
+use tenp_checkpoint::Plan;
+
+use crate::calibrate::{FoldOptions, Keep, grouped};
+use crate::{Model, Sequences};
+
+use pass::PassMemory;
+pub use recovery::merging;
+pub use statistics::StatisticsMemory;
+
+/// A step of a run.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Step {
+    /// What is done.
+    pub name: &'static str,
+    /// What it holds at once.
+    pub parts: Vec<(&'static str, usize)>,
+}
+
+impl Step {
+    /// A step that holds some parts; those of no size are left out.
+    pub fn new(name: &'static str, parts: Vec<(&'static str, usize)>) -> Self {
+        let parts = parts.into_iter().filter(|(_, bytes)| *bytes > 0).collect();
+        Self { name, parts }
+    }
+
+    /// All parts.
+    pub fn bytes(&self) -> usize {
+        self.parts.iter().map(|(_, bytes)| bytes).sum()
+    }
+
+    /// The step with more beside it.
+    #[must_use]
+    pub fn beside(mut self, what: &'static str, bytes: usize) -> Self {
+        if bytes > 0 {
+            self.parts.push((what, bytes));
+        }
+        self
+    }
+}
+
+/// The layers run over `domains` (name, samples), with every statistic, and what is kept of it on the way.
+pub fn calibration(
+    model: &Model<'_>,
+    domains: &[(String, Vec<Vec<u32>>)],
+    options: &FoldOptions,
+) -> Step {
+    let (sequences, labels) = grouped(model, domains, options);
+    let memory = StatisticsMemory::new(model.config(), domains.len())
+        .with_groups(labels.len(), options.tables.len());
+    if let Some(host) = engine_bytes(model, sequences.num_tokens()) {
+        return Step::new("calibrate", vec![("the GPU's counterpart here", host)]);
+    }
+    let pass = PassMemory::new(model, &sequences);
+    let mut parts = pass.parts(true);
+    parts.extend([
+        ("statistics of the layers done", memory.layers_before_last()),
+        ("sums of a layer", memory.sums(pass.in_flight())),
+        (
+            "hidden states being kept",
+            Keep::chunk_bytes(model, sequences.num_tokens()),
+        ),
+    ]);
+    Step::new("calibrate", parts)
+}
+
+/// Errors of cut experts, measured in one pass.
+pub fn cut_errors(model: &Model<'_>, sequences: &Sequences) -> Step {
+    let pass = PassMemory::new(model, sequences);
+    let mut parts = pass.parts(false);
+    parts.push(("experts being cut", pass.cutting()));
+    Step::new("measure errors", parts)
+}
+
+/// Plans tried side by side; `plan` is one of their size.
+pub fn plan_trials(
+    model: &Model<'_>,
+    sequences: &Sequences,
+    plan: &Plan,
+    num_plans: usize,
+) -> Step {
+    let pass = PassMemory::new(model, sequences);
+    let together = crate::candidates::together(model.config(), sequences).min(num_plans);
+    let mut parts = pass.parts(false);
+    parts.extend([
+        (
+            "hidden states of the other plans",
+            (together - 1) * pass.hidden(),
+        ),
+        (
+            "narrowed experts of a layer",
+            recovery::narrowed(model.checkpoint(), plan),
+        ),
+        (
+            "logits",
+            crate::head::batch_bytes(model.config(), sequences.num_tokens()),
+        ),
+        ("plans", num_plans * plan_bytes(plan)),
+    ]);
+    Step::new("try plans", parts)
+}
+
+/// Answers of up to `new_tokens` more tokens behind the samples.
+pub fn generation(model: &Model<'_>, sequences: &Sequences, new_tokens: usize) -> Step {
+    let cached = crate::generate::most_cached_bytes(model.config(), sequences, new_tokens);
+    if let Some(host) = engine_bytes(model, sequences.num_tokens()) {
+        return Step::new("generate", vec![("the GPU's counterpart here", host)]);
+    }
+    let pass = PassMemory::new(model, sequences);
+    let mut parts = pass.parts(false);
+    parts.extend([
+        ("keys and values", cached),
+        (
+            "logits",
+            crate::head::batch_bytes(model.config(), sequences.spans().len()),
+        ),
+    ]);
+    Step::new("generate", parts)
+}
+
+/// Least squares: the fit of a layer, and the pruned layer run for those behind it.
+pub fn fit(model: &Model<'_>, sequences: &Sequences, plan: &Plan) -> [Step; 2] {
+    let pass = match engine_bytes(model, sequences.num_tokens()) {
+        Some(host) => vec![("the GPU's counterpart here", host)],
+        None => PassMemory::new(model, sequences).parts(false),
+    };
+    recovery::fit(model, sequences, plan, &pass)
+}
+
+/// Ids of the kept neurons. They are sorted in place, so there is room for all of an expert's.
+pub fn plan_bytes(plan: &Plan) -> usize {
+    let experts = plan.layers.iter().flat_map(|layer| &layer.experts);
+    let neurons = experts.filter_map(|expert| expert.neurons.as_ref());
+    neurons.map(|ids| size_of::<u32>() * ids.capacity()).sum()
+}
+
+fn engine_bytes(model: &Model<'_>, tokens: usize) -> Option<usize> {
+    model.engine_bytes(tokens).map(|bytes| bytes.host)
+}
