@@ -118,6 +118,7 @@ __device__ __forceinline__ void consume(const TenpMoeContributionParams &p, cons
     uint32_t h_parity = 0;
     for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
         float acc[N / 2];
+        tenp::clear(acc);
         tenp::consume<S, false>(stages, ring, p.hidden, acc);
         const GroupedTile t = tenp::grouped_tile(p, tile_offsets, tile, 0, NEURONS, N);
         load_inverse<N>(p, t, stages.staged());

@@ -120,6 +120,7 @@ __device__ __forceinline__ void consume(const TenpMoeDownParams &p, const tenp::
     for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
         float acc[N / 2];
         const GroupedTile t = tenp::grouped_tile(p, tile_offsets, tile, p.hidden, OUTPUTS, N);
+        tenp::clear(acc);
         tenp::consume<S, true>(stages, ring, inner_of(t), acc);
         if (p.y_f32 != nullptr) {
             store_f32<N>(p, t, place, acc);

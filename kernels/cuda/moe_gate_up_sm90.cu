@@ -29,7 +29,7 @@ __device__ __forceinline__ void produce(const TenpMoeGateUpParams &p, const Tenp
     const int32_t *tile_offsets = stages.tile_offsets();
     const int num_tiles = tile_offsets[p.num_experts];
     tenp::Ring<S::STAGES> ring;
-    tenp::Gather<S> gather;
+    tenp::Gather<S, S::N> gather;
     for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
         const GroupedTile t = tenp::grouped_tile(p, tile_offsets, tile, 0, NEURONS, S::N);
         for (int k0 = 0; k0 < p.hidden; k0 += S::K) {
@@ -46,7 +46,7 @@ __device__ __forceinline__ void produce(const TenpMoeGateUpParams &p, const Tenp
                 }
             }
             if constexpr (GATHER) {
-                gather.load(stages, ring.stage, k0, p.hidden, p.x, [&](int r) -> const uint16_t * {
+                gather.load(stages, stages.rows(ring.stage), k0, p.hidden, p.x, [&](int r) -> const uint16_t * {
                     const int row = t.first_row + r;
                     return row < t.end_row ? p.x + static_cast<int64_t>(p.token_of_row[row]) * p.hidden : nullptr;
                 });
@@ -102,6 +102,7 @@ __device__ __forceinline__ void consume(const TenpMoeGateUpParams &p, const tenp
     tenp::Ring<S::STAGES> ring;
     for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
         float acc[N / 2];
+        tenp::clear(acc);
         tenp::consume<S, false>(stages, ring, p.hidden, acc);
         const GroupedTile t = tenp::grouped_tile(p, tile_offsets, tile, 0, NEURONS, N);
         const int neuron = place.row / 2 + place.lane / 4;

@@ -20,21 +20,32 @@ pub(super) fn encode_maps(maps: &[TensorMap; 3]) -> Result<TenpTensorMaps, Kerne
     })
 }
 
+/// Rows in groups are a third dimension.
 fn encode(map: &TensorMap) -> Result<TenpTensorMap, KernelError> {
     let mut encoded = TenpTensorMap { words: [0; 16] };
-    let dimensions = [map.inner, map.rows];
-    // SAFETY: a map is 128 bytes, aligned by its type; the arrays are live during the call, two dimensions long. What the
-    // address points to is not touched.
+    let grouped = map.group_pitch_bytes != 0;
+    let (rank, dimensions, sides) = if grouped {
+        (
+            3,
+            [map.inner, 8, map.rows / 8],
+            [BOX_INNER, 8, map.box_rows / 8],
+        )
+    } else {
+        (2, [map.inner, map.rows, 1], [BOX_INNER, map.box_rows, 1])
+    };
+    let strides = [map.pitch_bytes, map.group_pitch_bytes];
+    // SAFETY: a map is 128 bytes, aligned by its type; the arrays are live during the call and as long as the rank asks
+    // for. What the address points to is not touched.
     unsafe {
         sys::cuTensorMapEncodeTiled(
             (&raw mut encoded).cast(),
             DataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            2,
+            rank,
             map.address as *mut _,
             dimensions.as_ptr(),
-            [map.pitch_bytes].as_ptr(),
-            [BOX_INNER, map.box_rows].as_ptr(),
-            [1, 1].as_ptr(),
+            strides.as_ptr(),
+            sides.as_ptr(),
+            [1, 1, 1].as_ptr(),
             Interleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
             Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
             Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,

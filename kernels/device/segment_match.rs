@@ -9,6 +9,7 @@ use super::call::Call;
 use super::check::{check_multiple, to_i32};
 use super::geometry::Launch;
 use super::packed::NEURON_PAD;
+use super::tensor_map::TensorMap;
 use super::view::{DeviceSlice, DeviceSliceMut, optional, optional_mut};
 use crate::KernelError;
 use crate::cpu::segments::Similarity;
@@ -75,6 +76,8 @@ pub struct SegmentMatch<'a> {
     pub num_rows: usize,
     /// Hidden size H, a multiple of 8.
     pub hidden: usize,
+    /// With the products of sm_90: [`super::Runner::has_wgmma`].
+    pub wgmma: bool,
 }
 
 /// The items that compare all of `num_rows` rows with each group of columns: results are `[groups, num_rows]`.
@@ -128,7 +131,7 @@ fn check_items(
 impl<'a> SegmentMatch<'a> {
     fn call(
         mut self,
-        entry: &'static str,
+        [entry, wide]: [&'static str; 2],
         row_signs: Option<DeviceSlice<'a, f32>>,
         similarity: Similarity,
     ) -> Result<Call<'a>, KernelError> {
@@ -158,7 +161,27 @@ impl<'a> SegmentMatch<'a> {
             lambda_down: similarity.lambda_down,
             sign_canonical: i32::from(similarity.sign_canonical),
         };
-        Ok(Call::new(entry, launch(count), &params))
+        if !self.wgmma {
+            return Ok(Call::new(entry, launch(count), &params));
+        }
+        let launch = Launch::line(count as u32, 384, 208_992);
+        Ok(Call::new(wide, launch, &params).with_maps(self.column_maps()?))
+    }
+
+    /// The columns' gate rows, up rows and down columns, eight by eight.
+    fn column_maps(&self) -> Result<[TensorMap; 3], KernelError> {
+        let SegmentTable {
+            gate_up,
+            down_t,
+            num_neurons,
+            ..
+        } = self.columns;
+        let shape = [num_neurons / 8, self.hidden];
+        Ok([
+            TensorMap::in_groups("gate rows", gate_up, shape, (0, 16), 128)?,
+            TensorMap::in_groups("up rows", gate_up, shape, (8, 16), 128)?,
+            TensorMap::in_groups("down columns", down_t, shape, (0, 8), 128)?,
+        ])
     }
 }
 
@@ -173,7 +196,8 @@ pub unsafe fn segment_similarity(
     args: SegmentMatch<'_>,
     similarity: Similarity,
 ) -> Result<Call<'_>, KernelError> {
-    args.call("tenp_segment_similarity", None, similarity)
+    let entries = ["tenp_segment_similarity", "tenp_segment_similarity_w"];
+    args.call(entries, None, similarity)
 }
 
 /// The column with the largest cosine of v = [gate; up; w] for every row, as [`crate::cpu::segments::assign`] finds it.
@@ -188,7 +212,8 @@ pub unsafe fn segment_assign<'a>(
     args: SegmentMatch<'a>,
     signs: Option<DeviceSlice<'a, f32>>,
 ) -> Result<Call<'a>, KernelError> {
-    args.call("tenp_segment_assign", signs, Similarity::default())
+    let entries = ["tenp_segment_assign", "tenp_segment_assign_w"];
+    args.call(entries, signs, Similarity::default())
 }
 
 fn launch(items: usize) -> Launch {
@@ -283,7 +308,7 @@ mod tests {
             inverse: floats(4 * 32),
             num_neurons: neurons,
         };
-        let call = |neurons, ids, results, hidden| {
+        let call = |neurons, ids, results, hidden, wgmma| {
             let args = SegmentMatch {
                 rows: table(neurons),
                 row_ids: ints(ids),
@@ -298,15 +323,23 @@ mod tests {
                 best_flip: None,
                 num_rows: 3,
                 hidden,
+                wgmma,
             };
             // SAFETY: the call is never run.
             unsafe { segment_similarity(args, Similarity::default()) }.map(|c| c.launch())
         };
-        assert_eq!(call(32, 3, 6, 8).unwrap(), Launch::line(2, 256, 58_112));
-        assert!(call(33, 3, 6, 8).is_err());
-        assert!(call(48, 3, 6, 8).is_err());
-        assert!(call(32, 2, 6, 8).is_err());
-        assert!(call(32, 3, 5, 8).is_err());
-        assert!(call(32, 3, 6, 7).is_err());
+        assert_eq!(
+            call(32, 3, 6, 8, false).unwrap(),
+            Launch::line(2, 256, 58_112)
+        );
+        assert_eq!(
+            call(32, 3, 6, 8, true).unwrap(),
+            Launch::line(2, 384, 208_992)
+        );
+        assert!(call(33, 3, 6, 8, false).is_err());
+        assert!(call(48, 3, 6, 8, false).is_err());
+        assert!(call(32, 2, 6, 8, false).is_err());
+        assert!(call(32, 3, 5, 8, false).is_err());
+        assert!(call(32, 3, 6, 7, false).is_err());
     }
 }

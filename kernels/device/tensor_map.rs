@@ -23,6 +23,8 @@ pub struct TensorMap {
     pub rows: u64,
     /// Bytes from one row to the next.
     pub pitch_bytes: u64,
+    /// Bytes from one group of eight rows to the next, where rows come in groups; 0 where they do not.
+    pub group_pitch_bytes: u64,
     /// Rows of a box; it is [`BOX_INNER`] wide.
     pub box_rows: u32,
 }
@@ -62,7 +64,36 @@ impl TensorMap {
             inner: inner.max(1) as u64,
             rows: rows.max(1) as u64,
             pitch_bytes: 2 * pitch.max(8) as u64,
+            group_pitch_bytes: 0,
             box_rows: box_rows as u32,
+        })
+    }
+
+    /// The map of `[8 groups, inner]`: eight rows one behind the other from `first` on, every `group_pitch` rows.
+    ///
+    /// # Errors
+    /// As [`Self::new`], and boxes that are no whole number of groups.
+    pub(super) fn in_groups(
+        what: &'static str,
+        matrix: DeviceSlice<'_, bf16>,
+        [groups, inner]: [usize; 2],
+        (first, group_pitch): (usize, usize),
+        box_rows: usize,
+    ) -> Result<Self, KernelError> {
+        check_multiple("rows of a box", box_rows, 8)?;
+        let matrix = matrix.slice(first.min(matrix.len() / inner.max(1)) * inner..matrix.len())?;
+        // The last group ends where the matrix may end, its pitch does not.
+        let rows = (groups.max(1) - 1) * group_pitch + 8;
+        let whole = Self::new(
+            what,
+            matrix,
+            [rows.min(group_pitch * groups), inner, inner],
+            box_rows,
+        )?;
+        Ok(Self {
+            rows: (8 * groups).max(8) as u64,
+            group_pitch_bytes: whole.pitch_bytes * group_pitch as u64,
+            ..whole
         })
     }
 }

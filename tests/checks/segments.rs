@@ -161,6 +161,7 @@ fn matches<B: Backend>(
         best_flip: None,
         num_rows: ids.len(),
         hidden: rows.layer.hidden,
+        wgmma: on.backend.has_wgmma(),
     };
     // SAFETY: the ids are neurons of the table, and the items were copied above.
     on.go(unsafe {

@@ -14,9 +14,11 @@ uint32_t swizzled(uint32_t at, uint32_t swizzle_bytes) { return swizzle_bytes ==
 } // namespace
 
 // What cuTensorMapEncodeTiled and the instruction ask of a map and its place.
-void Engine::check_map(const TensorMap &map, uint32_t at, uint32_t place) {
+void Engine::check_map(const TensorMap &map, uint32_t at, bool groups, uint32_t place) {
     const char *wrong = map.magic != TensorMap::MAGIC                  ? "these bytes are no tensor map"
                         : map.base % 16 != 0                           ? "its base is no multiple of 16"
+                        : groups != (map.group_pitch_bytes != 0)       ? "its rows come in groups, or the copy thinks so"
+                        : map.group_pitch_bytes % 16 != 0              ? "its pitch of groups is no multiple of 16"
                         : map.pitch_bytes % 16 != 0                    ? "its pitch is no multiple of 16"
                         : map.inner == 0 || map.rows == 0              ? "it has an empty dimension"
                         : map.box_inner == 0 || map.box_rows == 0 || map.box_inner > 256 || map.box_rows > 256
@@ -31,8 +33,9 @@ void Engine::check_map(const TensorMap &map, uint32_t at, uint32_t place) {
     }
 }
 
-void Engine::load_box(const TensorMap &map, uintptr_t to, uintptr_t barrier, int inner, int row, uint32_t place) {
-    check_map(map, static_cast<uint32_t>(to - reinterpret_cast<uintptr_t>(shared)), place);
+void Engine::load_box(const TensorMap &map, uintptr_t to, uintptr_t barrier, int inner, int row, bool groups,
+                      uint32_t place) {
+    check_map(map, static_cast<uint32_t>(to - reinterpret_cast<uintptr_t>(shared)), groups, place);
     const uint32_t bytes = map.box_inner * map.box_rows * 2;
     const uint32_t at = shared_offset(to, bytes, "bulk copy", 128, place);
     const Mbarrier &counts = mbarrier(barrier, place);
@@ -78,7 +81,7 @@ void Engine::deliver_load(size_t index) {
             std::memset(shared + at, 0, 16);
             shared_shadow_.deliver_bulk(at, 16, load.lane, load.time, true);
             if (inside > 0) {
-                const uintptr_t from = map.base + static_cast<uint64_t>(row) * map.pitch_bytes + static_cast<uint64_t>(inner) * 2;
+                const uintptr_t from = map.row(static_cast<uint64_t>(row)) + static_cast<uint64_t>(inner) * 2;
                 const uint32_t bytes = static_cast<uint32_t>(inside) * 2;
                 const bool valid = read_global(from, bytes, load.place);
                 std::memcpy(shared + at, reinterpret_cast<const void *>(from), bytes);
@@ -115,7 +118,7 @@ bool Engine::read_global(uintptr_t from, uint32_t bytes, uint32_t place) {
 }
 
 void Engine::store_box(const TensorMap &map, uintptr_t from, int inner, int row, uint32_t place) {
-    check_map(map, static_cast<uint32_t>(from - reinterpret_cast<uintptr_t>(shared)), place);
+    check_map(map, static_cast<uint32_t>(from - reinterpret_cast<uintptr_t>(shared)), false, place);
     const uint32_t row_bytes = map.box_inner * 2;
     const uint32_t at = shared_offset(from, row_bytes * map.box_rows, "bulk copy", 128, place);
     BulkStore store{{}, running_->store_group, false, place};
@@ -129,7 +132,7 @@ void Engine::store_box(const TensorMap &map, uintptr_t from, int inner, int row,
             }
             read_operand(*running_, source, 16, true, place);
             shared_shadow_.begin_read(source, 16);
-            store.pieces.push_back({shared + source, reinterpret_cast<char *>(map.base + static_cast<uint64_t>(to_row) * map.pitch_bytes +
+            store.pieces.push_back({shared + source, reinterpret_cast<char *>(map.row(static_cast<uint64_t>(to_row)) +
                                                                              static_cast<uint64_t>(to_inner) * 2)});
         }
     }
@@ -201,7 +204,13 @@ void Engine::end_asynchronous() {
 void load_box(const void *map, void *shared, void *barrier, int inner, int row) {
     const uint32_t place = place_of(__builtin_return_address(0));
     current()->load_box(*static_cast<const TensorMap *>(map), reinterpret_cast<uintptr_t>(shared),
-                        reinterpret_cast<uintptr_t>(barrier), inner, row, place);
+                        reinterpret_cast<uintptr_t>(barrier), inner, row, false, place);
+}
+
+void load_groups(const void *map, void *shared, void *barrier, int inner, int group) {
+    const uint32_t place = place_of(__builtin_return_address(0));
+    current()->load_box(*static_cast<const TensorMap *>(map), reinterpret_cast<uintptr_t>(shared),
+                        reinterpret_cast<uintptr_t>(barrier), inner, 8 * group, true, place);
 }
 
 void store_box(const void *map, const void *shared, int inner, int row) {

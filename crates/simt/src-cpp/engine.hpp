@@ -75,7 +75,8 @@ class Engine {
     void fence_proxy();
 
     // Bulk tensor copies (bulk.cpp).
-    void load_box(const TensorMap &map, uintptr_t to, uintptr_t barrier, int inner, int row, uint32_t place);
+    // `groups`: the copy takes rows in groups of eight.
+    void load_box(const TensorMap &map, uintptr_t to, uintptr_t barrier, int inner, int row, bool groups, uint32_t place);
     void store_box(const TensorMap &map, uintptr_t from, int inner, int row, uint32_t place);
     void wait_stores(uint32_t newest_pending);
 
@@ -118,7 +119,7 @@ class Engine {
     void acquire(Lane &lane, const Clocks &from);
     Mbarrier &mbarrier(uintptr_t at, uint32_t place);
     void end_phase_if_due(Mbarrier &barrier);
-    void check_map(const TensorMap &map, uint32_t at, uint32_t place);
+    void check_map(const TensorMap &map, uint32_t at, bool groups, uint32_t place);
     bool read_global(uintptr_t from, uint32_t bytes, uint32_t place);
     void deliver_load(size_t index);
     // Lets something asynchronous happen; false: nothing is under way.

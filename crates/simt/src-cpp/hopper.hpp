@@ -24,7 +24,13 @@ struct TensorMap {
     uint32_t box_inner, box_rows;
     uint32_t swizzle_bytes; // 128, or 0
     uint32_t padding;
-    uint64_t unused[9];
+    uint64_t group_pitch_bytes; // from eight rows to the next eight; 0: `pitch_bytes` all the way
+    uint64_t unused[8];
+
+    uint64_t row(uint64_t number) const {
+        return base + (group_pitch_bytes == 0 ? number * pitch_bytes
+                                              : number / 8 * group_pitch_bytes + number % 8 * pitch_bytes);
+    }
 };
 static_assert(sizeof(TensorMap) == 128);
 

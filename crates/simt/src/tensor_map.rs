@@ -10,7 +10,7 @@ const MAGIC: u64 = 0x7061_6d2d_746d_6973;
 pub fn encode(map: &TensorMap) -> [u64; 16] {
     let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
     let mut words = [0; 16];
-    words[..7].copy_from_slice(&[
+    words[..8].copy_from_slice(&[
         MAGIC,
         map.address,
         map.inner,
@@ -18,6 +18,7 @@ pub fn encode(map: &TensorMap) -> [u64; 16] {
         map.pitch_bytes,
         pair(BOX_INNER, map.box_rows),
         pair(128, 0),
+        map.group_pitch_bytes,
     ]);
     words
 }

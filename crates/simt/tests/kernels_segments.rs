@@ -65,7 +65,10 @@ fn kinds() -> [Similarity; 4] {
 fn check_similarity(rows: &Table, neurons: &[(usize, usize)], columns: &Table, sim: Sim) {
     let (ids, segments) = rows.pick(neurons);
     let views = MeasuredExpert::all(&columns.layer.views()).unwrap();
-    for similarity in kinds() {
+    for (similarity, sim) in kinds()
+        .into_iter()
+        .flat_map(|k| sim.both().map(|sim| (k, sim)))
+    {
         let by = By::Similarity(similarity);
         let got = compare(rows, &ids, columns, &columns.groups(), &by, sim);
         let values = got.values.written().unwrap();
@@ -162,9 +165,10 @@ fn the_best_expert_is_that_of_the_cpu_and_ties_go_to_the_lower() {
     let columns = Table::new(layer, Sim::unlike(0));
     let groups = columns.groups();
     let (ids, segments) = columns.pick(&columns.all());
-    for similarity in kinds() {
+    let places = Sim::unlike(2).both();
+    for (similarity, sim) in kinds().into_iter().flat_map(|k| places.map(|sim| (k, sim))) {
         let by = By::Similarity(similarity);
-        let matches = compare(&columns, &ids, &columns, &groups, &by, Sim::unlike(2));
+        let matches = compare(&columns, &ids, &columns, &groups, &by, sim);
         let (value, group, id) = best_over_groups(&matches, 4, Sim::unlike(1));
         let views = MeasuredExpert::all(&columns.layer.views()).unwrap();
         let want = best_matches(Compute::F32, &segments, &views, similarity).unwrap();
@@ -214,22 +218,13 @@ fn bad_weights_match_nothing_and_harm_no_other() {
     check_similarity(&rows, &rows.all(), &columns, Sim::new(Schedule::Reversed));
     let (ids, _) = rows.pick(&rows.all());
     let by = By::Similarity(Similarity::default());
-    let got = compare(
-        &rows,
-        &ids,
-        &columns,
-        &columns.groups(),
-        &by,
-        Sim::unlike(0),
-    );
-    let found = got.ids.to_vec();
-    assert_eq!(found[3], -1);
-    assert!(
-        found
-            .iter()
-            .enumerate()
-            .all(|(r, &id)| r == 3 || (id >= 0 && id != 6))
-    );
+    for sim in Sim::unlike(0).both() {
+        let got = compare(&rows, &ids, &columns, &columns.groups(), &by, sim);
+        let found = got.ids.to_vec();
+        assert_eq!(found[3], -1);
+        let others = found.iter().enumerate().filter(|(r, _)| *r != 3);
+        assert!(others.into_iter().all(|(_, &id)| id >= 0 && id != 6));
+    }
 }
 
 #[test]
@@ -245,17 +240,20 @@ fn equal_bits_whatever_the_schedule() {
         )
     };
     for by in [By::Similarity(kinds()[2]), By::Cosine(&[1.0; 70])] {
-        let first = run(&by, Sim::unlike(0));
-        assert!((1..4).all(|i| run(&by, Sim::unlike(i)) == first));
+        for way in 0..2 {
+            let first = run(&by, Sim::unlike(0).both()[way]);
+            assert!((1..4).all(|i| run(&by, Sim::unlike(i).both()[way]) == first));
+        }
     }
 }
 
 #[test]
 fn assignments_are_those_of_the_cpu() {
     let mut rng = rng(80);
-    for (i, (hidden, n, centres)) in [(8, 1, 1), (40, 65, 130), (72, 130, 64)]
-        .into_iter()
-        .enumerate()
+    let sizes = [(8, 1, 1), (40, 65, 130), (72, 130, 64)];
+    let cases = sizes.into_iter().enumerate();
+    for (i, (hidden, n, centres), sim) in
+        cases.flat_map(|(i, sizes)| Sim::unlike(i).both().map(|sim| (i, sizes, sim)))
     {
         let (points, centres) = (
             table(81 + i as u64, hidden, &[n]),
@@ -268,14 +266,7 @@ fn assignments_are_those_of_the_cpu() {
             .map(|&f| if f { -1.0 } else { 1.0 })
             .collect();
         let by = By::Cosine(&signs);
-        let got = compare(
-            &points,
-            &ids,
-            &centres,
-            &centres.groups(),
-            &by,
-            Sim::unlike(i),
-        );
+        let got = compare(&points, &ids, &centres, &centres.groups(), &by, sim);
         let (values, found) = (got.values.written().unwrap(), got.ids.written().unwrap());
         let weighted = WeightedSegments {
             segments: &segments,

@@ -19,7 +19,9 @@ constexpr int CONSUMERS_BARRIER = 1;
 
 template <int N_, int STAGES_, int STAGED_BYTES_> struct WideShape {
     static constexpr int N = N_, STAGES = STAGES_, M = 128, K = 64;
-    static constexpr int A_BYTES = 2 * M * K, HALF_A_BYTES = A_BYTES / 2, STAGE_BYTES = A_BYTES + 2 * N * K;
+    static constexpr int A_BYTES = 2 * M * K, STAGE_BYTES = A_BYTES + 2 * N * K;
+    // What the second of the two warpgroups is away from the first: it has other weight rows and the same activations.
+    static constexpr int HALF_A_BYTES = A_BYTES / 2, HALF_B_BYTES = 0;
     static constexpr int STAGED = STAGES * STAGE_BYTES;
     // Room of the consumers, where tiles are turned around on their way out.
     static constexpr int STAGED_BYTES = STAGED_BYTES_;
@@ -65,8 +67,8 @@ template <class S> struct Stages {
     __device__ __forceinline__ uint64_t *extra(int which) const { return full(2 * S::STAGES + which); }
     __device__ __forceinline__ int32_t *tile_offsets() const { return reinterpret_cast<int32_t *>(shared + S::OFFSETS); }
 
-    // By all threads, before anything else; a barrier of the block ends it. `producers` arrive at `full`.
-    template <class P> __device__ __forceinline__ void begin(const P &p, int producers) const {
+    // By all threads, before anything else; a barrier of the block is due. `producers` arrive at `full`.
+    __device__ __forceinline__ void begin_barriers(int producers) const {
         if (threadIdx.x == 0) {
             for (int s = 0; s < S::STAGES; ++s) {
                 mbarrier_init(full(s), producers);
@@ -76,6 +78,11 @@ template <class S> struct Stages {
             mbarrier_init(extra(1), CONSUMER_WARPS);
             fence_mbarrier_init();
         }
+    }
+
+    // The same for a grouped product, whose schedule is read too.
+    template <class P> __device__ __forceinline__ void begin(const P &p, int producers) const {
+        begin_barriers(producers);
         load_tile_offsets(p.tile_offsets, p.num_experts, tile_offsets());
         __syncthreads();
     }
@@ -97,21 +104,24 @@ __device__ __forceinline__ void release_stage(uint64_t *empty) {
     }
 }
 
-// acc = the products of this warpgroup's 64 weight rows over `inner` elements, in steps of 16. One group of products is
+// Zeros cost less than a first product that would have to tell itself apart.
+template <int COUNT> __device__ __forceinline__ void clear(float (&acc)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        acc[i] = 0.0f;
+    }
+}
+
+// acc += the products of this warpgroup's 64 weight rows over `inner` elements, in steps of 16. One group of products is
 // under way while the next stage is waited for; a stage is given back one step late.
 template <class S, bool TRANSPOSED>
 __device__ __forceinline__ void consume(const Stages<S> &stages, Ring<S::STAGES> &ring, int inner, float (&acc)[S::N / 2]) {
     const int half = static_cast<int>(threadIdx.x) / WARPGROUP - 1;
-    // Zeros cost less than a first product that would have to tell itself apart.
-#pragma unroll
-    for (int i = 0; i < S::N / 2; ++i) {
-        acc[i] = 0.0f;
-    }
     int last = 0;
     for (int k0 = 0; k0 < inner; k0 += S::K) {
         mbarrier_wait(stages.full(ring.stage), ring.parity);
         const uint64_t a = descriptor(stages.weights(ring.stage) + half * S::HALF_A_BYTES);
-        const uint64_t b = descriptor(stages.rows(ring.stage));
+        const uint64_t b = descriptor(stages.rows(ring.stage) + half * S::HALF_B_BYTES);
         hold_registers(acc);
         wgmma_fence();
         if (inner - k0 >= S::K) {
@@ -142,8 +152,8 @@ __device__ __forceinline__ void consume(const Stages<S> &stages, Ring<S::STAGES>
     }
 }
 
-// Rows of activations gathered by the whole producer warpgroup with cp.async, LAG stages ahead of their arrival.
-template <class S> struct Gather {
+// ROWS rows gathered by the whole producer warpgroup with cp.async, LAG stages ahead of their arrival.
+template <class S, int ROWS> struct Gather {
     static constexpr int LAG = S::STAGES > 3 ? 2 : 1, CHUNKS = S::K / 8, STEP = WARPGROUP / CHUNKS;
     int behind = 0; // stages begun and not announced
     Ring<S::STAGES> announced;
@@ -160,16 +170,16 @@ template <class S> struct Gather {
         }
     }
 
-    // `row_pointer(r)` is row r's first element, or null for zeros.
+    // Elements k0 to k0 + K of the rows, to `to`; `row_pointer(r)` is row r's first element, or null for zeros.
     template <class RowPointer>
-    __device__ __forceinline__ void load(const Stages<S> &stages, int stage, int k0, int inner, const uint16_t *any,
+    __device__ __forceinline__ void load(const Stages<S> &stages, uint8_t *to, int k0, int inner, const uint16_t *any,
                                          RowPointer row_pointer) {
         const int chunk = static_cast<int>(threadIdx.x) % CHUNKS;
         const bool inside = k0 + chunk * 8 < inner;
-        for (int row = static_cast<int>(threadIdx.x) / CHUNKS; row < S::N; row += STEP) {
+        for (int row = static_cast<int>(threadIdx.x) / CHUNKS; row < ROWS; row += STEP) {
             const uint16_t *pointer = row_pointer(row);
             const bool valid = inside && pointer != nullptr;
-            cp_async_16(stages.rows(stage) + 16 * swizzled<CHUNKS>(row, chunk), valid ? pointer + k0 + chunk * 8 : any, valid);
+            cp_async_16(to + 16 * swizzled<CHUNKS>(row, chunk), valid ? pointer + k0 + chunk * 8 : any, valid);
         }
         cp_async_commit();
         ++behind;

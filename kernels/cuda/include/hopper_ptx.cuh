@@ -65,18 +65,33 @@ __device__ __forceinline__ void prefetch_tensor_map(const TenpTensorMap *map) {
 // What leaves L2 first, or last.
 enum class Keep { First, Last };
 
+__device__ __forceinline__ uint64_t leaves_first() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ uint64_t leaves_last() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 // Starts copying the box that begins at [row, inner]; its bytes count at `barrier`, zeros outside the matrix included.
 template <Keep LEAVES>
 __device__ __forceinline__ void load_box(void *shared, const TenpTensorMap *map, uint64_t *barrier, int inner, int row) {
-    uint64_t policy;
-    if constexpr (LEAVES == Keep::First) {
-        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    } else {
-        asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-    }
+    const uint64_t policy = LEAVES == Keep::First ? leaves_first() : leaves_last();
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
                  "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(shared)),
                  "l"(map), "r"(shared_address(barrier)), "r"(inner), "r"(row), "l"(policy)
+                 : "memory");
+}
+
+// The same by a map whose rows come in groups of eight, from row 8 `group` on.
+__device__ __forceinline__ void load_groups(void *shared, const TenpTensorMap *map, uint64_t *barrier, int inner, int group) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(shared)),
+                 "l"(map), "r"(shared_address(barrier)), "r"(inner), "r"(0), "r"(group), "l"(leaves_last())
                  : "memory");
 }
 

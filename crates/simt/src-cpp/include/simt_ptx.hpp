@@ -55,6 +55,9 @@ enum class Keep { First, Last };
 template <Keep> SIMT_INLINE void load_box(void *shared, const TenpTensorMap *map, uint64_t *barrier, int inner, int row) {
     ::simt::load_box(map, shared, barrier, inner, row);
 }
+SIMT_INLINE void load_groups(void *shared, const TenpTensorMap *map, uint64_t *barrier, int inner, int group) {
+    ::simt::load_groups(map, shared, barrier, inner, group);
+}
 SIMT_INLINE void store_box(const TenpTensorMap *map, const void *shared, int inner, int row) {
     ::simt::store_box(map, shared, inner, row);
 }

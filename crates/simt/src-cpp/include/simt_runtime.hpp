@@ -54,6 +54,7 @@ void mbarrier_wait(void *barrier, uint32_t parity, Site site);
 void fence_proxy_async();
 // Boxes by a TensorMap (hopper.hpp).
 void load_box(const void *map, void *shared, void *barrier, int inner, int row);
+void load_groups(const void *map, void *shared, void *barrier, int inner, int group);
 void store_box(const void *map, const void *shared, int inner, int row);
 void store_commit();
 void store_wait(uint32_t newest_pending);

@@ -22,6 +22,7 @@ fn map(address: u64, [rows, inner]: [usize; 2], box_rows: u32) -> TensorMap {
         inner: inner as u64,
         rows: rows as u64,
         pitch_bytes: 2 * inner.next_multiple_of(8) as u64,
+        group_pitch_bytes: 0,
         box_rows,
     }
 }

@@ -67,6 +67,8 @@ pub struct Sim {
     pub schedule: Schedule,
     /// Persistent kernels get twice as many blocks.
     pub multiprocessors: usize,
+    /// Without the products of sm_90, where the caller leaves the choice.
+    pub portable: bool,
     /// Entries that have a copy with this mistake planted (`build/planted.rs`) run as that.
     pub planted: Option<&'static str>,
 }
@@ -92,7 +94,7 @@ impl Runner for Sim {
     }
 
     fn has_wgmma(&self) -> bool {
-        true
+        !self.portable
     }
 
     fn run(&self, call: &Call<'_>) -> Result<(), Failure> {
@@ -115,6 +117,7 @@ impl Sim {
         Self {
             schedule,
             multiprocessors: 2,
+            portable: false,
             planted: None,
         }
     }
@@ -124,8 +127,14 @@ impl Sim {
         Self {
             schedule: Schedule::UNLIKE[i % 4],
             multiprocessors: [2, 1, 3, 20][i % 4],
+            portable: false,
             planted: None,
         }
+    }
+
+    /// Itself with and without the products of sm_90.
+    pub fn both(self) -> [Self; 2] {
+        [true, false].map(|portable| Self { portable, ..self })
     }
 
     /// Runs a call whose arguments must be good; a fault ends the test with its whole report.

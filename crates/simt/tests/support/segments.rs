@@ -129,6 +129,7 @@ pub fn compare(
         best_flip: Some(view_mut(&matches.flips)),
         num_rows: row_ids.len(),
         hidden: rows.hidden,
+        wgmma: !sim.portable,
     };
     match by {
         // SAFETY: the ids are neurons of the table, and the items were copied above.

@@ -209,6 +209,7 @@ impl<B: Backend> OnDevice<B> {
             best_flip: found.flips.as_mut().map(|flips| flips.view_mut()),
             num_rows: ids.len(),
             hidden: rows.hidden,
+            wgmma: self.0.has_wgmma(),
         };
         match by {
             By::Similarity(similarity) => {
