@@ -101,6 +101,18 @@ pub struct SharedTensors<'a> {
     pub gate_weight: Option<Matrix<'a>>,
 }
 
+/// One of the matrices of equal shape that a fused tensor consists of.
+fn nth(tensor: TensorView<'_>, position: usize, (rows, cols): (usize, usize)) -> Matrix<'_> {
+    let length = rows * cols * tensor.dtype.size();
+    Matrix {
+        dtype: tensor.dtype,
+        rows,
+        cols,
+        bytes: &tensor.bytes[position * length..(position + 1) * length],
+        scales: &[],
+    }
+}
+
 impl Checkpoint {
     /// A weight of a given shape.
     fn weight(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>, CheckpointError> {
@@ -209,32 +221,10 @@ impl Checkpoint {
             &[num_experts, 2 * width, hidden],
         )?;
         let down = self.weight(&spelling.fused_down(layer), &[num_experts, hidden, width])?;
-        let part = |tensor: TensorView<'_>, position: usize| {
-            let length = width * hidden * tensor.dtype.size();
-            position * length..(position + 1) * length
-        };
         Ok(ExpertTensors {
-            gate: Matrix {
-                dtype: gate_up.dtype,
-                rows: width,
-                cols: hidden,
-                bytes: &gate_up.bytes[part(gate_up, 2 * expert)],
-                scales: &[],
-            },
-            up: Matrix {
-                dtype: gate_up.dtype,
-                rows: width,
-                cols: hidden,
-                bytes: &gate_up.bytes[part(gate_up, 2 * expert + 1)],
-                scales: &[],
-            },
-            down: Matrix {
-                dtype: down.dtype,
-                rows: hidden,
-                cols: width,
-                bytes: &down.bytes[part(down, expert)],
-                scales: &[],
-            },
+            gate: nth(gate_up, 2 * expert, (width, hidden)),
+            up: nth(gate_up, 2 * expert + 1, (width, hidden)),
+            down: nth(down, expert, (hidden, width)),
         })
     }
 
