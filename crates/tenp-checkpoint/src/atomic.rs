@@ -1,9 +1,9 @@
 //! Replacing single files atomically, and writing with errors that name the file.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::{BufWriter, Seek as _, SeekFrom, Write as _};
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::CheckpointError;
 
@@ -158,29 +158,178 @@ pub fn replace_file(
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".tenp-").suffix(".tmp");
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt as _;
-        // Narrowed by the umask, as for any file a program creates.
-        builder.permissions(std::fs::Permissions::from_mode(0o666));
-    }
-    let temporary = builder
-        .tempfile_in(parent)
-        .map_err(CheckpointError::io("create a file in", parent))?;
-    let mut sink = Sink::new(temporary.as_file(), path, num_bytes);
+    let temporary = Temporary::hold(path)?;
+    let mut sink = Sink::new(&temporary.file, path, num_bytes);
     write(&mut sink)?;
     sink.finish()?;
-    temporary
-        .persist(path)
-        .map_err(|error| CheckpointError::Io {
-            action: "replace",
-            path: path.to_path_buf(),
-            source: error.error,
-        })?;
+    temporary.persist(path)?;
     sync_folder(parent);
     Ok(())
+}
+
+/// A file while it is written, under the name `.NAME.tenp.tmp` beside its place and locked. What a run that was killed left
+/// there is not locked any more, and makes room for the next one.
+struct Temporary {
+    file: File,
+    place: PathBuf,
+}
+
+impl Temporary {
+    fn hold(path: &Path) -> Result<Self, CheckpointError> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let place = path.with_file_name(format!(".{name}.tenp.tmp"));
+        loop {
+            match File::options().write(true).create_new(true).open(&place) {
+                Ok(file) => {
+                    if is_locked(&file) {
+                        return Err(taken(path));
+                    }
+                    if is_at(&file, &place) {
+                        return Ok(Self { file, place });
+                    }
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                    remove_leftover(&place, path)?;
+                }
+                Err(error) => return Err(write_error(error, path, 0)),
+            }
+        }
+    }
+
+    /// Gives the file its place. Whatever comes later finds nothing to remove.
+    fn persist(self, path: &Path) -> Result<(), CheckpointError> {
+        std::fs::rename(&self.place, path).map_err(CheckpointError::io("replace", path))
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        // Not what another run has there by now.
+        if is_at(&self.file, &self.place) {
+            let _ = std::fs::remove_file(&self.place);
+        }
+    }
+}
+
+/// Whether another process holds a file; if none does, this one holds it from here on. A file system without locks cannot
+/// tell two runs apart.
+fn is_locked(file: &File) -> bool {
+    matches!(file.try_lock(), Err(TryLockError::WouldBlock))
+}
+
+/// Removes the temporary file of a run of the same output that is no more.
+fn remove_leftover(place: &Path, path: &Path) -> Result<(), CheckpointError> {
+    let Ok(there) = place.symlink_metadata() else {
+        return Ok(());
+    };
+    if !there.is_file() {
+        return Err(stands_in_the_way(place, path));
+    }
+    let file = match File::options().append(true).open(place) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(CheckpointError::io("remove", place)(error)),
+    };
+    if is_locked(&file) {
+        return Err(taken(path));
+    }
+    if is_at(&file, place) {
+        std::fs::remove_file(place).map_err(CheckpointError::io("remove", place))?;
+    }
+    Ok(())
+}
+
+/// Something of others at a place that this program uses on the way to `output`.
+pub(crate) fn stands_in_the_way(place: &Path, output: &Path) -> CheckpointError {
+    CheckpointError::Output {
+        path: output.to_path_buf(),
+        problem: format!(
+            "{} stands where its unfinished work goes, and is not of this program; move it away, or choose another name",
+            place.display()
+        ),
+    }
+}
+
+pub(crate) fn taken(output: &Path) -> CheckpointError {
+    CheckpointError::Output {
+        path: output.to_path_buf(),
+        problem: "another run is writing it at this moment; wait for it, or choose another"
+            .to_owned(),
+    }
+}
+
+/// Whether an opened file still has its name: the lock of a file that is gone protects nothing.
+#[cfg(unix)]
+pub(crate) fn is_at(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    match (file.metadata(), path.symlink_metadata()) {
+        (Ok(own), Ok(there)) => (own.dev(), own.ino()) == (there.dev(), there.ino()),
+        _ => false,
+    }
+}
+
+#[cfg(not(unix))]
+pub(crate) fn is_at(_file: &File, path: &Path) -> bool {
+    path.exists()
+}
+
+/// Refuses an output in a folder in which nothing can be made.
+///
+/// # Errors
+/// [`CheckpointError::Output`].
+pub fn check_writable(folder: &Path, output: &Path) -> Result<(), CheckpointError> {
+    access(folder).map_err(|error| CheckpointError::Output {
+        path: output.to_path_buf(),
+        problem: format!(
+            "nothing can be written in {}: {error}; choose another place, or make that one writable",
+            folder.display()
+        ),
+    })
+}
+
+#[cfg(unix)]
+fn access(folder: &Path) -> std::io::Result<()> {
+    use std::os::unix::ffi::OsStrExt as _;
+    let path = std::ffi::CString::new(folder.as_os_str().as_bytes())?;
+    // SAFETY: `path` is a NUL-terminated string that lives during the call.
+    match unsafe { libc::access(path.as_ptr(), libc::W_OK | libc::X_OK) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+#[cfg(not(unix))]
+fn access(_folder: &Path) -> std::io::Result<()> {
+    Ok(())
+}
+
+/// Refuses an output in whose place there are files to which links in the input folder lead, as those of a download cache
+/// do: they are input, wherever they lie.
+///
+/// # Errors
+/// [`CheckpointError::Output`].
+pub fn check_not_linked(output: &Path, input: &Path) -> Result<(), CheckpointError> {
+    let Ok(place) = output.canonicalize() else {
+        return Ok(());
+    };
+    let entries = std::fs::read_dir(input).map_err(CheckpointError::io("list", input))?;
+    let mut links = entries.flatten().map(|entry| entry.path());
+    let linked = |link: &PathBuf| {
+        link.is_symlink()
+            && link
+                .canonicalize()
+                .is_ok_and(|file| file.starts_with(&place))
+    };
+    match links.find(linked) {
+        None => Ok(()),
+        Some(link) => Err(CheckpointError::Output {
+            path: output.to_path_buf(),
+            problem: format!(
+                "the input's {} is a link to it, so it is never touched; choose another",
+                link.display()
+            ),
+        }),
+    }
 }
 
 /// Refuses a place that something other than a regular file stands at: a rename would put a file in the place of a link,
@@ -231,6 +380,47 @@ mod tests {
         }
         assert!(link.is_symlink());
         assert_eq!(std::fs::read(&file).unwrap(), b"old");
+    }
+
+    #[test]
+    fn what_a_killed_run_left_makes_room_and_a_living_run_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("plan.json");
+        let left = dir.path().join(".plan.json.tenp.tmp");
+        let other = dir.path().join(".other.json.tenp.tmp");
+        std::fs::write(&left, "half of a plan").unwrap();
+        std::fs::write(&other, "of another file").unwrap();
+        replace_file(&path, 3, |sink| {
+            let again = replace_file(&path, 3, |sink| sink.write(b"two"));
+            let error = again.unwrap_err().to_string();
+            assert!(error.contains("another run"), "{error}");
+            sink.write(b"one")
+        })
+        .unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"one");
+        assert!(!left.exists() && other.exists());
+    }
+
+    /// A link or a folder of that name is somebody else's, and so is what a hard link shares.
+    #[cfg(unix)]
+    #[test]
+    fn what_is_not_left_by_a_run_is_not_written_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, kept) = (dir.path().join("plan.json"), dir.path().join("kept"));
+        let left = dir.path().join(".plan.json.tenp.tmp");
+        std::fs::write(&kept, "kept").unwrap();
+        std::os::unix::fs::symlink(&kept, &left).unwrap();
+        let error = replace_file(&path, 3, |sink| sink.write(b"new")).unwrap_err();
+        let error = error.to_string();
+        assert!(
+            error.contains(".plan.json.tenp.tmp") && error.contains("move it away"),
+            "{error}"
+        );
+        std::fs::remove_file(&left).unwrap();
+        std::fs::hard_link(&kept, &left).unwrap();
+        replace_file(&path, 3, |sink| sink.write(b"new")).unwrap();
+        assert_eq!(std::fs::read(&kept).unwrap(), b"kept");
+        assert_eq!(std::fs::read(&path).unwrap(), b"new");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use crate::CheckpointError;
-use crate::atomic::replace_file;
+use crate::atomic::{is_at, replace_file, stands_in_the_way, taken};
 use crate::writer::pretty;
 
 const JOURNAL: &str = "journal.json";
@@ -49,7 +49,7 @@ impl Work {
     /// Another process holds it; the folder cannot be made.
     pub fn hold(dir: PathBuf, output: &Path) -> Result<Self, CheckpointError> {
         let lock = loop {
-            make_folder(&dir)?;
+            make_folder(&dir, output)?;
             let path = dir.join(LOCK);
             let lock = match File::options().create(true).append(true).open(&path) {
                 Ok(lock) => lock,
@@ -218,36 +218,24 @@ fn refuse_other<'n>(
     })
 }
 
-fn make_folder(dir: &Path) -> Result<(), CheckpointError> {
+/// Makes a work folder. What stands there already is gone on with if it is one, and refused otherwise.
+fn make_folder(dir: &Path, output: &Path) -> Result<(), CheckpointError> {
     match std::fs::create_dir(dir) {
+        Ok(()) => return Ok(()),
         Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-            Err(crate::atomic::write_error(error, dir, 0))
+            return Err(crate::atomic::write_error(error, dir, 0));
         }
-        _ => Ok(()),
+        Err(_) => {}
     }
-}
-
-fn taken(output: &Path) -> CheckpointError {
-    CheckpointError::Output {
-        path: output.to_path_buf(),
-        problem: "another run is writing it at this moment; wait for it, or choose another"
-            .to_owned(),
+    // Of several looks at a folder that another run may be removing, none may fail for that.
+    let is_folder = dir.symlink_metadata().is_ok_and(|there| there.is_dir());
+    let is_empty = || std::fs::read_dir(dir).map_or(true, |mut entries| entries.next().is_none());
+    let lock = dir.join(LOCK).symlink_metadata();
+    let is_ours = is_folder && (lock.is_ok_and(|lock| lock.is_file()) || is_empty());
+    if is_ours || dir.symlink_metadata().is_err() {
+        return Ok(());
     }
-}
-
-/// Whether an opened file still has its name: the lock of a folder that is gone protects nothing.
-#[cfg(unix)]
-fn is_at(file: &File, path: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt as _;
-    match (file.metadata(), path.metadata()) {
-        (Ok(own), Ok(there)) => (own.dev(), own.ino()) == (there.dev(), there.ino()),
-        _ => false,
-    }
-}
-
-#[cfg(not(unix))]
-fn is_at(_file: &File, path: &Path) -> bool {
-    path.exists()
+    Err(stands_in_the_way(dir, output))
 }
 
 #[cfg(test)]
@@ -290,6 +278,32 @@ mod tests {
         assert!(!work.is_begun() && !work.dir().join("part").exists());
         drop(work);
         assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 0);
+    }
+
+    /// A folder of that name that no run made is somebody's, a checkpoint's perhaps.
+    #[cfg(unix)]
+    #[test]
+    fn a_folder_that_is_no_work_folder_stays() {
+        let root = tempfile::tempdir().unwrap();
+        let (out, kept) = (root.path().join("out"), root.path().join("kept"));
+        std::fs::create_dir(&kept).unwrap();
+        std::fs::write(kept.join("config.json"), "{}").unwrap();
+        let place = Work::place(&out, "work");
+        std::os::unix::fs::symlink(&kept, &place).unwrap();
+        let refused = || {
+            let error = open(&out, &[], true).unwrap_err().to_string();
+            assert!(
+                error.contains(".out.tenp-work") && error.contains("move it away"),
+                "{error}"
+            );
+        };
+        refused();
+        std::fs::remove_file(&place).unwrap();
+        std::fs::rename(&kept, &place).unwrap();
+        refused();
+        assert!(place.join("config.json").exists());
+        std::fs::remove_file(place.join("config.json")).unwrap();
+        open(&out, &[], true).unwrap();
     }
 
     #[test]

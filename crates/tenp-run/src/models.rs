@@ -7,7 +7,9 @@ use anyhow::{Context, Result, bail};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use sha2::{Digest, Sha256};
-use tenp_checkpoint::{Checkpoint, CheckpointError, Plan, check_replaceable};
+use tenp_checkpoint::{
+    Checkpoint, CheckpointError, Plan, check_not_linked, check_replaceable, check_writable,
+};
 use tenp_model::ModelError;
 use tenp_model::text::{Data, Task, Tokenizer, read_prompts, read_samples, read_task};
 
@@ -63,9 +65,11 @@ pub(crate) fn check_file(
     read: &[&Path],
 ) -> Result<()> {
     let refuse = |problem: &str| Err(usage(format!("{flag} {}: {problem}", path.display())));
-    if let Err(CheckpointError::Output { problem, .. }) = check_replaceable(path) {
-        return refuse(&problem);
-    }
+    let accept = |checked: Result<(), CheckpointError>| match checked {
+        Err(CheckpointError::Output { problem, .. }) => refuse(&problem),
+        other => Ok(other?),
+    };
+    accept(check_replaceable(path))?;
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -74,9 +78,13 @@ pub(crate) fn check_file(
         return refuse("lies in a folder that does not exist; create that folder first");
     };
     let model = model.and_then(|model| model.canonicalize().ok());
+    if let Some(model) = &model {
+        accept(check_not_linked(path, model))?;
+    }
     if model.is_some_and(|model| parent.starts_with(model)) {
         return refuse("lies inside the input folder, which is never touched; choose another");
     }
+    accept(check_writable(&parent, path))?;
     let place = path.canonicalize().ok();
     let mut read = read.iter().filter_map(|file| file.canonicalize().ok());
     if place.is_some() && read.any(|file| Some(file) == place) {

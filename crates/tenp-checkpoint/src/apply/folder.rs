@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::atomic::{sync_folder, write_error};
+use crate::atomic::{check_not_linked, check_writable, sync_folder, write_error};
 use crate::work::{Inputs, Work};
 use crate::{Checkpoint, CheckpointError};
 
@@ -50,6 +50,8 @@ impl Target {
         if path.starts_with(&input) {
             return refuse("lies inside the input folder, which is never touched; choose another");
         }
+        check_not_linked(&path, &input)?;
+        check_writable(&parent, out)?;
         let mut target = Self {
             path,
             parent,

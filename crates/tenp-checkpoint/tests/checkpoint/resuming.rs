@@ -206,6 +206,7 @@ fn an_output_that_is_being_replaced_is_never_lost() {
     // A finished run finds the folder that it could not remove.
     std::fs::create_dir_all(work.join("replaced")).unwrap();
     std::fs::write(work.join("journal.json"), "{}").unwrap();
+    std::fs::write(work.join("lock"), "").unwrap();
     let outcome = apply(&source, &new, &fixture.out(), &options(), &mut |_, _| ());
     assert_eq!(outcome.unwrap(), ApplyOutcome::AlreadyFinished);
     assert_eq!(fixture.names(), ["input", "out"]);

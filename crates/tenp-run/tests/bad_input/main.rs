@@ -5,6 +5,7 @@ mod changing;
 mod checkpoints;
 mod data;
 mod dern;
+mod links;
 mod options;
 mod outputs;
 mod plans;

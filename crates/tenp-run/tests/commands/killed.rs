@@ -114,18 +114,31 @@ fn apply_killed_at_any_moment() {
 }
 
 #[test]
+fn plan_killed_at_any_moment() {
+    let demo = demo();
+    let job = Job {
+        line: "plan {} --stats {} --keep 0.6 -o {}",
+        paths: vec![&demo, demo_statistics()],
+    };
+    killed(&job, 8, 5);
+}
+
+#[test]
 fn prune_killed_at_any_moment() {
     let (demo, facts) = (demo(), demo_file("calibration", "facts"));
     let recovering = "prune {} --data {} --samples 40 --folds 3 --keep 0.6 --recover least-squares --shard-size 500kB \
-                      --keep-every 0 -o {}";
+                      --keep-every 0 --save-stats {} -o {}";
     let merging = "prune {} --data {} --samples 40 --method dern --experts 12 --shard-size 500kB --keep-every 0 -o {}";
-    for (line, seed) in [(recovering, 3), (merging, 4)] {
-        let job = Job {
-            line,
-            paths: vec![&demo, &facts],
-        };
-        killed(&job, 10, seed);
+    let saved = Scratch::new();
+    let stats = saved.join("stats");
+    let recovering = (recovering, vec![demo.as_path(), &facts, &stats]);
+    for ((line, paths), seed) in [recovering, (merging, vec![&demo, &facts])]
+        .into_iter()
+        .zip(3..)
+    {
+        killed(&Job { line, paths }, 10, seed);
     }
+    assert_eq!(names(saved.path()), ["stats"]);
 }
 
 fn everything() -> [PathBuf; 4] {

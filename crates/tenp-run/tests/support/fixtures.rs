@@ -58,17 +58,19 @@ pub(crate) fn copy(from: &Path, to: &Path) -> PathBuf {
     to.to_owned()
 }
 
-/// Every file below a folder with its bytes.
+/// Every file below a folder with its bytes, every link with its target.
 pub(crate) fn snapshot(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut files = BTreeMap::new();
     let mut folders = vec![dir.to_owned()];
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(&folder).unwrap() {
             let path = entry.unwrap().path();
-            if path.is_dir() {
+            let name = path.strip_prefix(dir).unwrap().to_owned();
+            if let Ok(target) = std::fs::read_link(&path) {
+                files.insert(name, target.into_os_string().into_encoded_bytes());
+            } else if path.is_dir() {
                 folders.push(path);
             } else {
-                let name = path.strip_prefix(dir).unwrap().to_owned();
                 files.insert(name, std::fs::read(&path).unwrap());
             }
         }
