@@ -320,8 +320,7 @@ impl Run<'_> {
             needed: total,
         };
         side.write(&dir)?;
-        let mut shards = checkpoint.shards.iter();
-        if let Err(error) = shards.try_for_each(Shard::check_unchanged) {
+        if let Err(error) = checkpoint.check_unchanged() {
             folder.abandon();
             return Err(error);
         }

@@ -13,7 +13,7 @@ use crate::config::{ConfigFile, ModelConfig};
 use crate::expected::{ExpectedTensor, Role, expected_tensors};
 use crate::header::Entry;
 use crate::index::{self, INDEX_FILE, ShardList};
-use crate::names::Spelling;
+use crate::names::{Spelling, layer_of};
 use crate::residency::LayerRanges;
 use crate::shard::Shard;
 use crate::{CheckpointError, Dtype};
@@ -116,8 +116,32 @@ impl Checkpoint {
         for expected in expected_tensors(&checkpoint.config, spelling) {
             checkpoint.check(&expected)?;
         }
+        checkpoint.check_last_layers(&config_path)?;
         checkpoint.is_fp8 = checkpoint.check_scales(fp8)?;
         Ok(checkpoint)
+    }
+
+    /// Layers behind those of the config are for multi-token prediction, and have the projection that joins its two inputs.
+    fn check_last_layers(&self, config_path: &Path) -> Result<(), CheckpointError> {
+        let num_layers = self.config.num_layers;
+        for tensor in self.tensors() {
+            let Some(layer) = layer_of(tensor.name).filter(|layer| *layer >= num_layers) else {
+                continue;
+            };
+            let joins = format!("model.layers.{layer}.eh_proj.weight");
+            if !self.contains(&joins) && !self.is_in_missing_shard(&joins) {
+                return Err(CheckpointError::Config {
+                    path: config_path.to_path_buf(),
+                    field: "num_hidden_layers".to_owned(),
+                    problem: format!(
+                        "is {num_layers}, but there is {}, and layer {layer} is none for multi-token prediction; config.json \
+                         is of another model, download both again",
+                        tensor.name
+                    ),
+                });
+            }
+        }
+        Ok(())
     }
 
     fn check(&self, expected: &ExpectedTensor) -> Result<(), CheckpointError> {
@@ -153,6 +177,14 @@ impl Checkpoint {
             return Err(CheckpointError::Interrupted);
         }
         Ok(())
+    }
+
+    /// To be asked before a result is put in its place.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Changed`] if a shard was written to since it was opened.
+    pub fn check_unchanged(&self) -> Result<(), CheckpointError> {
+        self.shards.iter().try_for_each(Shard::check_unchanged)
     }
 
     /// Shard names of the index that are not in the folder.

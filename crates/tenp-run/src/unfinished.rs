@@ -55,6 +55,18 @@ pub(crate) fn keep(
     Ok(Keep::new(work, every))
 }
 
+/// Lets go of what a calibration has kept if the checkpoint was written to meanwhile.
+///
+/// # Errors
+/// It was.
+pub(crate) fn unchanged(checkpoint: &Checkpoint, keep: Keep) -> Result<Keep> {
+    if let Err(error) = checkpoint.check_unchanged() {
+        keep.finish();
+        return Err(error.into());
+    }
+    Ok(keep)
+}
+
 /// Says so where a calibration could not be kept.
 pub(crate) fn tell_trouble(keep: &Keep) {
     if let Some(trouble) = keep.trouble() {

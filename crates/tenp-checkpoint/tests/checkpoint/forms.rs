@@ -314,14 +314,23 @@ fn a_layer_beyond_the_config_is_not_passed_over() {
     let fixture = Fixture::new("deepseek_v3");
     let path = fixture.shard();
     let extra = "model.layers.3.mlp.experts.0.gate_proj.weight";
-    crate::fixture::edit_shard(&path, |header, data| {
-        let end = data.len();
-        data.extend_from_slice(&[7; 16]);
-        header.insert(
-            extra.to_owned(),
-            json!({"dtype": "BF16", "shape": [2, 4], "data_offsets": [end, end + 16]}),
-        );
-    });
+    let add = |name: &str| {
+        crate::fixture::edit_shard(&path, |header, data| {
+            let end = data.len();
+            data.extend_from_slice(&[7; 16]);
+            header.insert(
+                name.to_owned(),
+                json!({"dtype": "BF16", "shape": [2, 4], "data_offsets": [end, end + 16]}),
+            );
+        });
+    };
+    add(extra);
+    // Of one more layer of the model, which the config does not promise, nothing is made.
+    let error = Checkpoint::open(&fixture.input()).unwrap_err().to_string();
+    for needle in ["num_hidden_layers", "is 3", extra, "download"] {
+        assert!(error.contains(needle), "{error}");
+    }
+    add("model.layers.3.eh_proj.weight");
     let source = fixture.open();
     let error = fixture.apply(&ragged(&source), OutputForm::Ragged);
     let text = error.unwrap_err().to_string();
@@ -337,7 +346,7 @@ fn a_layer_beyond_the_config_is_not_passed_over() {
     let report = read_json(&fixture.out().join("report.json"));
     assert_eq!(report["mtp"], json!({"mode": "keep", "layers": [3]}));
     assert_eq!(
-        output.size().parameters_total + 8,
+        output.size().parameters_total + 16,
         output.size().bytes_total / 2 - 16
     );
 }

@@ -53,6 +53,7 @@ pub(super) fn run(args: &Calibrate) -> Result<()> {
         let answered = samples.answer(&model, &mut keep)?;
         run_in_folds(&model, &answered.domains, &folds, Some(&mut keep))
     });
+    let mut keep = unfinished::unchanged(&checkpoint, keep)?;
     let explain = |error| unfinished::explain(error, out, &[OUTPUT]);
     let (mut statistics, _) = calibrated.map_err(explain)?;
     unfinished::tell_trouble(&keep);

@@ -57,7 +57,7 @@ fn stream(model: &Model<'_>, samples: &[Vec<u32>], args: &Logits) -> Result<()> 
                 return Err(CheckpointError::NotMoe { layer: 0 });
             }
         }
-        Ok(())
+        checkpoint.check_unchanged()
     });
     if let Some(error) = failure {
         return Err(error);

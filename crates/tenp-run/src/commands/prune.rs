@@ -78,12 +78,17 @@ pub(super) fn run(args: &Prune) -> Result<()> {
         let sums = super::calibrate::run_in_folds(&model, domains, &folds, Some(&mut keep))?;
         Ok((answered, sums))
     });
+    let mut keep = unfinished::unchanged(&checkpoint, keep)?;
     let calibrated = calibrated.map_err(|e| unfinished::explain(e, out, &[CALIBRATION]));
     let (answered, (mut statistics, folds)) = calibrated?;
     statistics.run = run;
     unfinished::tell_trouble(&keep);
     let calibrated = (&answered, &statistics, folds);
-    let (plan, outcome) = make(args, (&checkpoint, &place), &request, calibrated, &inputs)?;
+    let made = make(args, (&checkpoint, &place), &request, calibrated, &inputs);
+    if made.is_err() {
+        keep = unfinished::unchanged(&checkpoint, keep)?;
+    }
+    let (plan, outcome) = made?;
     keep.finish();
     report(&checkpoint, args, &plan, outcome);
     Ok(())

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use super::options::statistics;
 use super::{FAILED, Place};
-use crate::support::fixtures::{DOMAINS, assert_same_files, demo_file, names, snapshot};
+use crate::support::fixtures::{DOMAINS, assert_same_files, demo_file, names, snapshot, write_ids};
 use crate::support::{command, tenp, words};
 
-fn signal(child: &Child, name: &str) {
+pub(crate) fn signal(child: &Child, name: &str) {
     let sent = Command::new("kill")
         .args([name, &child.id().to_string()])
         .status();
@@ -19,7 +19,7 @@ fn signal(child: &Child, name: &str) {
 
 /// Starts a command, and stops it once a file is there.
 #[track_caller]
-fn stopped_at(line: &str, paths: &[&Path], file: &Path) -> Child {
+pub(crate) fn stopped_at(line: &str, paths: &[&Path], file: &Path) -> Child {
     let mut command = command(&words(line, paths));
     let child = command.stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = child.spawn().unwrap();
@@ -34,7 +34,7 @@ fn stopped_at(line: &str, paths: &[&Path], file: &Path) -> Child {
 }
 
 /// Lets it go on, and gives its exit code and what it said.
-fn end(mut child: Child) -> (Option<i32>, String) {
+pub(crate) fn end(mut child: Child) -> (Option<i32>, String) {
     signal(&child, "-CONT");
     let mut text = String::new();
     let stderr = child.stderr.as_mut().unwrap();
@@ -109,7 +109,7 @@ fn a_shard_that_is_replaced_while_it_is_read() {
     assert!(std::fs::read(&calm).unwrap() == std::fs::read(&out).unwrap());
 }
 
-fn planned(place: &Place) -> PathBuf {
+pub(crate) fn planned(place: &Place) -> PathBuf {
     let plan = place.join("plan.json");
     let line = "plan {} --stats {} --keep 0.6 -o {}";
     tenp(line, &[&place.model, statistics(), &plan]).ok();
@@ -171,4 +171,48 @@ fn a_limit_of_file_sizes() {
     let line = "apply {} --plan {} --shard-size 100kB -o {}";
     tenp(line, &[&place.model, &plan, &free]).ok();
     assert_same_files(&out, &free, &["README.md", "report.json", "report.html"]);
+}
+
+/// A shard that keeps its name, its length and its header, and holds other weights in the middle of the pass.
+#[test]
+fn a_shard_that_is_written_to_while_it_is_calibrated() {
+    let place = Place::demo();
+    let (calm, out) = (place.join("calm"), place.join("out"));
+    let (line, mut paths, child) = stopped_calibration(&place, &out);
+    for shard in shards(&place.model) {
+        let bytes = std::fs::read(&shard).unwrap();
+        std::fs::write(&shard, &bytes).unwrap();
+    }
+    let (code, text) = end(child);
+    assert_eq!(code, Some(FAILED), "{text}");
+    for needle in ["model-0000", "while it was read", "same command again"] {
+        assert!(text.contains(needle), "{text}");
+    }
+    // Nor is what was kept of it gone on with.
+    assert_eq!(names(place.scratch.path()), ["model"]);
+    for out in [calm, out] {
+        *paths.last_mut().unwrap() = out;
+        let all: Vec<&Path> = paths.iter().map(PathBuf::as_path).collect();
+        let run = tenp(&line, &all).ok();
+        run.check(!run.stderr.contains("going on"), "it begins again");
+    }
+    let (calm, out) = (place.join("calm"), place.join("out"));
+    assert!(std::fs::read(calm).unwrap() == std::fs::read(out).unwrap());
+}
+
+#[test]
+fn a_shard_that_is_written_to_while_logits_are_computed() {
+    let place = Place::demo();
+    let (ids, out) = (place.join("ids.safetensors"), place.join("out"));
+    write_ids(&ids, &vec![vec![7; 128]; 100]);
+    let paths = [place.model.as_path(), &ids, &out];
+    let line = "logits {} --input {} --output {} --threads 1";
+    let child = stopped_at(line, &paths, &place.join(".out.tenp.tmp"));
+    let shard = &shards(&place.model)[0];
+    let bytes = std::fs::read(shard).unwrap();
+    std::fs::write(shard, &bytes).unwrap();
+    let (code, text) = end(child);
+    assert_eq!(code, Some(FAILED), "{text}");
+    assert!(text.contains("while it was read"), "{text}");
+    assert_eq!(names(place.scratch.path()), ["ids.safetensors", "model"]);
 }

@@ -250,3 +250,98 @@ fn no_folder_at_all() {
     place.refuses("inspect", &[], USAGE, &["MODEL", "Usage"]);
     place.refuses("forget {}", &[&place.model], USAGE, &["forget"]);
 }
+
+#[test]
+fn a_tensor_in_two_shards() {
+    damaged(
+        |model| {
+            std::fs::copy(shard(model), model.join("stale.safetensors")).unwrap();
+            edit_index(model, "stray", "stale.safetensors");
+        },
+        &["in both", "stale.safetensors", "model-0000", "stale shards"],
+    );
+}
+
+/// One way and the other: what the config promises and is not there, and what is there and is not promised.
+#[test]
+fn a_config_of_other_counts() {
+    for (field, value, needles) in [
+        (
+            "num_hidden_layers",
+            4,
+            &["model.layers.3.", "is missing", "config.json"][..],
+        ),
+        (
+            "num_hidden_layers",
+            2,
+            &["num_hidden_layers", "is 2", "model.layers.2.", "download"],
+        ),
+        (
+            "n_routed_experts",
+            4,
+            &["model.layers.1.mlp.gate.weight", "[4, 64]", "download"],
+        ),
+        (
+            "n_routed_experts",
+            9,
+            &["model.layers.1.mlp.gate.weight", "[9, 64]", "download"],
+        ),
+        (
+            "first_k_dense_replace",
+            2,
+            &["model.layers.1.mlp.gate_proj.weight", "is missing"],
+        ),
+        (
+            "first_k_dense_replace",
+            0,
+            &["model.layers.0.mlp.gate.weight", "is missing"],
+        ),
+        (
+            "n_shared_experts",
+            1,
+            &["model.layers.1.mlp.shared_experts", "[48, 64]", "download"],
+        ),
+        (
+            "moe_intermediate_size",
+            32,
+            &["mlp.experts.0.gate_proj.weight", "[32, 64]", "download"],
+        ),
+        (
+            "vocab_size",
+            319,
+            &["model.embed_tokens.weight", "[319, 64]", "download"],
+        ),
+    ] {
+        damaged(
+            |model| edit_json(&model.join("config.json"), |c| c[field] = json!(value)),
+            needles,
+        );
+    }
+}
+
+/// A few bytes that promise millions of tensors cost neither memory nor time.
+#[test]
+fn a_config_that_promises_too_much() {
+    for (field, value) in [
+        ("num_hidden_layers", 513_u64),
+        ("n_routed_experts", 2049),
+        ("hidden_size", 1 << 28),
+        ("vocab_size", u64::MAX),
+    ] {
+        damaged(
+            |model| edit_json(&model.join("config.json"), |c| c[field] = json!(value)),
+            &["config.json", field, &value.to_string()],
+        );
+    }
+    damaged(
+        |model| {
+            edit_json(&model.join("config.json"), |c| {
+                c["num_hidden_layers"] = json!(512);
+                c["n_routed_experts"] = json!(2048);
+                let most = json!((1 << 28) - 1);
+                c.insert("num_nextn_predict_layers".to_owned(), most);
+            });
+        },
+        &["model.layers.1.mlp.gate.weight", "[2048, 64]"],
+    );
+}

@@ -5,7 +5,11 @@ mod changing;
 mod checkpoints;
 mod data;
 mod dern;
+mod fp8;
+#[path = "../../../tenp-checkpoint/tests/support/fp8.rs"]
+mod fp8_folder;
 mod links;
+mod moments;
 mod options;
 mod outputs;
 mod plans;

@@ -1,6 +1,6 @@
 //! Output places that are taken, forbidden or full.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::options::statistics;
 use super::{FAILED, Place, USAGE};
@@ -172,10 +172,10 @@ fn single_files_that_cannot_be_written_are_refused_before_the_work() {
 }
 
 /// A small file system in memory, while the test runs.
-struct Disk(Scratch);
+pub(crate) struct Disk(Scratch);
 
 impl Disk {
-    fn new(kilobytes: u32) -> Option<Self> {
+    pub(crate) fn new(kilobytes: u32) -> Option<Self> {
         let scratch = Scratch::new();
         let mounted = std::process::Command::new("mount")
             .args(["-t", "tmpfs", "-o", &format!("size={kilobytes}k"), "tmpfs"])
@@ -184,6 +184,20 @@ impl Disk {
         mounted
             .is_ok_and(|o| o.status.success())
             .then_some(Self(scratch))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    pub(crate) fn join(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    pub(crate) fn make_read_only(&self) {
+        let mut mount = std::process::Command::new("mount");
+        let mount = mount.args(["-o", "remount,ro"]).arg(self.path());
+        assert!(mount.status().unwrap().success());
     }
 }
 
@@ -204,8 +218,8 @@ fn a_full_disk() {
     };
     let data = demo_file("calibration", "facts");
     let ids = golden("olmoe").join("golden.safetensors");
-    let out = disk.0.join("out");
-    let (work, plan) = (Scratch::new(), disk.0.join("plan.json"));
+    let out = disk.join("out");
+    let (work, plan) = (Scratch::new(), disk.join("plan.json"));
     let fitting = work.join("plan.json");
     tenp(
         "plan {} --stats {} --keep 0.6 -o {}",
@@ -226,20 +240,16 @@ fn a_full_disk() {
         ("logits {} --input {} --output {}", &[&demo(), &ids, &out]),
     ] {
         tenp(line, paths).refused(FAILED, full);
-        assert_eq!(
-            names(disk.0.path()),
-            [""; 0],
-            "{line} left something behind"
-        );
+        assert_eq!(names(disk.path()), [""; 0], "{line} left something behind");
     }
-    let filler = disk.0.join("filler");
+    let filler = disk.join("filler");
     let _ = std::fs::write(&filler, vec![0; 600_000]);
     tenp(
         "plan {} --stats {} --keep 0.6 -o {}",
         &[&demo(), statistics(), &plan],
     )
     .refused(FAILED, &["no space left", "plan.json"]);
-    assert_eq!(names(disk.0.path()), ["filler"]);
+    assert_eq!(names(disk.path()), ["filler"]);
 }
 
 #[test]

@@ -55,7 +55,7 @@ fn a_plan_that_is_none() {
     apply(&["plan.json", "format"]);
     std::fs::remove_file(&plan).unwrap();
     apply(&["plan.json", "No such file"]);
-    let damages: [(Damage, &[&str]); 6] = [
+    let damages: [(Damage, &[&str]); 11] = [
         (|p| p["version"] = json!(2), &["version 2", "`plan`"]),
         (|p| p["format"] = json!("other"), &["other", "`plan`"]),
         (
@@ -69,6 +69,40 @@ fn a_plan_that_is_none() {
         (
             |p| p["layers"][2]["experts"][4]["neurons"] = json!([5, 4]),
             &["layer 3, expert 4", "make the plan again"],
+        ),
+        (
+            |p| {
+                let expert = &mut p["layers"][1]["experts"][3];
+                let full = expert["neurons"].as_array().map_or(0, Vec::len);
+                assert!(full > 0, "a narrow expert");
+                expert["neurons"][full - 1] = json!(4_000_000_000_u32);
+            },
+            &[
+                "layer 2, expert 3",
+                "neuron 4000000000",
+                "make the plan again",
+            ],
+        ),
+        (
+            |p| p["layers"][1]["experts"][3]["neurons"][0] = json!(-1),
+            &["plan.json", "-1"],
+        ),
+        (
+            |p| p["layers"][1]["experts"][3]["dropped"] = json!(true),
+            &["layer 2, expert 3", "is dropped", "make the plan again"],
+        ),
+        (
+            |p| {
+                let experts = p["layers"][1]["experts"].as_array_mut().unwrap();
+                for expert in &mut experts[1..] {
+                    *expert = json!({"id": expert["id"], "width": 0, "dropped": true});
+                }
+            },
+            &["layer 2", "keeps 1 experts", "keep more"],
+        ),
+        (
+            |p| p["layers"][1]["experts"][3]["id"] = json!(4),
+            &["layer 2", "once, in order"],
         ),
         (
             |p| {

@@ -265,6 +265,8 @@ fn shares_merge_into_one_process() {
         let (run, _) = calibrate(&format!("--shard {share}"), "none");
         run.refused(2, &[share, "no share"]);
     }
+    let (run, _) = calibrate("--shard 1/65537", "none");
+    run.refused(2, &["--shard", "1/65537", "more than 65536"]);
 }
 
 /// Equal to within the rounding of sums.
