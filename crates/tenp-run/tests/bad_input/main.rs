@@ -15,6 +15,7 @@ mod outputs;
 mod plans;
 #[path = "../support/mod.rs"]
 mod support;
+mod table;
 mod weights;
 
 use std::path::{Path, PathBuf};
