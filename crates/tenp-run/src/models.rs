@@ -84,7 +84,10 @@ pub(crate) fn check_file(
     if model.is_some_and(|model| parent.starts_with(model)) {
         return refuse("lies inside the input folder, which is never touched; choose another");
     }
-    accept(check_writable(&parent, path))?;
+    // What is there may be finished.
+    if !path.exists() {
+        accept(check_writable(&parent, path))?;
+    }
     let place = path.canonicalize().ok();
     let mut read = read.iter().filter_map(|file| file.canonicalize().ok());
     if place.is_some() && read.any(|file| Some(file) == place) {

@@ -31,6 +31,20 @@ impl Target {
         force: bool,
         fingerprint: &str,
     ) -> Result<Option<Self>, CheckpointError> {
+        let target = Self::look(out, input, force, fingerprint)?;
+        // An output that is there may be finished, and lie where nothing can be written any more.
+        if let Some(target) = target.as_ref().filter(|target| !target.replaces) {
+            check_writable(&target.parent, out)?;
+        }
+        Ok(target)
+    }
+
+    fn look(
+        out: &Path,
+        input: &Path,
+        force: bool,
+        fingerprint: &str,
+    ) -> Result<Option<Self>, CheckpointError> {
         let refuse = |problem: &str| {
             Err(CheckpointError::Output {
                 path: out.to_path_buf(),
@@ -51,7 +65,6 @@ impl Target {
             return refuse("lies inside the input folder, which is never touched; choose another");
         }
         check_not_linked(&path, &input)?;
-        check_writable(&parent, out)?;
         let mut target = Self {
             path,
             parent,

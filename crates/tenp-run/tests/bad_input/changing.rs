@@ -10,7 +10,10 @@ use super::{FAILED, Place};
 use crate::support::fixtures::{DOMAINS, assert_same_files, demo_file, names, snapshot, write_ids};
 use crate::support::{command, tenp, words};
 
-pub(crate) fn signal(child: &Child, name: &str) {
+pub(crate) fn signal(child: &mut Child, name: &str) {
+    if child.try_wait().unwrap().is_some() {
+        return;
+    }
     let sent = Command::new("kill")
         .args([name, &child.id().to_string()])
         .status();
@@ -20,22 +23,29 @@ pub(crate) fn signal(child: &Child, name: &str) {
 /// Starts a command, and stops it once a file is there.
 #[track_caller]
 pub(crate) fn stopped_at(line: &str, paths: &[&Path], file: &Path) -> Child {
+    let child = stopped_near(line, paths, file);
+    assert!(file.exists(), "it ended too early");
+    child
+}
+
+/// The same for a file that is there for a moment: the process may have ended when that is noticed.
+#[track_caller]
+pub(crate) fn stopped_near(line: &str, paths: &[&Path], file: &Path) -> Child {
     let mut command = command(&words(line, paths));
     let child = command.stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = child.spawn().unwrap();
     let started = Instant::now();
-    while !file.exists() {
-        assert!(child.try_wait().unwrap().is_none(), "ended too early");
+    while !file.exists() && child.try_wait().unwrap().is_none() {
         assert!(started.elapsed() < Duration::from_mins(1));
         std::thread::sleep(Duration::from_millis(1));
     }
-    signal(&child, "-STOP");
+    signal(&mut child, "-STOP");
     child
 }
 
 /// Lets it go on, and gives its exit code and what it said.
 pub(crate) fn end(mut child: Child) -> (Option<i32>, String) {
-    signal(&child, "-CONT");
+    signal(&mut child, "-CONT");
     let mut text = String::new();
     let stderr = child.stderr.as_mut().unwrap();
     stderr.read_to_string(&mut text).unwrap();

@@ -175,7 +175,7 @@ fn single_files_that_cannot_be_written_are_refused_before_the_work() {
 pub(crate) struct Disk(Scratch);
 
 impl Disk {
-    pub(crate) fn new(kilobytes: u32) -> Option<Self> {
+    pub(crate) fn new(kilobytes: u64) -> Option<Self> {
         let scratch = Scratch::new();
         let mounted = std::process::Command::new("mount")
             .args(["-t", "tmpfs", "-o", &format!("size={kilobytes}k"), "tmpfs"])
@@ -195,8 +195,16 @@ impl Disk {
     }
 
     pub(crate) fn make_read_only(&self) {
+        self.remount("ro");
+    }
+
+    pub(crate) fn resize(&self, kilobytes: u64) {
+        self.remount(&format!("size={kilobytes}k"));
+    }
+
+    fn remount(&self, option: &str) {
         let mut mount = std::process::Command::new("mount");
-        let mount = mount.args(["-o", "remount,ro"]).arg(self.path());
+        let mount = mount.arg(format!("-oremount,{option}")).arg(self.path());
         assert!(mount.status().unwrap().success());
     }
 }
