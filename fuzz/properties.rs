@@ -6,7 +6,9 @@
 
 use std::path::{Component, Path};
 
-use tenp_checkpoint::{ModelConfig, Spelling, expected_tensors, layer_of, mtp_tensors, readers};
+use tenp_checkpoint::{
+    Checkpoint, ModelConfig, Spelling, expected_tensors, layer_of, mtp_tensors, readers,
+};
 
 /// Tensors of a config that are looked at.
 const TENSORS: usize = 10_000;
@@ -138,4 +140,59 @@ pub(crate) fn statistics(file: &[u8]) {
 fn model() -> ModelConfig {
     let text = include_bytes!("../crates/tenp-checkpoint/tests/data/tiny/deepseek_v3.json");
     readers::config(text).unwrap().0
+}
+
+/// Between the files of a folder.
+const NEXT_FILE: &[u8] = b"\n----\n";
+
+/// What is opened can be used: config, index and two shards, each as a file; what is empty is not there.
+pub(crate) fn folder(bytes: &[u8]) {
+    let dir = std::env::temp_dir().join(format!("tenp-fuzz-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let mut rest = bytes;
+    for name in [
+        "config.json",
+        "model.safetensors.index.json",
+        "a.safetensors",
+        "b.safetensors",
+    ] {
+        let end = rest
+            .windows(NEXT_FILE.len())
+            .position(|window| window == NEXT_FILE);
+        let file = &rest[..end.unwrap_or(rest.len())];
+        rest = end.map_or(&[], |end| &rest[end + NEXT_FILE.len()..]);
+        let path = dir.join(name);
+        let _ = std::fs::remove_file(&path);
+        if !file.is_empty() {
+            std::fs::write(path, file).unwrap();
+        }
+    }
+    if let Ok(checkpoint) = Checkpoint::open_partial(&dir) {
+        used(&checkpoint);
+    }
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+fn used(checkpoint: &Checkpoint) {
+    let (config, size) = (checkpoint.config(), checkpoint.size());
+    let whole = checkpoint.missing_shards().is_empty();
+    let bytes: usize = checkpoint.tensors().map(|tensor| tensor.bytes.len()).sum();
+    assert_eq!(size.bytes_total, bytes as u64);
+    assert!(!whole || size.parameters_routed <= size.parameters_total);
+    assert!(size.parameters_active <= size.parameters_total);
+    let _ = (checkpoint.has_mtp(), checkpoint.dtype());
+    for (index, layer) in config.moe_layers.iter().copied().enumerate().take(4) {
+        assert!(!whole || checkpoint.router(layer).is_ok());
+        assert!(!whole || checkpoint.shared_expert(layer).is_ok());
+        let num_experts = config.num_experts(index);
+        assert!(checkpoint.expert(layer, num_experts).is_err());
+        for id in (0..num_experts.min(4)).chain([num_experts - 1]) {
+            let expert = checkpoint.expert(layer, id);
+            assert!(!whole || expert.is_ok());
+            let matrices = expert.map(|expert| [expert.gate, expert.up, expert.down]);
+            for matrix in matrices.into_iter().flatten() {
+                assert_eq!(matrix.to_f32().len(), matrix.rows * matrix.cols);
+            }
+        }
+    }
 }

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../fuzz"
 seconds=${1:?"usage: scripts/fuzz.sh SECONDS [READER...]"}
 shift
 readers=("$@")
-[ ${#readers[@]} -gt 0 ] || readers=(index header config plan statistics)
+[ ${#readers[@]} -gt 0 ] || readers=(index header config plan statistics folder)
 for reader in "${readers[@]}"; do
   mkdir -p "target/corpus/$reader" "target/findings/$reader"
   cargo +nightly fuzz run --fuzz-dir . "$reader" "target/corpus/$reader" "corpus/$reader" -- \

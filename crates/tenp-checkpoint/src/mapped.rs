@@ -17,6 +17,19 @@ struct Place {
     path: AtomicPtr<Vec<u8>>,
 }
 
+impl Place {
+    /// Names never go, as a fault of another thread may be reading one: a few bytes for each file that is opened, none for
+    /// one that is opened again.
+    fn name(&self, name: &[u8]) {
+        let old = self.path.load(Ordering::Relaxed);
+        // SAFETY: a name is null or valid for ever.
+        if unsafe { old.as_ref() }.is_none_or(|old| old != name) {
+            let new = Box::leak(Box::new(name.to_vec()));
+            self.path.store(new, Ordering::Relaxed);
+        }
+    }
+}
+
 static MAPPED: [Place; PLACES] = [const {
     Place {
         end: AtomicUsize::new(0),
@@ -42,9 +55,7 @@ impl Named {
         });
         if let Some(index) = free {
             let place = &MAPPED[index];
-            // Never freed: a fault of another thread may be reading it. A few bytes for each file that is opened.
-            let name = Box::leak(Box::new(path.as_os_str().as_bytes().to_vec()));
-            place.path.store(name, Ordering::Relaxed);
+            place.name(path.as_os_str().as_bytes());
             place.start.store(start, Ordering::Relaxed);
             place.end.store(end, Ordering::Release);
         }

@@ -45,3 +45,8 @@ fn plans() {
 fn statistics() {
     replay("statistics", properties::statistics);
 }
+
+#[test]
+fn folders() {
+    replay("folder", properties::folder);
+}
