@@ -339,7 +339,7 @@ pub struct TenpRotaryParams {
     pub num_pairs: i32,
     pub num_positions: i32,
     pub interleaved: i32,
-    pub padding: i32,
+    pub leading: i32,
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

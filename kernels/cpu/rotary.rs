@@ -112,6 +112,12 @@ impl RotaryTable {
         self.interleaved
     }
 
+    /// Whether the first elements of a head are rotated, [`Self::of_leading_elements`].
+    #[must_use]
+    pub fn is_leading(&self) -> bool {
+        self.leading
+    }
+
     /// `[positions, pairs]` cosines.
     #[must_use]
     pub fn cosines(&self) -> &[f32] {

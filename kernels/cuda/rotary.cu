@@ -1,5 +1,6 @@
-// computes: rotary position embedding of the last 2 num_pairs elements of each head, as RotaryTable::rotate on the CPU;
-//           the other elements are copied, all are clamped first if asked for; f32 and bf16 results, in place too
+// computes: rotary position embedding of the last 2 num_pairs elements of each head, or of the first (leading), as
+//           RotaryTable::rotate on the CPU; the other elements are copied, all are clamped first if asked for; f32 and bf16
+//           results, in place too
 // layout:   x [T, x_pitch] f32, heads one after another; cosines, sines [positions, num_pairs]; outputs [., out_pitch]
 // requires: nothing beyond the elements' alignment; four pairs at a time where sizes, pitches and bases allow vectors.
 //           A position outside the tables makes the rotated elements NaN
@@ -120,6 +121,8 @@ template <int STEP> __device__ __forceinline__ void rotate_token(const TenpRotar
     const bool known = position >= 0 && position < p.num_positions;
     const int64_t angles = static_cast<int64_t>(known ? position : 0) * p.num_pairs;
     const int copied = p.head_dim - 2 * p.num_pairs;
+    const int rotated_at = p.leading != 0 ? 0 : copied;
+    const int copied_at = p.leading != 0 ? 2 * p.num_pairs : 0;
     // What stays as it is where it is need not be touched.
     const bool in_place = p.out_f32 == p.x && p.out_bf16 == nullptr && !(p.clip > 0.0f);
     const int copies = in_place ? 0 : copied / STEP;
@@ -129,8 +132,8 @@ template <int STEP> __device__ __forceinline__ void rotate_token(const TenpRotar
         const int item = i % items;
         if (item < copies) {
             float v[STEP];
-            token.read(at + item * STEP, v);
-            token.write(at + item * STEP, v);
+            token.read(at + copied_at + item * STEP, v);
+            token.write(at + copied_at + item * STEP, v);
             continue;
         }
         const int first = (item - copies) * STEP;
@@ -145,7 +148,7 @@ template <int STEP> __device__ __forceinline__ void rotate_token(const TenpRotar
                 c[j] = s[j] = __uint_as_float(0x7fffffffu);
             }
         }
-        token.rotate(at + copied, first, c, s);
+        token.rotate(at + rotated_at, first, c, s);
     }
 }
 

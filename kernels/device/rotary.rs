@@ -23,9 +23,11 @@ pub struct Angles<'a> {
     pub pairs: usize,
     /// Pairs are neighbours; otherwise element i and i + pairs.
     pub interleaved: bool,
+    /// The first elements of a head are rotated; otherwise the last.
+    pub leading: bool,
 }
 
-/// Rotates the last 2 · pairs elements of each head, copies the others.
+/// Rotates the last (or first) 2 · pairs elements of each head, copies the others.
 #[derive(Debug)]
 pub struct Rotary<'a> {
     /// `[tokens, x_pitch]`, and where the f32 result goes if it is wanted: over x only without `out_rows` and with equal
@@ -116,7 +118,7 @@ pub unsafe fn rotary(mut args: Rotary<'_>) -> Result<Call<'_>, KernelError> {
         num_pairs: to_i32("rotary pairs", args.angles.pairs)?,
         num_positions: to_i32("positions", args.angles.positions)?,
         interleaved: i32::from(args.angles.interleaved),
-        padding: 0,
+        leading: i32::from(args.angles.leading),
     };
     let launch = Launch::row_per_block(args.num_tokens, cols.div_ceil(8));
     Ok(Call::new("tenp_rotary", launch, &params))
@@ -141,6 +143,7 @@ mod tests {
                 positions: 10,
                 pairs: 4,
                 interleaved: false,
+                leading: false,
             },
             positions: view(3),
             out_rows: None,

@@ -161,7 +161,12 @@ fn routed<B: Backend>(on: On<'_, B>, spec: &RouterSpec, logits: &[f32]) -> (Vec<
     (on.get(ids.view()), on.get(weights.view()))
 }
 
-fn check_rotary<B: Backend>(on: On<'_, B>, interleaved: bool, head: (usize, usize), tokens: usize) {
+fn check_rotary<B: Backend>(
+    on: On<'_, B>,
+    (interleaved, leading): (bool, bool),
+    head: (usize, usize),
+    tokens: usize,
+) {
     let (head_dim, rotary_dim) = head;
     let (heads, positions) = (3, 4 * tokens);
     let scaling = RotaryScaling::Yarn {
@@ -173,6 +178,11 @@ fn check_rotary<B: Backend>(on: On<'_, B>, interleaved: bool, head: (usize, usiz
     };
     let table =
         RotaryTable::new(rotary_dim, 1e4, &scaling, interleaved, positions).expect("a valid table");
+    let table = if leading {
+        table.of_leading_elements()
+    } else {
+        table
+    };
     let x = f32_values(&mut rng(head_dim as u64), tokens * heads * head_dim, 3.0);
     let places: Vec<u32> = (0..tokens).map(|t| (t * 7 % positions) as u32).collect();
     let mut want = x.clone();
@@ -191,6 +201,7 @@ fn check_rotary<B: Backend>(on: On<'_, B>, interleaved: bool, head: (usize, usiz
             positions,
             pairs: table.pairs(),
             interleaved,
+            leading,
         },
         positions: positions_there.view(),
         out_rows: None,
@@ -222,7 +233,8 @@ pub fn rotary_and_mla_keys<B: Backend>(on: On<'_, B>, size: Size) {
     let tokens = num_rows(size);
     for interleaved in [false, true] {
         for head in [(64, 64), (128, 128), (192, 64), (24, 8), (7, 2)] {
-            check_rotary(on, interleaved, head, tokens);
+            check_rotary(on, (interleaved, false), head, tokens);
+            check_rotary(on, (interleaved, true), head, tokens);
         }
     }
     check_mla_keys(on, tokens, (128, 64, 128));

@@ -36,6 +36,7 @@ struct Case {
     head_dim: usize,
     rotary_dim: usize,
     interleaved: bool,
+    leading: bool,
     pad: usize,
     clip: Option<f32>,
     moved: bool,
@@ -43,7 +44,13 @@ struct Case {
 
 impl Case {
     fn table(&self, scaling: &RotaryScaling) -> RotaryTable {
-        RotaryTable::new(self.rotary_dim, 1e4, scaling, self.interleaved, POSITIONS).unwrap()
+        let (dim, interleaved) = (self.rotary_dim, self.interleaved);
+        let table = RotaryTable::new(dim, 1e4, scaling, interleaved, POSITIONS).unwrap();
+        if self.leading {
+            table.of_leading_elements()
+        } else {
+            table
+        }
     }
 
     /// The CPU's result, and the input it was made of.
@@ -96,6 +103,7 @@ impl Case {
                 positions: table.positions(),
                 pairs: table.pairs(),
                 interleaved: table.is_interleaved(),
+                leading: table.is_leading(),
             },
             positions: read(&position_buffer),
             out_rows: self.moved.then(|| read(&place_buffer)),
@@ -188,6 +196,7 @@ fn one_base_or_pitch_off_its_alignment() {
                 positions: POSITIONS,
                 pairs: 8,
                 interleaved: false,
+                leading: false,
             },
             positions: read(&position_buffer),
             out_rows: None,
@@ -233,6 +242,8 @@ fn heads_are_rotated_as_on_the_cpu() {
                         head_dim,
                         rotary_dim,
                         interleaved,
+                        // Both ends with every size, pitch, schedule and way of pairing.
+                        leading: (i + j + k + usize::from(interleaved)) % 2 == 1,
                         pad,
                         clip: (j == 1).then_some(1.5),
                         moved: k == 1 || j == 2,
@@ -272,6 +283,7 @@ fn positions_outside_the_table_give_nan_to_their_own_token() {
             positions: 4,
             pairs: 4,
             interleaved: false,
+            leading: false,
         },
         positions: read(&position_buffer),
         out_rows: None,

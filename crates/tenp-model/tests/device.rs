@@ -76,11 +76,6 @@ fn experts_are_fitted_as_on_the_cpu() {
 }
 
 #[test]
-fn partial_rotary_positions_are_refused() {
-    passes::partial_rotary_positions_are_refused(&place);
-}
-
-#[test]
 fn a_stopped_calibration_goes_on_with_the_same_bits() {
     passes::resuming::a_stopped_calibration_goes_on_with_the_same_bits(&place);
 }

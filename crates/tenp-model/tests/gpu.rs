@@ -107,7 +107,6 @@ passes! {
     branches_and_cached_tokens_have_the_logits_of_the_whole_sequence(),
     damaged_weights_are_named(),
     layers_with_fewer_experts(),
-    partial_rotary_positions_are_refused(),
     continuations_are_the_same(),
     prompts_are_completed_together_as_alone(),
     calibration_has_the_same_bits(repeats()),

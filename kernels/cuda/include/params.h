@@ -377,7 +377,7 @@ typedef struct TenpRmsNormParams {
 } TenpRmsNormParams;
 TENP_SIZE(TenpRmsNormParams, 80);
 
-/* tenp_rotary: rotates the last 2*num_pairs elements of each head and copies the others. */
+/* tenp_rotary: rotates the last 2*num_pairs elements of each head, or the first, and copies the others. */
 typedef struct TenpRotaryParams {
     const float *x;                /* [T, x_pitch], heads one after another */
     const float *cosines;          /* [positions, num_pairs] */
@@ -395,7 +395,7 @@ typedef struct TenpRotaryParams {
     int32_t num_pairs;
     int32_t num_positions;         /* a position outside 0..num_positions gives NaN */
     int32_t interleaved;           /* not 0: pairs are neighbours, else element i and i + num_pairs */
-    int32_t padding;
+    int32_t leading;               /* not 0: the first 2*num_pairs elements are rotated */
 } TenpRotaryParams;
 TENP_SIZE(TenpRotaryParams, 104);
 

@@ -298,24 +298,9 @@ impl<'c> Reader<'_, 'c> {
     }
 }
 
-/// The hidden size and the rotary positions that the kernels can take.
+/// The hidden size that the kernels can take.
 pub(super) fn check(checkpoint: &Checkpoint) -> Result<(), KernelError> {
     let config = checkpoint.config();
-    if let Attention::Gqa {
-        head_dim,
-        rotary_dim,
-        ..
-    } = config.attention
-        && rotary_dim < head_dim
-    {
-        return Err(KernelError::Invalid {
-            what: "rotary position",
-            why: format!(
-                "is on the first {rotary_dim} of a head's {head_dim} elements only, which the GPU kernels cannot do yet; use \
-                 --device cpu"
-            ),
-        });
-    }
     let hidden = config.hidden_size;
     if hidden.is_multiple_of(8) {
         return Ok(());

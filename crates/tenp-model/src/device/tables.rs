@@ -29,6 +29,7 @@ pub(super) struct Tables<B: Backend> {
     num_positions: usize,
     num_pairs: usize,
     interleaved: bool,
+    leading: bool,
     cached: bool,
 }
 
@@ -115,6 +116,7 @@ impl<B: Backend> Tables<B> {
             num_positions: rotary.positions(),
             num_pairs: rotary.pairs(),
             interleaved: rotary.is_interleaved(),
+            leading: rotary.is_leading(),
             cosines: uploaded(backend, "rotary table", rotary.cosines())?,
             sines: uploaded(backend, "rotary table", rotary.sines())?,
             cached: cache_rows.is_some(),
@@ -129,6 +131,7 @@ impl<B: Backend> Tables<B> {
             positions: self.num_positions,
             pairs: self.num_pairs,
             interleaved: self.interleaved,
+            leading: self.leading,
         }
     }
 

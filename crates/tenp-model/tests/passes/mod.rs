@@ -29,24 +29,6 @@ use tight::Tight;
 /// Gives the backend of the i-th model of a check.
 pub(crate) type Place<'a, B> = &'a dyn Fn(usize) -> B;
 
-/// Families that the kernels of a device can run.
-fn on_device() -> impl Iterator<Item = &'static str> {
-    FAMILIES.into_iter().filter(|family| *family != "glm4_moe")
-}
-
-/// A position on a part of the head is not what the kernels can do, and they say so.
-pub(crate) fn partial_rotary_positions_are_refused<B: Backend + 'static>(place: Place<'_, B>) {
-    let (checkpoint, _, _) = open("glm4_moe");
-    let Err(error) = DeviceModel::new(&checkpoint, place(0)) else {
-        panic!("glm4_moe is not for the device");
-    };
-    let text = error.to_string();
-    assert!(
-        text.contains("first 8 of a head's 16") && text.contains("--device cpu"),
-        "{text}"
-    );
-}
-
 fn open(family: &str) -> (Checkpoint, Vec<Vec<u32>>, Vec<f32>) {
     let dir = golden_dir().join(family);
     let (ids, logits) = golden(&dir);
@@ -77,7 +59,7 @@ fn median_token_error(got: &[f32], want: &[f32], vocab: usize) -> f64 {
 /// Rounding decides near-ties of these random routers one way or the other, and a token that went to another expert is
 /// far off (docs/compat.md): so the usual token is held to the library's error, and all together to a looser bound.
 pub(crate) fn logits_of_every_family<B: Backend + 'static>(place: Place<'_, B>) {
-    for (i, family) in on_device().enumerate() {
+    for (i, family) in FAMILIES.into_iter().enumerate() {
         let (checkpoint, ids, want) = open(family);
         let device = DeviceModel::new(&checkpoint, place(i)).expect("found");
         let got = logits(&Model::on(&device), &whole(&ids));
@@ -167,7 +149,7 @@ fn choices(model: &Model<'_>, sequences: &Sequences) -> BTreeMap<usize, BTreeMap
 /// Sums agree wherever every token so far went to the same experts on both sides.
 pub(crate) fn calibration_has_the_sums_of_the_cpu<B: Backend + 'static>(place: Place<'_, B>) {
     let (mut compared, mut moved, mut chosen) = (0, 0, 0);
-    for (i, family) in on_device().enumerate() {
+    for (i, family) in FAMILIES.into_iter().enumerate() {
         let (checkpoint, ids, _) = open(family);
         let domains = domains(&ids);
         let cpu = Model::new(&checkpoint, Compute::Bf16);
@@ -309,7 +291,7 @@ pub(crate) fn calibration_has_the_same_bits<B: Backend + 'static>(
 
 /// Greedy continuations, token by token, are the same each time and of the vocabulary.
 pub(crate) fn continuations_are_the_same<B: Backend + 'static>(place: Place<'_, B>) {
-    for (i, family) in on_device().enumerate() {
+    for (i, family) in FAMILIES.into_iter().enumerate() {
         let (checkpoint, ids, _) = open(family);
         let device = DeviceModel::new(&checkpoint, place(i)).expect("found");
         let run = || {
