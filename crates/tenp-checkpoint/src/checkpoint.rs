@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
@@ -33,6 +33,8 @@ pub struct Checkpoint {
     fingerprint: String,
     pub(crate) ranges: LayerRanges,
     is_fp8: bool,
+    /// Scales in f32 that are stored otherwise, by name.
+    pub(crate) wide_scales: HashMap<String, OnceLock<Vec<u8>>>,
     stop: Arc<AtomicBool>,
 }
 
@@ -111,6 +113,7 @@ impl Checkpoint {
             fingerprint,
             ranges,
             is_fp8: false,
+            wide_scales: HashMap::new(),
             stop: Arc::default(),
         };
         for expected in expected_tensors(&checkpoint.config, spelling) {
@@ -118,6 +121,7 @@ impl Checkpoint {
         }
         checkpoint.check_last_layers(&config_path)?;
         checkpoint.is_fp8 = checkpoint.check_scales(fp8)?;
+        checkpoint.note_wide_scales();
         Ok(checkpoint)
     }
 

@@ -88,10 +88,15 @@ pub(crate) fn encode(value: f32) -> u8 {
     code as u8 | (bits >> 24 & 0x80) as u8
 }
 
-/// The scale that takes numbers of at most `peak` into fp8.
+/// The scale that takes numbers of at most `peak` into fp8: rounded up to a bf16 number, so that it is the same where scales
+/// are stored in bf16, and nothing is beyond the largest code.
 pub(crate) fn scale_of(peak: f32) -> f32 {
     let scale = peak / MAX;
-    if scale > 0.0 { scale } else { 1.0 }
+    if scale > 0.0 {
+        f32::from_bits(scale.to_bits().saturating_add(0xffff) & 0xffff_0000)
+    } else {
+        1.0
+    }
 }
 
 /// Codes and scales of `[rows, cols]` values: for each block, scale = its largest magnitude / 448.

@@ -1,5 +1,7 @@
 //! Whether fp8 matrices and the tensors of their scales belong together.
 
+use std::sync::OnceLock;
+
 use crate::checkpoint::{Checkpoint, unreadable};
 use crate::fp8::{scale_name, scale_shape, weight_of_scale};
 use crate::header::Entry;
@@ -7,10 +9,26 @@ use crate::shard::Shard;
 use crate::{CheckpointError, Dtype};
 
 impl Checkpoint {
-    /// Scales of an fp8 matrix.
+    /// Scales of an fp8 matrix, in f32. Those stored in bf16 are widened when they are first needed, and stay.
     pub(crate) fn scales(&self, weight: &str) -> &[u8] {
-        self.find(&scale_name(weight))
-            .map_or(&[], |(shard, entry)| shard.bytes(entry))
+        let name = scale_name(weight);
+        let Some((shard, entry)) = self.find(&name) else {
+            return &[];
+        };
+        match self.wide_scales.get(&name) {
+            Some(wide) => wide.get_or_init(|| widened(entry.dtype, shard.bytes(entry))),
+            None => shard.bytes(entry),
+        }
+    }
+
+    /// A place for every scale that has to be widened.
+    pub(crate) fn note_wide_scales(&mut self) {
+        let scales = self.shards.iter().flat_map(|shard| &shard.entries);
+        let scales = scales
+            .filter(|entry| weight_of_scale(&entry.name).is_some() && entry.dtype == Dtype::BF16);
+        self.wide_scales = scales
+            .map(|entry| (entry.name.clone(), OnceLock::new()))
+            .collect();
     }
 
     /// Checks that every fp8 matrix has its scales and every scale its matrix. Scales in a shard that is missing, and
@@ -58,11 +76,11 @@ impl Checkpoint {
             let problem = format!("is fp8, but its scales {name} {shape:?} are missing");
             return Err(scale_error(&entry.name, shard, problem));
         };
-        if scale.dtype == Dtype::F32 && scale.shape == shape {
+        if [Dtype::F32, Dtype::BF16].contains(&scale.dtype) && scale.shape == shape {
             return Ok(());
         }
         let problem = format!(
-            "{} of shape {:?}, but the fp8 tensor {} {:?} needs f32 of shape {shape:?}",
+            "{} of shape {:?}, but the fp8 tensor {} {:?} needs f32 of shape {shape:?} (or bf16)",
             scale.dtype, scale.shape, entry.name, entry.shape
         );
         Err(scale_error(&name, scale_shard, problem))
@@ -75,6 +93,16 @@ impl Checkpoint {
             problem: format!("is missing, but tensor {tensor} is fp8; download config.json again"),
         }
     }
+}
+
+/// Little-endian f32 of scales of another type.
+fn widened(dtype: Dtype, bytes: &[u8]) -> Vec<u8> {
+    let mut values = vec![0.0; bytes.len() / dtype.size()];
+    dtype.widen(bytes, &mut values);
+    values
+        .iter()
+        .flat_map(|value| value.to_le_bytes())
+        .collect()
 }
 
 fn scale_error(tensor: &str, shard: &Shard, problem: String) -> CheckpointError {

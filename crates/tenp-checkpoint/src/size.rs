@@ -7,8 +7,8 @@ use serde::Deserialize;
 use crate::Dtype;
 use crate::checkpoint::Checkpoint;
 use crate::expected::expected_tensors;
-use crate::fp8::{scale_shape, weight_of_scale};
-use crate::names::layer_of;
+use crate::fp8::{scale_name, scale_shape, weight_of_scale};
+use crate::names::{Part, layer_of};
 
 /// Parameters and bytes of a checkpoint. MTP layers count in bytes but not in parameters, as published figures do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -133,7 +133,10 @@ impl Checkpoint {
             let width = config.width(layer, expert);
             count(&scale_shape(width, config.hidden_size)) * 3
         };
-        experts.map(|expert| 4 * blocks(expert)).sum()
+        let layer = config.moe_layers.first().copied().unwrap_or(0);
+        let name = scale_name(&self.spelling().expert(layer, 0, Part::Gate));
+        let size = self.find(&name).map_or(4, |(_, entry)| entry.dtype.size());
+        experts.map(|expert| size as u64 * blocks(expert)).sum()
     }
 
     /// The element type of most bytes.

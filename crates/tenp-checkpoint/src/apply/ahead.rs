@@ -124,7 +124,7 @@ fn sources<'c>(
             layer, plan, part, ..
         } => vec![expert(*layer, plan.id, *part)?],
         // Made from a matrix that is asked for by itself.
-        Recipe::Scales(_) => Vec::new(),
+        Recipe::Scales(..) => Vec::new(),
         Recipe::FusedGateUp { .. } | Recipe::FusedDown { .. } => {
             let mut all = Vec::new();
             for own in tensor.recipe.experts() {

@@ -6,7 +6,7 @@ use super::rewrite::Rewritten;
 use crate::atomic::Sink;
 use crate::names::Part;
 use crate::plan::ExpertPlan;
-use crate::{Checkpoint, CheckpointError, Matrix, OwnedMatrix, TensorView};
+use crate::{Checkpoint, CheckpointError, Dtype, Matrix, OwnedMatrix, TensorView};
 
 /// Where the bytes of output tensors go.
 pub(super) trait Receiver {
@@ -34,6 +34,17 @@ impl Receiver for Sink<'_> {
     ) -> Result<(), CheckpointError> {
         checkpoint.copy(tensor, self)
     }
+}
+
+/// Scales in f32 as they are stored: new ones are bf16 numbers, and copied ones were of this type.
+fn stored(scales: &[u8], dtype: Dtype) -> Vec<u8> {
+    let values: Vec<f32> = scales
+        .as_chunks()
+        .0
+        .iter()
+        .map(|scale| f32::from_le_bytes(*scale))
+        .collect();
+    dtype.narrow(&values).expect("scales have a float dtype")
 }
 
 /// Where output tensors come from.
@@ -75,7 +86,7 @@ impl Source<'_> {
                 let mut experts = recipe.experts();
                 experts.try_for_each(|expert| self.make(&expert, to))
             }
-            Recipe::Scales(of) => to.take(&self.scales(of)?),
+            Recipe::Scales(of, dtype) => to.take(&stored(&self.scales(of)?, *dtype)),
             Recipe::Shared { layer, part, width } => {
                 let (name, matrix) = self.shared(*layer, *part)?;
                 let new = matrix.neurons_in(self.dtype, *part, None, *width);

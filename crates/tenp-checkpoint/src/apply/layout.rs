@@ -34,8 +34,8 @@ pub(super) enum Recipe<'a> {
     FusedGateUp { plan: &'a LayerPlan, width: usize },
     /// Down of every expert that stays, `[E,H,width]`.
     FusedDown { plan: &'a LayerPlan, width: usize },
-    /// Scales of an fp8 matrix.
-    Scales(Box<Recipe<'a>>),
+    /// Scales of an fp8 matrix, of a type.
+    Scales(Box<Recipe<'a>>, Dtype),
     /// One matrix of the shared expert, with zeros up to `width`.
     Shared {
         layer: usize,
@@ -212,10 +212,10 @@ impl Builder<'_> {
                 (recipe, shape) => OutputTensor {
                     tensor: PlannedTensor {
                         name,
-                        dtype: Dtype::F32,
+                        dtype: scales.dtype,
                         shape: scale_shape(shape[0], shape[1]).to_vec(),
                     },
-                    recipe: Recipe::Scales(Box::new(recipe)),
+                    recipe: Recipe::Scales(Box::new(recipe), scales.dtype),
                 },
             }
         }));

@@ -66,7 +66,7 @@ fn making_bytes(checkpoint: &Checkpoint, recipe: &Recipe<'_>, dtype: OutputDtype
             let element = layer_dtype(checkpoint, recipe, *part).size();
             hidden * width * element
         }
-        Recipe::Copy(_) | Recipe::KeptExperts(..) | Recipe::Scales(_) => 0,
+        Recipe::Copy(_) | Recipe::KeptExperts(..) | Recipe::Scales(..) => 0,
     }
 }
 

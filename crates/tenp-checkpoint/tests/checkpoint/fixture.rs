@@ -84,6 +84,18 @@ impl Fixture {
         fixture
     }
 
+    /// The same with scales in bf16.
+    pub(crate) fn fp8_with_bf16_scales() -> Self {
+        let fixture = Self::fp8();
+        for file in std::fs::read_dir(fixture.input()).unwrap() {
+            let path = file.unwrap().path();
+            if path.extension().is_some_and(|e| e == "safetensors") {
+                edit_shard(&path, store_scales_in_bf16);
+            }
+        }
+        fixture
+    }
+
     pub(crate) fn with(name: &str, options: SynthesiseOptions) -> Self {
         Self::of(&data(&format!("tiny/{name}.json")), options)
     }
@@ -271,4 +283,27 @@ pub(crate) fn dropping(checkpoint: &Checkpoint) -> Plan {
             Keep::All
         }
     })
+}
+
+/// Scales of fp8 matrices, in the header and the data of a shard, cut from f32 to bf16.
+fn store_scales_in_bf16(header: &mut Map<String, Value>, data: &mut Vec<u8>) {
+    let offset =
+        |tensor: &Value, end: usize| tensor["data_offsets"][end].as_u64().unwrap() as usize;
+    let mut names: Vec<String> = header.keys().cloned().collect();
+    names.retain(|name| name != "__metadata__");
+    names.sort_by_key(|name| (offset(&header[name], 0), offset(&header[name], 1)));
+    let old = std::mem::take(data);
+    for name in names {
+        let tensor = &mut header[&name];
+        let bytes = &old[offset(tensor, 0)..offset(tensor, 1)];
+        let start = data.len();
+        if name.ends_with("_scale_inv") {
+            let scales = bytes.as_chunks::<4>().0.iter();
+            data.extend(scales.flat_map(|scale| [scale[2], scale[3]]));
+            tensor["dtype"] = "BF16".into();
+        } else {
+            data.extend_from_slice(bytes);
+        }
+        tensor["data_offsets"] = serde_json::json!([start, data.len()]);
+    }
 }

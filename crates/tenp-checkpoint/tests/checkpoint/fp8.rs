@@ -2,7 +2,7 @@
 
 use tenp_checkpoint::{
     ApplyOptions, ApplyOutcome, Checkpoint, CheckpointError, Dtype, OutputDtype, OutputForm, Part,
-    Plan, apply, output_bytes, weight_of_scale,
+    Plan, apply, output_bytes, verify, weight_of_scale,
 };
 
 use crate::fixture::{Fixture, Keep, dropping, edit_shard, json, plan, snapshot};
@@ -400,4 +400,44 @@ fn scales_that_have_to_be_powers_of_two_are_not_made_anew() {
         OutputForm::Ragged,
         OutputDtype::Bf16,
     );
+}
+
+#[test]
+fn scales_in_bf16_stay_in_bf16() {
+    let fixture = Fixture::fp8_with_bf16_scales();
+    let source = fixture.open();
+    let plan = mixed(&source);
+    let output = write(&fixture, &plan, OutputForm::Ragged, OutputDtype::Same);
+    let (mut anew, mut scales) = (0, 0);
+    for tensor in output.tensors() {
+        if weight_of_scale(tensor.name).is_some() {
+            assert_eq!(tensor.dtype, Dtype::BF16, "{}", tensor.name);
+            scales += 1;
+        }
+    }
+    assert!(scales > 0);
+    for layer in &plan.layers {
+        for expert in &layer.experts {
+            let old = neurons(&source, layer.layer, expert.id);
+            let new = neurons(&output, layer.layer, expert.id);
+            let all: Vec<u32> = (0..expert.width as u32).collect();
+            let kept = expert.neurons.as_ref().unwrap_or(&all);
+            let parts = output.expert(layer.layer, expert.id).unwrap();
+            let scales = Part::ALL
+                .iter()
+                .flat_map(|part| parts.part(*part).scales.as_chunks().0);
+            let largest = scales.map(|s| f32::from_le_bytes(*s)).fold(0.0, f32::max);
+            for (new, id) in new.iter().zip(kept) {
+                for (got, want) in new.iter().zip(&old[*id as usize]) {
+                    // Half a step of codes made with the very scale that is stored.
+                    let bound = want.abs().max(largest / 64.0) / 16.0;
+                    assert!((got - want).abs() <= bound * 1.000_01, "{got} {want}");
+                    anew += u32::from(got.to_bits() != want.to_bits());
+                }
+            }
+        }
+    }
+    assert!(anew > 0, "some blocks are scaled anew");
+    let verification = verify(&source, &plan, &fixture.out(), &mut |_, _| ()).unwrap();
+    assert!(verification.differences.is_empty());
 }

@@ -20,7 +20,7 @@ pub(super) struct Computed<'a> {
 impl Computed<'_> {
     fn holds(&self, recipe: &Recipe<'_>) -> bool {
         match recipe {
-            Recipe::Scales(of) => self.holds(of),
+            Recipe::Scales(of, _) => self.holds(of),
             Recipe::Expert {
                 layer, plan, part, ..
             } => {
