@@ -67,7 +67,7 @@ fn layers_with_fewer_experts() {
 
 #[test]
 fn neurons_are_merged_as_on_the_cpu() {
-    passes::merging::neurons_are_merged_as_on_the_cpu(&place);
+    passes::merging::neurons_are_merged_as_on_the_cpu(&hopper);
 }
 
 #[test]
