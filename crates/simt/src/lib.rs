@@ -38,12 +38,12 @@
 //! | `OutOfBounds` | any access outside the named buffers and the launch's shared bytes; constant-size local arrays too |
 //! | `ReadOnly` | a write to a [`Buffer::input`] |
 //! | `Uninitialised` | a read of a byte that nothing wrote: shared memory since the block began, an output since it was made |
-//! | `PendingCopy` | a read of what a `cp.async` fills, before its own thread's wait for that group |
-//! | `Race` | two accesses to a byte, one a write, unordered: blocks of a launch are never ordered; threads of a block are by `__syncthreads`, lanes of a warp also by `__syncwarp`, but not by shuffles, votes, ldmatrix or mma; a `cp.async` writes at any time from issue to wait; equal values do not excuse two writes; atomics race with plain accesses only |
+//! | `PendingCopy` | a read of what a `cp.async` fills, before its own thread's wait for that group, or a bulk copy, before the end of its mbarrier's phase; a block that ends with a bulk copy or a `wgmma` under way |
+//! | `Race` | two accesses to a byte, one a write, unordered: blocks of a launch are never ordered; threads of a block are by `__syncthreads`, lanes of a warp also by `__syncwarp`, but not by shuffles, votes, ldmatrix or mma; a `cp.async` writes at any time from issue to wait; mbarriers and barriers of some threads order what their arrivals and waits order; a write to what a `wgmma` or a bulk store still reads; memory written by ordinary stores and read by `wgmma` or a bulk copy with no `fence.proxy.async` of the writer; equal values do not excuse two writes; atomics race with plain accesses only |
 //! | `Misaligned` | any access whose address its type's alignment does not divide; 16 bytes for `cp.async`, `ldmatrix` rows, `load_streaming` |
-//! | `BarrierDivergence` | a `__syncthreads` that some thread never reaches, because it has exited or stands at another one |
-//! | `WarpDivergence` | likewise for `__syncwarp`, shuffles, votes, ldmatrix, mma (all 32 lanes); a shuffle from a lane outside the mask |
-//! | `Undefined` | signed overflow, shifts too far, integer division by zero, a float an integer cannot hold |
+//! | `BarrierDivergence` | a `__syncthreads` that some thread never reaches, because it has exited or stands at another one; likewise mbarriers, `bar.sync` of some threads and `setmaxnreg` |
+//! | `WarpDivergence` | likewise for `__syncwarp`, shuffles, votes, ldmatrix, mma (all 32 lanes), wgmma (all 128); a shuffle from a lane outside the mask |
+//! | `Undefined` | signed overflow, shifts too far, integer division by zero, a float an integer cannot hold; tensor maps, mbarriers and accumulators used against their rules |
 //! | `StepLimit` | a block of more than 2³⁰ steps, or a second of processor time without one: no launch hangs |
 //! | `Launch` | an unknown entry, parameters of another size, limits of sm_90, launch bounds of the entry |
 //! | `Unwritten` | [`Buffer::written`] and elements that no thread wrote |
@@ -53,7 +53,8 @@
 //!
 //! # What is adversarial
 //! Copies arrive when a wait asks for them and no sooner, and read their source then; until then the destination is
-//! poison. Shared memory and outputs start as 0xff bytes (NaN), local variables as 0xfe. [`Schedule`] decides who runs
+//! poison. Bulk copies arrive when no thread can go on without one (sooner, by chance, under a random order);
+//! accumulators of `wgmma` are NaN until they have been waited for. Shared memory and outputs start as 0xff bytes (NaN), local variables as 0xfe. [`Schedule`] decides who runs
 //! next: let every test go through [`Schedule::UNLIKE`].
 //!
 //! # What is not checked
@@ -64,8 +65,9 @@
 //! # Where things are
 //! `src-cpp/include` is what kernel sources see instead of CUDA's headers and inline PTX; beside it `engine*.cpp` (launch,
 //! schedule, barriers), `warp.cpp`, `async.cpp`, `matrix.cpp` (the instructions), `shadow.cpp` (races), `memory.cpp`
-//! (buffers), `hooks.cpp` (what the instrumentation calls), `fiber.cpp`. The Hopper instructions will join: mbarriers and
-//! bulk tensor copies beside `async.cpp`, wgmma beside `matrix.cpp`, their functions in `include/simt_ptx.hpp`.
+//! (buffers), `hooks.cpp` (what the instrumentation calls), `fiber.cpp`; sm_90 in `part_barriers.cpp` (mbarriers, vector
+//! clocks), `bulk.cpp` (tensor maps and their copies), `wgmma.cpp` (products, register pools). `build/planted.rs` lists the
+//! mistakes planted into the kernels.
 
 pub mod backend;
 pub mod buffer;

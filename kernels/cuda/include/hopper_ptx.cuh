@@ -58,10 +58,6 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, uint32_t parity
     } while (done == 0);
 }
 
-__device__ __forceinline__ void prefetch_tensor_map(const TenpTensorMap *map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // What leaves L2 first, or last.
 enum class Keep { First, Last };
 

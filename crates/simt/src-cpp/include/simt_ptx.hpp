@@ -50,7 +50,6 @@ SIMT_INLINE void mbarrier_wait(uint64_t *barrier, uint32_t parity, SIMT_SITE) {
 }
 SIMT_INLINE void fence_mbarrier_init() { ::simt::fence_proxy_async(); }
 SIMT_INLINE void fence_proxy_async() { ::simt::fence_proxy_async(); }
-SIMT_INLINE void prefetch_tensor_map(const TenpTensorMap *) {}
 enum class Keep { First, Last };
 template <Keep> SIMT_INLINE void load_box(void *shared, const TenpTensorMap *map, uint64_t *barrier, int inner, int row) {
     ::simt::load_box(map, shared, barrier, inner, row);
