@@ -87,7 +87,7 @@ impl Speed {
             .map(|e| rewrite::fit_operations(hidden, width, e.width))
             .sum();
         let threads = rayon::current_num_threads() as f64;
-        self.pass(model, sequences, 1.0, false)
+        passes_for_moments(plan, width) as f64 * self.pass(model, sequences, 1.0, false)
             + self.pass(model, sequences, plan.accounting.E, false)
             + moments / self.dense
             + fits / (threads * rewrite::fit_rate(width))
@@ -103,6 +103,16 @@ impl Speed {
         let pair = 4.0 * config.hidden_size as f64 * (config.moe.expert_width as f64).powi(2);
         pairs.sum::<usize>() as f64 * pair / self.dense
     }
+}
+
+/// Passes that least squares makes for the moments of the layer that takes most.
+pub fn passes_for_moments(plan: &Plan, width: usize) -> usize {
+    let narrow = |e: &&ExpertPlan| e.width > 0 && e.width < width;
+    let runs = plan.layers.iter().map(|layer| {
+        let experts = layer.experts.iter().filter(narrow).count();
+        rewrite::runs_for_moments(experts, width)
+    });
+    runs.max().unwrap_or(1)
 }
 
 /// Of a forward pass: two for each active weight, and attention's own (a query with all keys before it).

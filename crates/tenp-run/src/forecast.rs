@@ -9,7 +9,7 @@ use anyhow::Result;
 use tenp_checkpoint::{ApplyOptions, Checkpoint, Plan, writing_memory};
 use tenp_model::calibrate::{FoldOptions, Keep};
 use tenp_model::memory::{self, StatisticsMemory, Step};
-use tenp_model::speed::Speed;
+use tenp_model::speed::{Speed, passes_for_moments};
 use tenp_model::{Model, Sequences};
 use tenp_prune::{Allocation, PlanRequest, alpha_candidates};
 
@@ -180,7 +180,9 @@ impl<'m> Forecast<'m> {
             self.step(step);
         }
         let computing = speed.fits(&self.model, sequences, plan);
-        self.pass("fit, and run what was fitted", 2, computing);
+        let width = self.model.config().moe.expert_width;
+        let passes = 1 + passes_for_moments(plan, width);
+        self.pass("fit, and run what was fitted", passes, computing);
         self.spilled_bytes = 2 * self.model.spilled_bytes(sequences.num_tokens());
         Ok(())
     }

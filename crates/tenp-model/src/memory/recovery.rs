@@ -4,6 +4,7 @@ use tenp_checkpoint::{Checkpoint, ExpertPlan, LayerPlan, Plan};
 
 use super::Step;
 use crate::moments;
+use crate::rewrite::held_moments;
 use crate::{Model, Sequences};
 
 /// Bytes of a routed expert's weight element, scales left out.
@@ -51,8 +52,8 @@ pub(super) fn fit(
     fitting.extend([
         ("hidden states to go back to", copied),
         (
-            "second moments of a layer",
-            of_layer(plan, |_| moments::bytes(width)),
+            "second moments of experts",
+            held_moments(of_layer(plan, |_| 1), width),
         ),
         (
             "experts being fitted",

@@ -17,7 +17,7 @@ use tenp_checkpoint::{
 use super::encode::encode;
 use crate::calibrate::tokens_fingerprint;
 use crate::engine::Pass;
-use crate::moments::{ExpertMoments, MomentsWanted};
+use crate::moments::{self, ExpertMoments, MomentsWanted};
 use crate::narrow::Narrow;
 use crate::{Model, ModelError, Sequences};
 use held_out::held_out;
@@ -42,6 +42,9 @@ impl Default for RecoverOptions {
     }
 }
 
+/// Second moments that are held at once. A layer of DeepSeek-V3 has 17 GB of them: it is run once more for each further part.
+const MOMENT_BYTES: usize = 2 << 30;
+
 /// Fits the down projections of narrowed experts.
 pub struct LeastSquares<'c> {
     checkpoint: &'c Checkpoint,
@@ -51,7 +54,11 @@ pub struct LeastSquares<'c> {
     /// By token: whether it only serves to choose the ridge.
     held: Vec<bool>,
     progress: Box<dyn Fn(usize) + Sync + 'c>,
+    moment_bytes: usize,
 }
+
+/// Fits by expert.
+type Fits = Vec<(usize, Solution)>;
 
 /// How far the outputs of a layer's experts are from those of the whole experts.
 #[derive(Clone, Debug, Default)]
@@ -93,7 +100,18 @@ impl<'c> LeastSquares<'c> {
             pass: model.pass(sequences, None)?,
             held: held_out(sequences),
             progress,
+            moment_bytes: MOMENT_BYTES,
         })
+    }
+
+    /// Holds this many bytes of second moments at once, or those of one expert; a layer runs the more often the fewer. The
+    /// fit does not depend on it.
+    #[must_use]
+    pub fn holding(self, moment_bytes: usize) -> Self {
+        Self {
+            moment_bytes,
+            ..self
+        }
     }
 
     fn rewrite(
@@ -106,28 +124,7 @@ impl<'c> LeastSquares<'c> {
         let width = self.checkpoint.config().moe.expert_width;
         let narrow = |e: &ExpertPlan| e.width > 0 && e.width < width;
         let narrow: Vec<bool> = plan.experts.iter().map(narrow).collect();
-        let moments = self.pass.moments(&MomentsWanted {
-            experts: &narrow,
-            width,
-            held: &self.held,
-            gated: self.options.gated,
-            progress: &*self.progress,
-        })?;
-        let mut outputs = [0.0; 2];
-        for expert in &moments {
-            outputs[0] += expert.outputs[0] + expert.outputs[1];
-            outputs[1] += expert.outputs[1];
-        }
-        let checkpoint = self.checkpoint;
-        let solved: Vec<(usize, Solution)> = moments
-            .into_par_iter()
-            .enumerate()
-            .filter(|(expert, _)| narrow[*expert])
-            .map(|(expert, moments)| {
-                let plan = &plan.experts[expert];
-                Ok((expert, fit(checkpoint, layer, plan, &moments)?))
-            })
-            .collect::<Result<_, ModelError>>()?;
+        let (outputs, solved) = self.solve_in_parts(plan, &narrow)?;
         let mut outcome = LayerOutcome {
             layer,
             outputs,
@@ -154,6 +151,49 @@ impl<'c> LeastSquares<'c> {
         new.outcome = outcome.json();
         self.pass_rewritten(plan, &new, dtype)?;
         Ok(new)
+    }
+
+    /// Fits the narrow experts of the next layer, as many at a time as their moments allow. Σ g²‖y‖² of all experts, over all
+    /// tokens and over those held out, and the fits by id.
+    fn solve_in_parts(
+        &mut self,
+        plan: &LayerPlan,
+        narrow: &[bool],
+    ) -> Result<([f64; 2], Fits), ModelError> {
+        let (checkpoint, layer) = (self.checkpoint, plan.layer);
+        let width = checkpoint.config().moe.expert_width;
+        let (mut outputs, mut solved) = ([0.0; 2], Vec::new());
+        for (part, experts) in parts(narrow, moments::bytes(width), self.moment_bytes)
+            .iter()
+            .enumerate()
+        {
+            // The tokens pass the layer once, as far as anybody is told.
+            let silent: &(dyn Fn(usize) + Sync) = &|_| ();
+            let moments = self.pass.moments(&MomentsWanted {
+                experts,
+                width,
+                held: &self.held,
+                gated: self.options.gated,
+                progress: if part == 0 { &*self.progress } else { silent },
+            })?;
+            if part == 0 {
+                for expert in &moments {
+                    outputs[0] += expert.outputs[0] + expert.outputs[1];
+                    outputs[1] += expert.outputs[1];
+                }
+            }
+            let fits: Fits = moments
+                .into_par_iter()
+                .enumerate()
+                .filter(|(expert, _)| experts[*expert])
+                .map(|(expert, moments)| {
+                    let plan = &plan.experts[expert];
+                    Ok((expert, fit(checkpoint, layer, plan, &moments)?))
+                })
+                .collect::<Result<_, ModelError>>()?;
+            solved.extend(fits);
+        }
+        Ok((outputs, solved))
     }
 
     /// Runs all layers before this one.
@@ -198,6 +238,32 @@ impl<'c> LeastSquares<'c> {
         self.checkpoint.release_layer(plan.layer);
         Ok(())
     }
+}
+
+/// The marked experts in parts of at most `most` bytes of moments, or of one expert; one part where none is marked, as the
+/// outputs of the layer are wanted in any case.
+fn parts(marked: &[bool], bytes: usize, most: usize) -> Vec<Vec<bool>> {
+    let ids: Vec<usize> = (0..marked.len()).filter(|&id| marked[id]).collect();
+    let per_part = (most / bytes.max(1)).max(1);
+    let part = |ids: &[usize]| (0..marked.len()).map(|id| ids.contains(&id)).collect();
+    if ids.is_empty() {
+        return vec![part(&[])];
+    }
+    ids.chunks(per_part).map(part).collect()
+}
+
+/// Bytes of the moments of `experts` experts that are held at once.
+pub(crate) fn held_moments(experts: usize, width: usize) -> usize {
+    let bytes = moments::bytes(width);
+    bytes * experts.min((MOMENT_BYTES / bytes.max(1)).max(1))
+}
+
+/// How often a layer with `experts` experts to fit is run for its moments.
+pub(crate) fn runs_for_moments(experts: usize, width: usize) -> usize {
+    let bytes = moments::bytes(width);
+    experts
+        .div_ceil((MOMENT_BYTES / bytes.max(1)).max(1))
+        .max(1)
 }
 
 fn fit(
@@ -309,5 +375,24 @@ impl LayerRewriter for LeastSquares<'_> {
             );
         }
         Notes { report, card }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_come_in_parts_that_fit() {
+        let marked = [true, false, true, true];
+        assert_eq!(parts(&marked, 10, 100), [marked]);
+        let two = [[true, false, true, false], [false, false, false, true]];
+        assert_eq!(parts(&marked, 10, 29), two);
+        assert_eq!(parts(&marked, 10, 1).len(), 3);
+        assert_eq!(parts(&[false; 2], 10, 100), [[false; 2]]);
+        // DeepSeek-V3: 2 · 8 · 2048² bytes an expert.
+        assert_eq!(runs_for_moments(256, 2048), 8);
+        assert_eq!(held_moments(256, 2048), 32 * 16 * 2048 * 2048);
+        assert_eq!((runs_for_moments(0, 96), held_moments(3, 1)), (1, 48));
     }
 }

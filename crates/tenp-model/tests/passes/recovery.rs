@@ -62,12 +62,14 @@ pub(crate) fn experts_are_fitted_as_on_the_cpu<B: Backend + 'static>(place: Plac
                 gated,
                 on_pruned: gated,
             };
-            let of = |model: &Model<'_>| {
+            let of = |model: &Model<'_>, moment_bytes: usize| {
                 let fit = LeastSquares::new(model, &sequences, options, Box::new(|_| ()));
-                fitted(fit.expect("starts"), &layers)
+                fitted(fit.expect("starts").holding(moment_bytes), &layers)
             };
-            let want = of(&Model::new(&checkpoint, Compute::Bf16));
-            let got = of(&Model::on(&device));
+            let on_cpu = Model::new(&checkpoint, Compute::Bf16);
+            let want = of(&on_cpu, usize::MAX);
+            assert_eq!(of(&on_cpu, 1), want, "an expert at a time");
+            let got = of(&Model::on(&device), 1);
             assert_eq!(got.len(), want.len());
             for (got, want) in got.iter().zip(&want) {
                 let cut = want["error_cut"].as_f64().expect("a number");
