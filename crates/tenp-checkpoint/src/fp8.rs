@@ -88,22 +88,23 @@ pub(crate) fn encode(value: f32) -> u8 {
     code as u8 | (bits >> 24 & 0x80) as u8
 }
 
-/// The scale that takes numbers of at most `peak` into fp8: rounded up to a bf16 number, so that it is the same where scales
-/// are stored in bf16, and nothing is beyond the largest code.
+/// The scale that takes numbers of at most `peak` into fp8.
 pub(crate) fn scale_of(peak: f32) -> f32 {
     let scale = peak / MAX;
-    if scale > 0.0 {
-        f32::from_bits(scale.to_bits().saturating_add(0xffff) & 0xffff_0000)
-    } else {
-        1.0
-    }
+    if scale > 0.0 { scale } else { 1.0 }
 }
 
-/// Codes and scales of `[rows, cols]` values: for each block, scale = its largest magnitude / 448.
+/// The same, rounded up to a bf16 number: it is the same where scales are stored in bf16, and nothing is beyond the largest code.
+pub(crate) fn storable_scale_of(peak: f32) -> f32 {
+    let bits = scale_of(peak).to_bits();
+    f32::from_bits(bits.saturating_add(0xffff) & 0xffff_0000)
+}
+
+/// Codes and scales of `[rows, cols]` values: for each block, the scale of its largest magnitude.
 pub(crate) fn quantise(
-    rows: usize,
-    cols: usize,
+    (rows, cols): (usize, usize),
     values: &[f32],
+    scale_of: fn(f32) -> f32,
 ) -> Result<(Vec<u8>, Vec<u8>), NonFinite> {
     let [down, across] = scale_shape(rows, cols);
     let mut scales = Vec::with_capacity(4 * down * across);
@@ -164,6 +165,22 @@ mod tests {
     }
 
     #[test]
+    fn storable_scales_are_the_next_bf16_numbers() {
+        for peak in [1e-30_f32, 0.3, 1.0, 447.9, 448.0, 3e5] {
+            let (exact, scale) = (scale_of(peak), storable_scale_of(peak));
+            assert_eq!(scale.to_bits() & 0xffff, 0);
+            assert!(
+                scale >= exact && scale <= exact * (1.0 + 1.0 / 128.0),
+                "{peak}"
+            );
+        }
+        assert_eq!(
+            (storable_scale_of(448.0), storable_scale_of(0.0)),
+            (1.0, 1.0)
+        );
+    }
+
+    #[test]
     fn every_block_of_a_row_has_its_scale() {
         let scales = [2_f32, 0.5].map(f32::to_le_bytes);
         let mut out = [0.0; 130];
@@ -203,7 +220,7 @@ mod tests {
         let values: Vec<f32> = (0..rows * cols)
             .map(|i| ((i * 7919 % 1009) as f32 / 500.0 - 1.0) * (1.0 + (i / 5000) as f32))
             .collect();
-        let (codes, scales) = quantise(rows, cols, &values).unwrap();
+        let (codes, scales) = quantise((rows, cols), &values, scale_of).unwrap();
         assert_eq!(scales.len(), 4 * 4);
         let scales = scales.as_chunks::<4>().0;
         let mut wide = vec![0.0; cols];
@@ -220,7 +237,7 @@ mod tests {
                 );
             }
         }
-        let (codes, scales) = quantise(2, 2, &[0.0, -0.0, 0.0, 0.0]).unwrap();
+        let (codes, scales) = quantise((2, 2), &[0.0, -0.0, 0.0, 0.0], scale_of).unwrap();
         assert_eq!(
             (codes, scales),
             (vec![0, 0x80, 0, 0], 1_f32.to_le_bytes().to_vec())
@@ -228,7 +245,7 @@ mod tests {
         let mut bad = values;
         bad[129 * cols + 139] = f32::NAN;
         assert_eq!(
-            quantise(rows, cols, &bad),
+            quantise((rows, cols), &bad, scale_of),
             Err(NonFinite { row: 128, col: 128 })
         );
     }

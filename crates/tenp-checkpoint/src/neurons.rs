@@ -32,9 +32,34 @@ impl OwnedMatrix {
         cols: usize,
         values: &[f32],
     ) -> Result<Self, NonFinite> {
+        Self::encoded(dtype, (rows, cols), values, fp8::scale_of)
+    }
+
+    /// [`Self::encode`] with scales of fp8 that are rounded up to bf16 numbers, and so can be stored in f32 and in bf16.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    ///
+    /// # Panics
+    /// As [`Self::encode`].
+    pub fn encode_storable(
+        dtype: Dtype,
+        rows: usize,
+        cols: usize,
+        values: &[f32],
+    ) -> Result<Self, NonFinite> {
+        Self::encoded(dtype, (rows, cols), values, fp8::storable_scale_of)
+    }
+
+    fn encoded(
+        dtype: Dtype,
+        (rows, cols): (usize, usize),
+        values: &[f32],
+        scale_of: fn(f32) -> f32,
+    ) -> Result<Self, NonFinite> {
         assert_eq!(values.len(), rows * cols, "values of a matrix");
         let (bytes, scales) = if dtype == Dtype::F8E4M3 {
-            fp8::quantise(rows, cols, values)?
+            fp8::quantise((rows, cols), values, scale_of)?
         } else {
             let bytes = dtype.narrow(values).expect("weights have a float dtype");
             (bytes, Vec::new())

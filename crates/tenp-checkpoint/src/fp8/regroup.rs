@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::{FP8_BLOCK, NonFinite, decode, encode, scale_of, scale_shape};
+use super::{FP8_BLOCK, NonFinite, decode, encode, scale_shape, storable_scale_of};
 use crate::Matrix;
 
 /// In place of a source row or column: zeros.
@@ -116,7 +116,7 @@ impl Block<'_> {
             finite &= largest < 0x7f;
         });
         finite &= self.source_scales().all(f32::is_finite);
-        (finite && peak.is_finite()).then(|| scale_of(peak))
+        (finite && peak.is_finite()).then(|| storable_scale_of(peak))
     }
 
     /// Writes the block's columns `range` of rows of `width` codes.

@@ -11,7 +11,8 @@ pub(super) fn encode(
     (rows, cols): (usize, usize),
     values: &[f32],
 ) -> Result<OwnedMatrix, ModelError> {
-    OwnedMatrix::encode(dtype, rows, cols, values).map_err(|error| ModelError::NonFinite {
+    let matrix = OwnedMatrix::encode_storable(dtype, rows, cols, values);
+    matrix.map_err(|error| ModelError::NonFinite {
         place: format!("layer {layer}, expert {expert}"),
         cause: format!(
             "its new weights cannot be written in fp8: {error}; write them with --dtype bf16"
