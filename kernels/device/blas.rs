@@ -14,6 +14,7 @@ use half::bf16;
 use super::check::to_i32;
 use super::context::Device;
 use super::dense::{DenseElement, DenseShape, InputLayout, WeightLayout};
+use super::libraries::{CUBLAS, is_found};
 use super::view::{DeviceSlice, DeviceSliceMut};
 use crate::{Dtype, KernelError};
 
@@ -49,8 +50,7 @@ fn blas_error(what: &'static str, error: CublasError) -> KernelError {
 /// Whether cuBLAS can be found; without it there are no dense products.
 #[must_use]
 pub fn cublas_found() -> bool {
-    // SAFETY: asks the loader only.
-    unsafe { sys::is_culib_present() }
+    is_found(&CUBLAS)
 }
 
 impl Blas {

@@ -16,6 +16,7 @@ use super::blas::Blas;
 use super::call::{Call, Runner};
 use super::encode_maps::encode_maps;
 use super::fatbins::{FATBINS, TARGETS, WGMMA_STEM, check_driver, check_gpu, runs_wgmma};
+use super::libraries::{DRIVER, is_found};
 use crate::KernelError;
 
 /// What the GPU is.
@@ -103,8 +104,7 @@ pub(super) fn driver_error(what: &'static str, error: DriverError) -> KernelErro
 /// # Errors
 /// No driver, or the driver finds no GPU it can run.
 pub fn gpu_count() -> Result<usize, KernelError> {
-    // SAFETY: asks the loader only; no symbol of the library is called.
-    if !unsafe { sys::is_culib_present() } {
+    if !is_found(&DRIVER) {
         return Err(KernelError::NoLibrary {
             library: "libcuda.so.1",
             needed_for: "every CUDA kernel; it comes with the NVIDIA driver",
