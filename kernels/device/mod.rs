@@ -61,6 +61,7 @@ mod fatbins;
 mod gpu;
 #[cfg(feature = "cuda")]
 mod graph;
+#[cfg(feature = "cuda")]
 mod libraries;
 #[cfg(feature = "cuda")]
 mod stream;
