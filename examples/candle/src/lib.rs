@@ -2,10 +2,11 @@
 //! [`MoeLayer`] a layer of a `DeepSeek-V2` checkpoint (such as the project's `demo`, whole or pruned) that runs with it,
 //! or with candle's own operations to compare.
 //!
-//! On the CPU. candle's `cuda` links the driver when the program is built, `tenp-kernels` loads it when the program
-//! runs, and cudarc, which both go through, refuses to do both in one program: so a GPU is out of this op's reach.
+//! On the CPU, and with the feature `cuda` on an NVIDIA GPU.
 
 pub mod compare;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod layer;
 pub mod op;
 

@@ -11,7 +11,8 @@ use tenp_candle::layer::read_folder;
 fn main() -> Result<()> {
     let demo = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../demo");
     let folder = std::env::args_os().nth(1).map_or(demo, PathBuf::from);
-    let comparisons = compare(&read_folder(&folder)?, &Device::Cpu)?;
+    let device = Device::cuda_if_available(0)?;
+    let comparisons = compare(&read_folder(&folder)?, &device)?;
     for comparison in &comparisons {
         println!(
             "layer {}, {:?}: {}, {:.1e} (allowed {:.0e}), widths {:?}",

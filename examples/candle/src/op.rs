@@ -1,5 +1,7 @@
 //! The custom op: `out_t = Σ g · down(silu(gate x_t) · (up x_t))` over the experts of each token.
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, WithDType, bail,
 };
@@ -40,7 +42,15 @@ impl Expert {
         })
     }
 
-    fn view(&self, hidden: usize) -> std::result::Result<ExpertWeights<'_>, KernelError> {
+    /// Number of neurons.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    pub(crate) fn view(
+        &self,
+        hidden: usize,
+    ) -> std::result::Result<ExpertWeights<'_>, KernelError> {
         Ok(ExpertWeights {
             gate: MatrixView::from_bf16(self.width, hidden, &self.gate)?,
             up: MatrixView::from_bf16(self.width, hidden, &self.up)?,
@@ -55,10 +65,12 @@ pub struct RaggedExperts {
     hidden: usize,
     experts: Vec<Expert>,
     compute: Compute,
+    #[cfg(feature = "cuda")]
+    on_gpu: Option<crate::cuda::OnGpu>,
 }
 
 impl RaggedExperts {
-    /// The op with products in `compute`, for tensors on `device`.
+    /// The op for tensors on `device`: on the CPU with products in `compute`, on a GPU in bf16.
     ///
     /// # Errors
     /// No experts, hidden sizes that differ, a device that the kernels do not run on.
@@ -76,21 +88,23 @@ impl RaggedExperts {
                 bail!("expert {id}: its rows are not {hidden} long");
             }
         }
-        if !device.is_cpu() {
+        if !(device.is_cpu() || cfg!(feature = "cuda") && device.is_cuda()) {
             bail!(
-                "ragged experts: this op runs on the CPU, not on {device:?}; docs/runtimes.md says how to call a GPU"
+                "ragged experts: built to run on the CPU, not on {device:?}; an NVIDIA GPU needs the feature cuda"
             );
         }
         Ok(Self {
             hidden,
-            experts,
             compute,
+            #[cfg(feature = "cuda")]
+            on_gpu: crate::cuda::OnGpu::new(hidden, &experts, device)?,
+            experts,
         })
     }
 
     /// Width of every expert.
     pub fn widths(&self) -> Vec<usize> {
-        self.experts.iter().map(|expert| expert.width).collect()
+        self.experts.iter().map(Expert::width).collect()
     }
 
     /// Runs the op: `x` `[tokens, H]` of f32 or bf16, `expert_ids` `[tokens, k]` of u32, `weights` `[tokens, k]` of
@@ -99,7 +113,12 @@ impl RaggedExperts {
     /// # Errors
     /// Shapes and types that do not fit together, an id that is no expert's.
     pub fn forward(&self, x: &Tensor, expert_ids: &Tensor, weights: &Tensor) -> Result<Tensor> {
-        let x = x.to_dtype(DType::F32)?;
+        // A GPU's kernels read bf16, to which the CPU's round where they compute in it.
+        let x = x.to_dtype(if x.device().is_cuda() {
+            DType::BF16
+        } else {
+            DType::F32
+        })?;
         x.contiguous()?
             .apply_op3_no_bwd(&expert_ids.contiguous()?, &weights.contiguous()?, self)
     }
@@ -164,5 +183,25 @@ impl CustomOp3 for RaggedExperts {
         };
         let out = run().map_err(candle_core::Error::wrap)?;
         Ok((CpuStorage::F32(out), (tokens, self.hidden).into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_layout: &Layout,
+        ids: &CudaStorage,
+        ids_layout: &Layout,
+        weights: &CudaStorage,
+        weights_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (tokens, top_k) = self.check(x_layout, ids_layout, weights_layout)?;
+        let Some(on_gpu) = &self.on_gpu else {
+            bail!("ragged experts: made for the CPU, given tensors of a GPU");
+        };
+        let batch = (tokens, top_k);
+        let ids = (ids, ids_layout);
+        let out = on_gpu.forward((x, x_layout), ids, (weights, weights_layout), batch)?;
+        Ok((out, (tokens, self.hidden).into()))
     }
 }
