@@ -16,19 +16,16 @@ using tenp::GroupedTile;
 
 constexpr int NEURONS = 128;
 
-template <int N> struct Stages { static constexpr int COUNT = N <= 64 ? 8 : N <= 128 ? 5 : 3; };
 // h of the tile, brought while the product runs, and the rows' 1 / |y|.
-template <int N> using Shape = tenp::WideShape<N, Stages<N>::COUNT, 2 * N * NEURONS + 1024>;
+template <int N> using Shape = tenp::WideShape<N, N <= 64 ? 8 : N <= 128 ? 5 : 3, 2 * N * NEURONS + 1024>;
 
 template <class S>
 __device__ __forceinline__ void produce(const TenpMoeContributionParams &p, const TenpTensorMaps &maps,
                                         const tenp::Stages<S> &stages) {
-    const int32_t *tile_offsets = stages.tile_offsets();
-    const int num_tiles = tile_offsets[p.num_experts];
     tenp::Ring<S::STAGES> ring;
     uint32_t h_parity = 1;
-    for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
-        const GroupedTile t = tenp::grouped_tile(p, tile_offsets, tile, 0, NEURONS, S::N);
+    tenp::every_tile(p, stages, [&](int tile) {
+        const GroupedTile t = tenp::grouped_tile(p, stages.tile_offsets(), tile, 0, NEURONS, S::N);
         for (int k0 = 0; k0 < p.hidden; k0 += S::K) {
             uint64_t *full = stages.full(ring.stage);
             tenp::mbarrier_wait(stages.empty(ring.stage), ring.parity ^ 1);
@@ -45,7 +42,7 @@ __device__ __forceinline__ void produce(const TenpMoeContributionParams &p, cons
             tenp::load_box<tenp::Keep::Last>(stages.staged() + half * (S::N * NEURONS), &maps.h, stages.extra(0),
                                              t.weight + 64 * half, t.first_row);
         }
-    }
+    });
 }
 
 // 1 / |y| of the tile's rows, 0 for those that are not the expert's.
@@ -53,11 +50,11 @@ template <int N>
 __device__ __forceinline__ void load_inverse(const TenpMoeContributionParams &p, const GroupedTile &t, uint8_t *staged) {
     float *inverse = reinterpret_cast<float *>(staged + 2 * N * NEURONS);
     // Behind the last tile's reads, before this one's.
-    tenp::part_barrier(tenp::CONSUMERS_BARRIER, tenp::CONSUMERS);
+    tenp::consumers_barrier();
     for (int i = static_cast<int>(threadIdx.x) - tenp::WARPGROUP; i < N; i += tenp::CONSUMERS) {
         inverse[i] = t.first_row + i < t.end_row ? p.row_inverse[t.first_row + i] : 0.0f;
     }
-    tenp::part_barrier(tenp::CONSUMERS_BARRIER, tenp::CONSUMERS);
+    tenp::consumers_barrier();
 }
 
 // Sums over the rows of the tile for the warp's sixteen neurons; `staged` is h as two halves [N rows][64 neurons].
@@ -112,15 +109,13 @@ template <class S>
 __device__ __forceinline__ void consume(const TenpMoeContributionParams &p, const tenp::Stages<S> &stages) {
     constexpr int N = S::N;
     const tenp::ConsumerPlace place;
-    const int32_t *tile_offsets = stages.tile_offsets();
-    const int num_tiles = tile_offsets[p.num_experts];
     tenp::Ring<S::STAGES> ring;
     uint32_t h_parity = 0;
-    for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+    tenp::every_tile(p, stages, [&](int tile) {
         float acc[N / 2];
         tenp::clear(acc);
         tenp::consume<S, false>(stages, ring, p.hidden, acc);
-        const GroupedTile t = tenp::grouped_tile(p, tile_offsets, tile, 0, NEURONS, N);
+        const GroupedTile t = tenp::grouped_tile(p, stages.tile_offsets(), tile, 0, NEURONS, N);
         load_inverse<N>(p, t, stages.staged());
         tenp::mbarrier_wait(stages.extra(0), h_parity);
         h_parity ^= 1;
@@ -128,22 +123,14 @@ __device__ __forceinline__ void consume(const TenpMoeContributionParams &p, cons
         // One lane speaks for the warp, whose lanes have all read.
         __syncwarp();
         tenp::release_stage(stages.extra(1));
-    }
+    });
 }
 
 template <int N>
 __device__ __forceinline__ void contribution(const TenpMoeContributionParams &p, const TenpTensorMaps &maps, uint8_t *shared) {
     const tenp::Stages<Shape<N>> stages{shared};
     stages.begin(p, 1);
-    if (threadIdx.x < tenp::WARPGROUP) {
-        tenp::fewer_registers<tenp::PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0) {
-            produce(p, maps, stages);
-        }
-    } else {
-        tenp::more_registers<tenp::CONSUMER_REGISTERS>();
-        consume(p, stages);
-    }
+    tenp::split_roles<false>([&] { produce(p, maps, stages); }, [&] { consume(p, stages); });
 }
 
 } // namespace

@@ -15,19 +15,18 @@ using tenp::GroupedTile;
 
 constexpr int OUTPUTS = 128;
 
-template <int N> struct Stages { static constexpr int COUNT = N <= 64 ? 8 : N <= 128 ? 5 : 3; };
 // The two halves of the tile in bf16, and a sum of squares per warp and row.
-template <int N> using Shape = tenp::WideShape<N, Stages<N>::COUNT, (2 * N * OUTPUTS + 4 * N * tenp::CONSUMER_WARPS + 1023) / 1024 * 1024>;
+template <int N>
+using Shape = tenp::WideShape<N, N <= 64 ? 8 : N <= 128 ? 5 : 3,
+                              (2 * N * OUTPUTS + 4 * N * tenp::CONSUMER_WARPS + 1023) / 1024 * 1024>;
 
 __device__ __forceinline__ int inner_of(const GroupedTile &t) { return tenp::ceil_div(t.width, 16) * 16; }
 
 template <class S>
 __device__ __forceinline__ void produce(const TenpMoeDownParams &p, const TenpTensorMaps &maps, const tenp::Stages<S> &stages) {
-    const int32_t *tile_offsets = stages.tile_offsets();
-    const int num_tiles = tile_offsets[p.num_experts];
     tenp::Ring<S::STAGES> ring;
-    for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
-        const GroupedTile t = tenp::grouped_tile(p, tile_offsets, tile, p.hidden, OUTPUTS, S::N);
+    tenp::every_tile(p, stages, [&](int tile) {
+        const GroupedTile t = tenp::grouped_tile(p, stages.tile_offsets(), tile, p.hidden, OUTPUTS, S::N);
         const int inner = inner_of(t);
         for (int k0 = 0; k0 < inner; k0 += S::K) {
             uint64_t *full = stages.full(ring.stage);
@@ -40,7 +39,7 @@ __device__ __forceinline__ void produce(const TenpMoeDownParams &p, const TenpTe
             tenp::load_box<tenp::Keep::Last>(stages.rows(ring.stage), &maps.rows, full, k0, t.first_row);
             ring.advance();
         }
-    }
+    });
 }
 
 // Eight lanes write eight neighbouring outputs of one row, a whole sector.
@@ -62,7 +61,7 @@ template <int N>
 __device__ __forceinline__ void store_bf16(const TenpMoeDownParams &p, const GroupedTile &t, const tenp::ConsumerPlace &place,
                                            const float (&acc)[N / 2], uint8_t *half_tile) {
     // A warpgroup turns its own half, so it waits for itself alone: first for the last tile's reads.
-    tenp::part_barrier(tenp::CONSUMERS_BARRIER + 1 + place.half, tenp::WARPGROUP);
+    tenp::half_barrier(place.half);
 #pragma unroll
     for (int eight = 0; eight < 2; ++eight) {
         uint32_t pairs[N / 8];
@@ -72,7 +71,7 @@ __device__ __forceinline__ void store_bf16(const TenpMoeDownParams &p, const Gro
         }
         tenp::stage_transposed<N>(half_tile, 2 * place.warp + eight, pairs);
     }
-    tenp::part_barrier(tenp::CONSUMERS_BARRIER + 1 + place.half, tenp::WARPGROUP);
+    tenp::half_barrier(place.half);
     const int output = t.weight + 64 * place.half;
     tenp::write_staged<N, 8>(half_tile, 0, p.y_bf16 + static_cast<int64_t>(t.first_row) * p.hidden + output, p.hidden,
                              t.end_row - t.first_row, p.hidden - output);
@@ -96,7 +95,7 @@ __device__ __forceinline__ void store_squares(const TenpMoeDownParams &p, const 
             }
         }
     }
-    tenp::part_barrier(tenp::CONSUMERS_BARRIER, tenp::CONSUMERS);
+    tenp::consumers_barrier();
     for (int token = static_cast<int>(threadIdx.x) - tenp::WARPGROUP; token < N; token += tenp::CONSUMERS) {
         float sum = 0.0f;
         for (int w = 0; w < tenp::CONSUMER_WARPS; ++w) {
@@ -107,19 +106,17 @@ __device__ __forceinline__ void store_squares(const TenpMoeDownParams &p, const 
             p.square_partials[t.weight / OUTPUTS * p.num_rows + row] = sum;
         }
     }
-    tenp::part_barrier(tenp::CONSUMERS_BARRIER, tenp::CONSUMERS);
+    tenp::consumers_barrier();
 }
 
 template <class S>
 __device__ __forceinline__ void consume(const TenpMoeDownParams &p, const tenp::Stages<S> &stages) {
     constexpr int N = S::N;
     const tenp::ConsumerPlace place;
-    const int32_t *tile_offsets = stages.tile_offsets();
-    const int num_tiles = tile_offsets[p.num_experts];
     tenp::Ring<S::STAGES> ring;
-    for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+    tenp::every_tile(p, stages, [&](int tile) {
         float acc[N / 2];
-        const GroupedTile t = tenp::grouped_tile(p, tile_offsets, tile, p.hidden, OUTPUTS, N);
+        const GroupedTile t = tenp::grouped_tile(p, stages.tile_offsets(), tile, p.hidden, OUTPUTS, N);
         tenp::clear(acc);
         tenp::consume<S, true>(stages, ring, inner_of(t), acc);
         if (p.y_f32 != nullptr) {
@@ -131,21 +128,13 @@ __device__ __forceinline__ void consume(const TenpMoeDownParams &p, const tenp::
         if (p.square_partials != nullptr) {
             store_squares<N>(p, t, place, acc, reinterpret_cast<float *>(stages.staged() + 2 * N * OUTPUTS));
         }
-    }
+    });
 }
 
 template <int N> __device__ __forceinline__ void down(const TenpMoeDownParams &p, const TenpTensorMaps &maps, uint8_t *shared) {
     const tenp::Stages<Shape<N>> stages{shared};
     stages.begin(p, 1);
-    if (threadIdx.x < tenp::WARPGROUP) {
-        tenp::fewer_registers<tenp::PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0) {
-            produce(p, maps, stages);
-        }
-    } else {
-        tenp::more_registers<tenp::CONSUMER_REGISTERS>();
-        consume(p, stages);
-    }
+    tenp::split_roles<false>([&] { produce(p, maps, stages); }, [&] { consume(p, stages); });
 }
 
 } // namespace

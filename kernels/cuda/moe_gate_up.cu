@@ -6,7 +6,7 @@
 // launch:   any grid (persistent), block (256). Weight tile (neurons), token tile, shared bytes without 4 (E + 1):
 //           n128 64, 128, 65536; n64 64, 64, 49152; n16 64, 16, 73728; r2 32, 2, 0
 // flops:    4 H sum(rows * width). bytes: 4 H sum(width, experts with rows) + rows (2 H + 2 width)
-#include "reduce.cuh"
+#include "activation_sums.cuh"
 #include "tile.cuh"
 #include "vector.cuh"
 
@@ -27,25 +27,6 @@ __device__ __forceinline__ const uint16_t *x_row(const TenpMoeGateUpParams &p, i
 __device__ __forceinline__ const uint16_t *gate_row(const TenpMoeGateUpParams &p, const GroupedTile &t, int neuron) {
     return p.gate_up + (2 * static_cast<int64_t>(t.neuron_offset + neuron)) * p.hidden;
 }
-
-// The five sums of one neuron over the rows a thread has seen.
-struct Sums {
-    float values[TENP_NUM_ACTIVATION_SUMS] = {};
-
-    __device__ __forceinline__ void add(float h, float gate) {
-        const float square = h * h;
-        const float gated = square * (gate * gate);
-        values[TENP_SUM_ACTIVATION] += fabsf(h);
-        values[TENP_SUM_GATED_ENERGY] += gated;
-        values[TENP_SUM_GATED_PEAK] = fmaxf(values[TENP_SUM_GATED_PEAK], gated);
-        values[TENP_SUM_MEAN] += h;
-        values[TENP_SUM_SECOND_MOMENT] += square;
-    }
-
-    __device__ __forceinline__ static float merge(int which, float a, float b) {
-        return which == TENP_SUM_GATED_PEAK ? fmaxf(a, b) : a + b;
-    }
-};
 
 // Stores the tile [BN tokens][BM / 2 neurons] that lies swizzled in `staged`, clipped at the expert's rows and width.
 template <class S>
@@ -76,7 +57,7 @@ __device__ __forceinline__ void finish(const TenpMoeGateUpParams &p, const Group
     for (int i = 0; i < S::MI; ++i) {
         const int neuron = warp.row / 2 + 8 * i + warp.lane / 4;
         const bool real = t.weight + neuron < t.width;
-        Sums sums;
+        tenp::ActivationSums sums;
 #pragma unroll
         for (int j = 0; j < S::NI; ++j) {
 #pragma unroll
@@ -90,13 +71,11 @@ __device__ __forceinline__ void finish(const TenpMoeGateUpParams &p, const Group
             }
         }
         if constexpr (STATS) {
+            sums.merge_quad();
 #pragma unroll
             for (int s = 0; s < TENP_NUM_ACTIVATION_SUMS; ++s) {
-                float value = sums.values[s];
-                value = Sums::merge(s, value, __shfl_xor_sync(tenp::WHOLE_WARP, value, 1));
-                value = Sums::merge(s, value, __shfl_xor_sync(tenp::WHOLE_WARP, value, 2));
                 if (warp.lane % 4 == 0) {
-                    sums_of_warps[(warp.column / S::WN * TENP_NUM_ACTIVATION_SUMS + s) * NEURONS + neuron] = value;
+                    sums_of_warps[(warp.column / S::WN * TENP_NUM_ACTIVATION_SUMS + s) * NEURONS + neuron] = sums.values[s];
                 }
             }
         }
@@ -109,7 +88,7 @@ __device__ __forceinline__ void finish(const TenpMoeGateUpParams &p, const Group
             const int neuron = i % NEURONS;
             float value = sums_of_warps[i];
             for (int w = 1; w < S::WARPS_N; ++w) {
-                value = Sums::merge(s, value, sums_of_warps[w * TENP_NUM_ACTIVATION_SUMS * NEURONS + i]);
+                value = tenp::ActivationSums::merge(s, value, sums_of_warps[w * TENP_NUM_ACTIVATION_SUMS * NEURONS + i]);
             }
             if (t.weight + neuron < t.width_padded) {
                 p.partials[s * p.partial_stride + p.partial_offsets[t.expert] +

@@ -5,8 +5,8 @@
 //           WideShape: 16 KiB + 128 N a stage, 128 N, barriers
 // flops:    4 H sum(rows * width). bytes: 4 H sum(width, experts with rows) + rows (2 H + 2 width)
 // sm_90a only
+#include "activation_sums.cuh"
 #include "hopper.cuh"
-#include "reduce.cuh"
 
 namespace {
 
@@ -14,24 +14,14 @@ using tenp::GroupedTile;
 
 constexpr int NEURONS = 64;
 
-template <int N> struct Stages;
-template <> struct Stages<8> { static constexpr int COUNT = 8; };
-template <> struct Stages<16> { static constexpr int COUNT = 8; };
-template <> struct Stages<32> { static constexpr int COUNT = 8; };
-template <> struct Stages<64> { static constexpr int COUNT = 8; };
-template <> struct Stages<128> { static constexpr int COUNT = 6; };
-template <> struct Stages<192> { static constexpr int COUNT = 4; };
-template <> struct Stages<256> { static constexpr int COUNT = 4; };
-template <int N> using Shape = tenp::WideShape<N, Stages<N>::COUNT, 2 * N * NEURONS>;
+template <int N> using Shape = tenp::WideShape<N, N <= 64 ? 8 : N <= 128 ? 6 : 4, 2 * N * NEURONS>;
 
 template <bool GATHER, class S>
 __device__ __forceinline__ void produce(const TenpMoeGateUpParams &p, const TenpTensorMaps &maps, const tenp::Stages<S> &stages) {
-    const int32_t *tile_offsets = stages.tile_offsets();
-    const int num_tiles = tile_offsets[p.num_experts];
     tenp::Ring<S::STAGES> ring;
     tenp::Gather<S, S::N> gather;
-    for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
-        const GroupedTile t = tenp::grouped_tile(p, tile_offsets, tile, 0, NEURONS, S::N);
+    tenp::every_tile(p, stages, [&](int tile) {
+        const GroupedTile t = tenp::grouped_tile(p, stages.tile_offsets(), tile, 0, NEURONS, S::N);
         for (int k0 = 0; k0 < p.hidden; k0 += S::K) {
             if (GATHER || threadIdx.x == 0) {
                 tenp::mbarrier_wait(stages.empty(ring.stage), ring.parity ^ 1);
@@ -53,7 +43,7 @@ __device__ __forceinline__ void produce(const TenpMoeGateUpParams &p, const Tenp
             }
             ring.advance();
         }
-    }
+    });
     if constexpr (GATHER) {
         gather.finish(stages);
     }
@@ -64,31 +54,20 @@ template <int N>
 __device__ __forceinline__ void add_sums(const TenpMoeGateUpParams &p, const GroupedTile &t, const float (&h)[N / 4],
                                          int neuron) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    float sums[TENP_NUM_ACTIVATION_SUMS] = {};
+    tenp::ActivationSums sums;
 #pragma unroll
     for (int i = 0; i < N / 4; ++i) {
         const int row = t.first_row + i / 2 * 8 + lane % 4 * 2 + i % 2;
         if (row < t.end_row) {
-            const float weight = p.row_weights[row];
-            const float square = h[i] * h[i];
-            const float gated = square * (weight * weight);
-            sums[TENP_SUM_ACTIVATION] += fabsf(h[i]);
-            sums[TENP_SUM_GATED_ENERGY] += gated;
-            sums[TENP_SUM_GATED_PEAK] = fmaxf(sums[TENP_SUM_GATED_PEAK], gated);
-            sums[TENP_SUM_MEAN] += h[i];
-            sums[TENP_SUM_SECOND_MOMENT] += square;
+            sums.add(h[i], p.row_weights[row]);
         }
     }
+    sums.merge_quad();
 #pragma unroll
     for (int s = 0; s < TENP_NUM_ACTIVATION_SUMS; ++s) {
-#pragma unroll
-        for (int offset = 1; offset < 4; offset *= 2) {
-            const float other = __shfl_xor_sync(tenp::WHOLE_WARP, sums[s], offset);
-            sums[s] = s == TENP_SUM_GATED_PEAK ? fmaxf(sums[s], other) : sums[s] + other;
-        }
         if (lane % 4 == 0 && t.weight + neuron < t.width_padded) {
             p.partials[s * p.partial_stride + p.partial_offsets[t.expert] +
-                       static_cast<int64_t>(t.token_tile) * t.width_padded + t.weight + neuron] = sums[s];
+                       static_cast<int64_t>(t.token_tile) * t.width_padded + t.weight + neuron] = sums.values[s];
         }
     }
 }
@@ -97,14 +76,12 @@ template <bool STATS, class S>
 __device__ __forceinline__ void consume(const TenpMoeGateUpParams &p, const tenp::Stages<S> &stages) {
     constexpr int N = S::N;
     const tenp::ConsumerPlace place;
-    const int32_t *tile_offsets = stages.tile_offsets();
-    const int num_tiles = tile_offsets[p.num_experts];
     tenp::Ring<S::STAGES> ring;
-    for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+    tenp::every_tile(p, stages, [&](int tile) {
         float acc[N / 2];
         tenp::clear(acc);
         tenp::consume<S, false>(stages, ring, p.hidden, acc);
-        const GroupedTile t = tenp::grouped_tile(p, tile_offsets, tile, 0, NEURONS, N);
+        const GroupedTile t = tenp::grouped_tile(p, stages.tile_offsets(), tile, 0, NEURONS, N);
         const int neuron = place.row / 2 + place.lane / 4;
         const bool real = t.weight + neuron < t.width;
         uint32_t pairs[N / 8];
@@ -115,9 +92,9 @@ __device__ __forceinline__ void consume(const TenpMoeGateUpParams &p, const tenp
             pairs[j] = real ? tenp::pack_bf16(even, odd) : 0;
         }
         // The other half's chunks are its own, so a warpgroup waits for itself alone: first for the last tile's reads.
-        tenp::part_barrier(tenp::CONSUMERS_BARRIER + 1 + place.half, tenp::WARPGROUP);
+        tenp::half_barrier(place.half);
         tenp::stage_transposed<N>(stages.staged(), 4 * place.half + place.warp, pairs);
-        tenp::part_barrier(tenp::CONSUMERS_BARRIER + 1 + place.half, tenp::WARPGROUP);
+        tenp::half_barrier(place.half);
         tenp::write_staged<N, 4>(stages.staged(), 4 * place.half, p.h + static_cast<int64_t>(t.first_row) * p.hidden_pitch + t.weight,
                                  p.hidden_pitch, t.end_row - t.first_row, t.width_padded - t.weight);
         if constexpr (STATS) {
@@ -130,7 +107,7 @@ __device__ __forceinline__ void consume(const TenpMoeGateUpParams &p, const tenp
             }
             add_sums<N>(p, t, h, neuron);
         }
-    }
+    });
 }
 
 template <int N, bool GATHER, bool STATS>
@@ -138,15 +115,7 @@ __device__ __forceinline__ void gate_up(const TenpMoeGateUpParams &p, const Tenp
     using S = Shape<N>;
     const tenp::Stages<S> stages{shared};
     stages.begin(p, GATHER ? 1 + tenp::WARPGROUP : 1);
-    if (threadIdx.x < tenp::WARPGROUP) {
-        tenp::fewer_registers<GATHER ? tenp::GATHER_REGISTERS : tenp::PRODUCER_REGISTERS>();
-        if (GATHER || threadIdx.x == 0) {
-            produce<GATHER>(p, maps, stages);
-        }
-    } else {
-        tenp::more_registers<GATHER ? tenp::GATHERED_REGISTERS : tenp::CONSUMER_REGISTERS>();
-        consume<STATS>(p, stages);
-    }
+    tenp::split_roles<GATHER>([&] { produce<GATHER>(p, maps, stages); }, [&] { consume<STATS>(p, stages); });
 }
 
 } // namespace

@@ -7,7 +7,7 @@
 // launch:   grid (num_items), block (256), shared 58112 bytes: a block per item
 // flops:    2 H a row, column and part (similarity), 6 H (assign). bytes: 2 H a row and part, once per 128 columns; 2 H a
 //           column and part
-#include "reduce.cuh"
+#include "segments.cuh"
 #include "tile.cuh"
 
 namespace {
@@ -15,15 +15,11 @@ namespace {
 using Shape = tenp::TileShape<TENP_SEGMENT_ROWS, 128, 32, 2, 4, 4>;
 using Tile = float[Shape::MI][Shape::NI][4];
 
-enum Part { GATE, UP, DOWN, ALL };
-
-__device__ __forceinline__ const uint16_t *part_row(const uint16_t *gate_up, const uint16_t *down_t, int hidden, int part,
-                                                    int64_t neuron) {
-    if (part == DOWN) {
-        return down_t + neuron * hidden;
-    }
-    return gate_up + (neuron / 8 * 16 + neuron % 8 + (part == UP ? 8 : 0)) * hidden;
-}
+using tenp::ALL;
+using tenp::DOWN;
+using tenp::GATE;
+using tenp::part_row;
+using tenp::UP;
 
 // What one block works on: an item, looked up when needed (held over a product it would be the registers that spill),
 // and its columns from `column` on.
@@ -87,19 +83,9 @@ __device__ __forceinline__ void to_cosines(const Place &at, const float *row_inv
 
 // The best column that a thread has seen for each of its rows.
 struct Best {
-    float values[Shape::MI][2];
-    int ids[Shape::MI][2]; // column, then one bit: flipped
+    tenp::BestColumn rows[Shape::MI][2];
 
-    __device__ __forceinline__ Best() {
-#pragma unroll
-        for (int i = 0; i < Shape::MI; ++i) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                values[i][half] = -INFINITY;
-                ids[i][half] = -1;
-            }
-        }
-    }
+    Best() = default;
 
     // A thread's own words of shared memory, where this waits while products need the registers.
     static constexpr int WORDS = 2 * Shape::MI * 2 * Shape::THREADS;
@@ -110,8 +96,8 @@ struct Best {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int at = 2 * (2 * i + half) * Shape::THREADS + static_cast<int>(threadIdx.x);
-                values[i][half] = __int_as_float(kept[at]);
-                ids[i][half] = kept[at + Shape::THREADS];
+                rows[i][half].value = __int_as_float(kept[at]);
+                rows[i][half].id = kept[at + Shape::THREADS];
             }
         }
     }
@@ -122,21 +108,9 @@ struct Best {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int at = 2 * (2 * i + half) * Shape::THREADS + static_cast<int>(threadIdx.x);
-                to[at] = __float_as_int(values[i][half]);
-                to[at + Shape::THREADS] = ids[i][half];
+                to[at] = __float_as_int(rows[i][half].value);
+                to[at + Shape::THREADS] = rows[i][half].id;
             }
-        }
-    }
-
-    // False for NaN. Columns come in no order, so ties are decided here.
-    __device__ __forceinline__ static bool wins(float value, int id, float best, int best_id) {
-        return value > best || (value == best && id >= 0 && (best_id < 0 || id < best_id));
-    }
-
-    __device__ __forceinline__ void take(int i, int half, float value, int id) {
-        if (value > -INFINITY && wins(value, id, values[i][half], ids[i][half])) {
-            values[i][half] = value;
-            ids[i][half] = id;
         }
     }
 
@@ -149,16 +123,11 @@ struct Best {
         for (int i = 0; i < Shape::MI; ++i) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-#pragma unroll
-                for (int offset = 1; offset < 4; offset *= 2) {
-                    const float value = __shfl_xor_sync(tenp::WHOLE_WARP, values[i][half], offset);
-                    const int id = __shfl_xor_sync(tenp::WHOLE_WARP, ids[i][half], offset);
-                    take(i, half, value, id);
-                }
+                rows[i][half].merge_quad();
                 if (warp.lane % 4 == 0) {
                     const int at = warp.column / Shape::WN * Shape::BM + warp.row + 16 * i + 8 * half + warp.lane / 4;
-                    values_of_warps[at] = values[i][half];
-                    ids_of_warps[at] = ids[i][half];
+                    values_of_warps[at] = rows[i][half].value;
+                    ids_of_warps[at] = rows[i][half].id;
                 }
             }
         }
@@ -167,21 +136,11 @@ struct Best {
         if (row >= item.row_end - item.row_begin) {
             return;
         }
-        float value = values_of_warps[row];
-        int id = ids_of_warps[row];
-        for (int w = 1; w < Shape::WARPS_N; ++w) {
-            const float other = values_of_warps[w * Shape::BM + row];
-            const int other_id = ids_of_warps[w * Shape::BM + row];
-            if (wins(other, other_id, value, id)) {
-                value = other;
-                id = other_id;
-            }
+        tenp::BestColumn best;
+        for (int w = 0; w < Shape::WARPS_N; ++w) {
+            best.take(values_of_warps[w * Shape::BM + row], ids_of_warps[w * Shape::BM + row]);
         }
-        p.best_value[item.out_begin + row] = value;
-        p.best_id[item.out_begin + row] = id < 0 ? -1 : id / 2;
-        if (p.best_flip != nullptr) {
-            p.best_flip[item.out_begin + row] = id < 0 ? 0 : id % 2;
-        }
+        best.store(p, item.out_begin + row);
     }
 };
 
@@ -208,7 +167,7 @@ template <class Value> __device__ __forceinline__ void take_tile(const Place &at
                 for (int i = 0; i < Shape::MI; ++i) {
                     int flipped = 0;
                     const float own = value(i, j, c, flipped);
-                    best.take(i, c / 2, own, 2 * (column - at.item.col_begin) + flipped);
+                    best.rows[i][c / 2].take(own, 2 * (column - at.item.col_begin) + flipped);
                 }
             }
         }

@@ -7,11 +7,14 @@
 //           column and part
 // sm_90a only
 #include "hopper.cuh"
-#include "reduce.cuh"
+#include "segments.cuh"
 
 namespace {
 
-enum Part { GATE, UP, DOWN, ALL };
+using tenp::ALL;
+using tenp::DOWN;
+using tenp::GATE;
+using tenp::UP;
 
 // The rows are gathered, 64 of an item; each of the two warpgroups has all of them, and half of the columns.
 struct Shape {
@@ -26,16 +29,8 @@ struct Shape {
 
 using Acc = float[Shape::N / 2];
 
-__device__ __forceinline__ const uint16_t *part_row(const TenpSegmentMatchParams &p, int part, int64_t neuron) {
-    if (part == DOWN) {
-        return p.row_down_t + neuron * p.hidden;
-    }
-    return p.row_gate_up + (neuron / 8 * 16 + neuron % 8 + (part == UP ? 8 : 0)) * p.hidden;
-}
-
 // Which parts are multiplied, in which order: gate last, so that of the others' signs only bits are kept.
 template <bool ASSIGN> struct Order {
-    static constexpr int COUNT = 3;
     __device__ __forceinline__ static int part(int i) { return i == 0 ? UP : i == 1 ? DOWN : GATE; }
     __device__ __forceinline__ static bool wanted(const TenpSegmentMatchParams &p, int part) {
         if (ASSIGN) {
@@ -58,7 +53,7 @@ __device__ __forceinline__ void produce(const TenpSegmentMatchParams &p, const T
     tenp::Ring<Shape::STAGES> ring;
     tenp::Gather<Shape, Shape::M> gather;
     for (int column = first_column(item); column < item.col_end; column += Shape::COLUMNS) {
-        for (int i = 0; i < Order<ASSIGN>::COUNT; ++i) {
+        for (int i = 0; i < ALL; ++i) {
             const int part = Order<ASSIGN>::part(i);
             if (!Order<ASSIGN>::wanted(p, part)) {
                 continue;
@@ -76,7 +71,7 @@ __device__ __forceinline__ void produce(const TenpSegmentMatchParams &p, const T
                 }
                 gather.load(stages, stages.weights(ring.stage), k0, p.hidden, p.row_down_t, [&](int r) {
                     const int row = item.row_begin + r;
-                    return row < item.row_end ? part_row(p, part, p.row_ids[row]) : nullptr;
+                    return row < item.row_end ? tenp::part_row(p.row_gate_up, p.row_down_t, p.hidden, part, p.row_ids[row]) : nullptr;
                 });
                 ring.advance();
             }
@@ -85,23 +80,8 @@ __device__ __forceinline__ void produce(const TenpSegmentMatchParams &p, const T
     gather.finish(stages);
 }
 
-// The best column that a thread has seen for its two rows, and their inverse norms.
-struct Rows {
-    float values[2] = {-INFINITY, -INFINITY};
-    int ids[2] = {-1, -1}; // column, then one bit: flipped
-
-    // False for NaN. Columns come in no order, so ties are decided here.
-    __device__ __forceinline__ static bool wins(float value, int id, float best, int best_id) {
-        return value > best || (value == best && id >= 0 && (best_id < 0 || id < best_id));
-    }
-
-    __device__ __forceinline__ void take(int half, float value, int id) {
-        if (value > -INFINITY && wins(value, id, values[half], ids[half])) {
-            values[half] = value;
-            ids[half] = id;
-        }
-    }
-};
+// The best columns that a thread has seen for its two rows.
+using Best = tenp::BestColumn[2];
 
 // Row and column of accumulator i of a consumer thread, in the item's rows and the tile's columns.
 struct Place {
@@ -118,13 +98,13 @@ __device__ __forceinline__ int eight(int i) { return i / 2 % 2; }
 // Inverse norms of the tile's columns, a row for each part; zeros where there is no column.
 __device__ __forceinline__ void load_inverse(const TenpSegmentMatchParams &p, const TenpSegmentItem &item, int first,
                                              int parts, float *to) {
-    tenp::part_barrier(tenp::CONSUMERS_BARRIER, tenp::CONSUMERS);
+    tenp::consumers_barrier();
     for (int i = static_cast<int>(threadIdx.x) - tenp::WARPGROUP; i < parts * Shape::COLUMNS; i += tenp::CONSUMERS) {
         const int column = first + i % Shape::COLUMNS;
         const int part = parts == 1 ? static_cast<int>(ALL) : i / Shape::COLUMNS;
         to[i] = column >= item.col_begin && column < item.col_end ? p.col_inverse[part * p.col_stride + column] : 0.0f;
     }
-    tenp::part_barrier(tenp::CONSUMERS_BARRIER, tenp::CONSUMERS);
+    tenp::consumers_barrier();
 }
 
 __device__ __forceinline__ float inverse_of_row(const TenpSegmentMatchParams &p, const TenpSegmentItem &item, int part, int row) {
@@ -143,51 +123,39 @@ __device__ __forceinline__ void to_cosines(const TenpSegmentMatchParams &p, cons
 
 // Offers every element of the tile whose column is there; `value(i, flipped)` gives it.
 template <class Value>
-__device__ __forceinline__ void take_tile(const TenpSegmentItem &item, const Place &place, int first, Rows &best, Value value) {
+__device__ __forceinline__ void take_tile(const TenpSegmentItem &item, const Place &place, int first, Best &best, Value value) {
 #pragma unroll
     for (int i = 0; i < Shape::N / 2; ++i) {
         const int column = first + place.column_of(i);
         int flipped = 0;
         const float own = value(i, flipped);
         if (column >= item.col_begin && column < item.col_end) {
-            best.take(eight(i), own, 2 * (column - item.col_begin) + flipped);
+            best[eight(i)].take(own, 2 * (column - item.col_begin) + flipped);
         }
     }
 }
 
 // Over the four lanes of a row, then over the two warpgroups, and out.
 __device__ __forceinline__ void store(const TenpSegmentMatchParams &p, const TenpSegmentItem &item, const Place &place,
-                                      Rows &best, uint8_t *room) {
+                                      Best &best, uint8_t *room) {
     float *values = reinterpret_cast<float *>(room);
     int *ids = reinterpret_cast<int *>(room) + 2 * Shape::M;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int offset = 1; offset < 4; offset *= 2) {
-            const float value = __shfl_xor_sync(tenp::WHOLE_WARP, best.values[half], offset);
-            const int id = __shfl_xor_sync(tenp::WHOLE_WARP, best.ids[half], offset);
-            best.take(half, value, id);
-        }
+        best[half].merge_quad();
         if (place.lane % 4 == 0) {
-            values[place.half * Shape::M + place.row + 8 * half] = best.values[half];
-            ids[place.half * Shape::M + place.row + 8 * half] = best.ids[half];
+            values[place.half * Shape::M + place.row + 8 * half] = best[half].value;
+            ids[place.half * Shape::M + place.row + 8 * half] = best[half].id;
         }
     }
-    tenp::part_barrier(tenp::CONSUMERS_BARRIER, tenp::CONSUMERS);
+    tenp::consumers_barrier();
     const int row = static_cast<int>(threadIdx.x) - tenp::WARPGROUP;
-    if (row >= item.row_end - item.row_begin) {
-        return;
-    }
-    float value = values[row];
-    int id = ids[row];
-    if (Rows::wins(values[Shape::M + row], ids[Shape::M + row], value, id)) {
-        value = values[Shape::M + row];
-        id = ids[Shape::M + row];
-    }
-    p.best_value[item.out_begin + row] = value;
-    p.best_id[item.out_begin + row] = id < 0 ? -1 : id / 2;
-    if (p.best_flip != nullptr) {
-        p.best_flip[item.out_begin + row] = id < 0 ? 0 : id % 2;
+    if (row < item.row_end - item.row_begin) {
+        tenp::BestColumn found;
+        for (int half = 0; half < 2; ++half) {
+            found.take(values[half * Shape::M + row], ids[half * Shape::M + row]);
+        }
+        found.store(p, item.out_begin + row);
     }
 }
 
@@ -206,7 +174,7 @@ __device__ __forceinline__ void match_similar(const TenpSegmentMatchParams &p, c
     float *table = reinterpret_cast<float *>(stages.staged());
     const bool signs = p.sign_canonical != 0;
     tenp::Ring<Shape::STAGES> ring;
-    Rows best;
+    Best best;
     for (int first = first_column(item); first < item.col_end; first += Shape::COLUMNS) {
         load_inverse(p, item, first, ALL, table);
         Acc rest, other;
@@ -246,7 +214,7 @@ __device__ __forceinline__ void match_cosine(const TenpSegmentMatchParams &p, co
         signs[half] = p.row_signs != nullptr && row < item.row_end ? p.row_signs[row] : 1.0f;
     }
     tenp::Ring<Shape::STAGES> ring;
-    Rows best;
+    Best best;
     for (int first = first_column(item); first < item.col_end; first += Shape::COLUMNS) {
         load_inverse(p, item, first, 1, table);
         Acc acc;
@@ -269,17 +237,14 @@ __device__ __forceinline__ void match(const TenpSegmentMatchParams &p, const Ten
     const tenp::Stages<Shape> stages{shared};
     stages.begin_barriers(1 + tenp::WARPGROUP);
     __syncthreads();
-    if (threadIdx.x < tenp::WARPGROUP) {
-        tenp::fewer_registers<tenp::GATHER_REGISTERS>();
-        produce<ASSIGN>(p, maps, stages);
-    } else {
-        tenp::more_registers<tenp::GATHERED_REGISTERS>();
-        if (ASSIGN) {
-            match_cosine(p, stages);
-        } else {
-            match_similar(p, stages);
-        }
-    }
+    tenp::split_roles<true>([&] { produce<ASSIGN>(p, maps, stages); },
+                            [&] {
+                                if (ASSIGN) {
+                                    match_cosine(p, stages);
+                                } else {
+                                    match_similar(p, stages);
+                                }
+                            });
 }
 
 } // namespace

@@ -59,15 +59,14 @@ pub(crate) const PLANTED: [Planted; 11] = [
     planted(
         "epilogue_reused",
         "moe_gate_up_sm90",
-        "        tenp::part_barrier(tenp::CONSUMERS_BARRIER + 1 + place.half, tenp::WARPGROUP);\n        \
-         tenp::stage_transposed",
+        "        tenp::half_barrier(place.half);\n        tenp::stage_transposed",
         "        tenp::stage_transposed",
     ),
     // A barrier of the whole block where only the consumers come.
     planted(
         "block_barrier_in_epilogue",
         "moe_gate_up_sm90",
-        "pairs);\n        tenp::part_barrier(tenp::CONSUMERS_BARRIER + 1 + place.half, tenp::WARPGROUP);",
+        "pairs);\n        tenp::half_barrier(place.half);",
         "pairs);\n        __syncthreads();",
     ),
     // The first round of empty stages waited for as if it had been filled.

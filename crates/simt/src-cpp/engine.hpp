@@ -84,7 +84,7 @@ class Engine {
     void meet_warpgroup(const Meeting &meeting);
     Warpgroup &warpgroup() { return warpgroups_[running_->index / 128]; }
     uint32_t shared_offset(uintptr_t address, size_t bytes, const char *what, size_t alignment, uint32_t place);
-    void begin_product(Warpgroup &group, const WgmmaRequest &request);
+    void begin_product(Warpgroup &group);
     void finish_products(uint32_t warp, uint32_t newest_pending, uint32_t place);
     void set_registers(uint32_t group, uint32_t registers, bool more);
 
@@ -126,6 +126,8 @@ class Engine {
     bool deliver_something();
     void end_asynchronous();
     void grant_registers();
+    OperandRead begin_reads(const WgmmaRequest &request, std::vector<float> &left, std::vector<float> &right);
+    Product &accumulators(Warpgroup &group, const WgmmaRequest &request);
     void read_operand(Lane &lane, size_t at, size_t bytes, bool all_written, uint32_t place);
     uint64_t random(uint64_t below);
 

@@ -3,15 +3,17 @@
 #include "engine.hpp"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstring>
-#include <limits>
 
 namespace simt {
 
 namespace {
 
 constexpr uint32_t K = 16, ROWS = 64;
+// What reads of shared memory are booked by.
+constexpr uint32_t PIECE = 16;
 // What the hardware keeps for itself at the start of shared memory; so address 0 is never the right one.
 constexpr uint32_t WINDOW = 1024;
 
@@ -40,20 +42,39 @@ float bf16_at(const char *bytes) {
     return std::bit_cast<float>(static_cast<uint32_t>(half) << 16);
 }
 
-// The row and column of register `i` of a lane in its warp's sixteen rows.
-uint32_t fragment_row(uint32_t lane, uint32_t i) { return lane / 4 + i / 2 % 2 * 8; }
-uint32_t fragment_column(uint32_t lane, uint32_t i) { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
+// Where register `i` of a lane of the warpgroup lies in [64, columns].
+size_t place_of_sum(uint32_t columns, uint32_t lane, uint32_t i) {
+    const uint32_t row = lane / 32 * 16 + lane % 32 / 4 + i / 2 % 2 * 8;
+    return size_t{row} * columns + i / 4 * 8 + lane % 4 * 2 + i % 2;
+}
 
-void poison(float *d, uint32_t count) { std::memset(d, 0xff, count * sizeof(float)); }
+// `lines` lines of an operand from `first` on, to values[line * strides[0] + k * strides[1]]; returns the pieces of
+// shared memory that they lie in.
+std::vector<uint32_t> take(Engine &engine, const Operand &operand, uint32_t first, uint32_t lines,
+                           std::array<uint32_t, 2> strides, uint32_t place, float *values) {
+    std::vector<uint32_t> pieces;
+    for (uint32_t line = first; line < first + lines; ++line) {
+        for (uint32_t k = 0; k < K; ++k) {
+            const auto address = reinterpret_cast<uintptr_t>(engine.shared) + operand.address(line, k) - WINDOW;
+            const uint32_t at = engine.shared_offset(address, 2, "wgmma operand", 2, place);
+            if (pieces.empty() || pieces.back() != at / PIECE * PIECE) {
+                pieces.push_back(at / PIECE * PIECE);
+            }
+            values[line * strides[0] + k * strides[1]] = bf16_at(engine.shared + at);
+        }
+    }
+    std::sort(pieces.begin(), pieces.end());
+    pieces.erase(std::unique(pieces.begin(), pieces.end()), pieces.end());
+    return pieces;
+}
+
+const WgmmaRequest &asked(const Lane &lane) { return *static_cast<const WgmmaRequest *>(lane.meeting.arguments); }
 
 bool same(const WgmmaRequest &a, const WgmmaRequest &b) {
     return a.columns == b.columns && a.a == b.a && a.b == b.b && a.a_transposed == b.a_transposed;
 }
 
-void finish_product(Engine &engine, uint32_t first_warp, uint32_t) {
-    const auto &request = *static_cast<const WgmmaRequest *>(engine.warp_lanes(first_warp)[0].meeting.arguments);
-    engine.begin_product(engine.warpgroup(), request);
-}
+void finish_product(Engine &engine, uint32_t, uint32_t) { engine.begin_product(engine.warpgroup()); }
 
 struct Registers {
     uint32_t count;
@@ -93,87 +114,79 @@ void Engine::meet_warpgroup(const Meeting &meeting) {
     leave(running_->state);
 }
 
-void Engine::begin_product(Warpgroup &group, const WgmmaRequest &request) {
-    const uint32_t first = running_->index / 128 * 128;
+// The operands of one product, and from now on no one's to overwrite.
+OperandRead Engine::begin_reads(const WgmmaRequest &request, std::vector<float> &left, std::vector<float> &right) {
+    const uint32_t first = running_->index / 128 * 128, n = request.columns;
     const Operand a(request.a, request.a_transposed), b(request.b, false);
-    const auto of = [&](uint32_t lane) -> const WgmmaRequest & {
-        return *static_cast<const WgmmaRequest *>(lanes_[first + lane].meeting.arguments);
-    };
-    for (uint32_t lane = 0; lane < 128; ++lane) {
-        if (!same(of(lane), request)) {
-            fail(SIMT_WARP_DIVERGENCE, first + lane, request.place, "wgmma with other operands than thread %u's", first);
-        }
-    }
     if (a.swizzle != 1 || b.swizzle != 1) {
         fail(SIMT_UNDEFINED, first, request.place, "wgmma descriptor without the 128-byte swizzle, the only one modelled");
     }
-    const uint32_t n = request.columns;
     OperandRead read{lanes_[first].product_group, {}, {}, 15};
-    std::vector<float> left(ROWS * K), right(K * n);
-    const auto take = [&](const Operand &operand, uint32_t lines, std::vector<uint32_t> *chunks, float *to, bool by_warp) {
-        for (uint32_t line = 0; line < lines; ++line) {
-            for (uint32_t k = 0; k < K; ++k) {
-                const uint32_t address = operand.address(line, k);
-                const uint32_t at = address - WINDOW;
-                if (address < WINDOW || at >= request_.shared_bytes || request_.shared_bytes - at < 2) {
-                    fail(SIMT_OUT_OF_BOUNDS, first, request.place, "wgmma reads shared memory at address %u, of %u to %u",
-                         address, WINDOW, WINDOW + request_.shared_bytes);
-                }
-                auto &of_warp = chunks[by_warp ? line / 16 : 0];
-                if (of_warp.empty() || of_warp.back() != at / 16 * 16) {
-                    of_warp.push_back(at / 16 * 16);
-                }
-                to[by_warp ? line * K + k : k * n + line] = bf16_at(shared + at);
-            }
-        }
-    };
-    take(a, ROWS, read.of_warp, left.data(), true);
-    take(b, n, &read.of_all, right.data(), false);
-    const auto unique = [](std::vector<uint32_t> &chunks) {
-        std::sort(chunks.begin(), chunks.end());
-        chunks.erase(std::unique(chunks.begin(), chunks.end()), chunks.end());
-    };
-    unique(read.of_all);
     for (uint32_t warp = 0; warp < 4; ++warp) {
-        unique(read.of_warp[warp]);
-        for (uint32_t at : read.of_warp[warp]) {
-            read_operand(lanes_[first + warp * 32], at, 16, false, request.place);
-            shared_shadow_.begin_read(at, 16);
+        const uint32_t lines = ROWS / 4;
+        read.of_warp[warp] = take(*this, a, warp * lines, lines, {K, 1}, request.place, left.data());
+    }
+    read.of_all = take(*this, b, 0, n, {1, n}, request.place, right.data());
+    const auto begin = [&](uint32_t lane, const std::vector<uint32_t> &pieces) {
+        for (uint32_t at : pieces) {
+            read_operand(lanes_[lane], at, PIECE, false, request.place);
+            shared_shadow_.begin_read(at, PIECE);
         }
+    };
+    for (uint32_t warp = 0; warp < 4; ++warp) {
+        begin(first + warp * 32, read.of_warp[warp]);
     }
-    for (uint32_t at : read.of_all) {
-        read_operand(lanes_[first], at, 16, false, request.place);
-        shared_shadow_.begin_read(at, 16);
-    }
-    group.reads.push_back(std::move(read));
+    begin(first, read.of_all);
+    return read;
+}
 
-    auto product = std::find_if(group.products.begin(), group.products.end(), [&](const Product &p) { return p.d[0] == of(0).d; });
-    if (product == group.products.end()) {
-        group.products.emplace_back();
-        product = group.products.end() - 1;
-        product->columns = n;
-        product->values.resize(size_t{ROWS} * n);
-        for (uint32_t lane = 0; lane < 128; ++lane) {
-            if (!lanes_[first + lane].accumulators_fenced) {
-                fail(SIMT_UNDEFINED, first + lane, request.place,
-                     "wgmma on accumulators that no wgmma.fence of this thread has handed over");
+// The accumulators under way at this place in the lanes' registers; new ones start from what is there.
+Product &Engine::accumulators(Warpgroup &group, const WgmmaRequest &request) {
+    const uint32_t first = running_->index / 128 * 128, n = request.columns;
+    for (Product &product : group.products) {
+        if (product.d[0] == request.d) {
+            if (product.columns != n) {
+                fail(SIMT_UNDEFINED, first, request.place, "wgmma of another shape on accumulators in use");
             }
-            product->d[lane] = of(lane).d;
-            for (uint32_t i = 0; i < n / 2; ++i) {
-                product->values[(lane / 32 * 16 + fragment_row(lane % 32, i)) * n + fragment_column(lane % 32, i)] =
-                    of(lane).d[i];
-            }
+            return product;
         }
-    } else if (product->columns != n) {
-        fail(SIMT_UNDEFINED, first, request.place, "wgmma of another shape on accumulators in use");
     }
+    Product &product = group.products.emplace_back();
+    product.columns = n;
+    product.values.resize(size_t{ROWS} * n);
     for (uint32_t lane = 0; lane < 128; ++lane) {
-        poison(of(lane).d, n / 2);
+        if (!lanes_[first + lane].accumulators_fenced) {
+            fail(SIMT_UNDEFINED, first + lane, request.place,
+                 "wgmma on accumulators that no wgmma.fence of this thread has handed over");
+        }
+        product.d[lane] = asked(lanes_[first + lane]).d;
+        for (uint32_t i = 0; i < n / 2; ++i) {
+            product.values[place_of_sum(n, lane, i)] = product.d[lane][i];
+        }
     }
-    product->group = lanes_[first].product_group;
-    product->waiting_warps = 15;
+    return product;
+}
+
+void Engine::begin_product(Warpgroup &group) {
+    const uint32_t first = running_->index / 128 * 128;
+    const WgmmaRequest &request = asked(lanes_[first]);
+    for (uint32_t lane = first; lane < first + 128; ++lane) {
+        if (!same(asked(lanes_[lane]), request)) {
+            fail(SIMT_WARP_DIVERGENCE, lane, request.place, "wgmma with other operands than thread %u's", first);
+        }
+    }
+    const uint32_t n = request.columns;
+    std::vector<float> left(ROWS * K), right(K * n);
+    group.reads.push_back(begin_reads(request, left, right));
+    Product &product = accumulators(group, request);
+    product.group = lanes_[first].product_group;
+    product.waiting_warps = 15;
+    for (float *d : product.d) {
+        // Nothing until the wait.
+        std::memset(d, 0xff, n / 2 * sizeof(float));
+    }
     for (uint32_t row = 0; row < ROWS; ++row) {
-        float *sums = product->values.data() + size_t{row} * n;
+        float *sums = product.values.data() + size_t{row} * n;
         for (uint32_t k = 0; k < K; ++k) {
             const float factor = left[row * K + k];
             const float *line = right.data() + size_t{k} * n;
@@ -197,13 +210,14 @@ void Engine::finish_products(uint32_t warp, uint32_t newest_pending, uint32_t pl
             continue;
         }
         read.waiting_warps &= ~bit;
-        for (uint32_t at : read.of_warp[warp % 4]) {
-            shared_shadow_.end_read(at, 16);
-        }
-        for (uint32_t at : read.of_all) {
-            if (read.waiting_warps == 0) {
-                shared_shadow_.end_read(at, 16);
+        const auto end = [&](const std::vector<uint32_t> &pieces) {
+            for (uint32_t at : pieces) {
+                shared_shadow_.end_read(at, PIECE);
             }
+        };
+        end(read.of_warp[warp % 4]);
+        if (read.waiting_warps == 0) {
+            end(read.of_all);
         }
         used.insert(used.end(), read.of_warp[warp % 4].begin(), read.of_warp[warp % 4].end());
         used.insert(used.end(), read.of_all.begin(), read.of_all.end());
@@ -211,10 +225,10 @@ void Engine::finish_products(uint32_t warp, uint32_t newest_pending, uint32_t pl
     std::sort(used.begin(), used.end());
     for (size_t i = 0; i < used.size();) {
         size_t end = i + 1;
-        while (end < used.size() && used[end] - used[end - 1] <= 16) {
+        while (end < used.size() && used[end] - used[end - 1] <= PIECE) {
             ++end;
         }
-        read_operand(first, used[i], used[end - 1] + 16 - used[i], false, place);
+        read_operand(first, used[i], used[end - 1] + PIECE - used[i], false, place);
         i = end;
     }
     std::erase_if(group.reads, [](const OperandRead &read) { return read.waiting_warps == 0; });
@@ -223,10 +237,9 @@ void Engine::finish_products(uint32_t warp, uint32_t newest_pending, uint32_t pl
             continue;
         }
         product.waiting_warps &= ~bit;
-        for (uint32_t lane = 0; lane < 32; ++lane) {
+        for (uint32_t lane = warp % 4 * 32; lane < warp % 4 * 32 + 32; ++lane) {
             for (uint32_t i = 0; i < product.columns / 2; ++i) {
-                product.d[warp % 4 * 32 + lane][i] =
-                    product.values[(warp % 4 * 16 + fragment_row(lane, i)) * product.columns + fragment_column(lane, i)];
+                product.d[lane][i] = product.values[place_of_sum(product.columns, lane, i)];
             }
         }
     }

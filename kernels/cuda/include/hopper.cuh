@@ -11,11 +11,9 @@
 
 namespace tenp {
 
-constexpr int WARPGROUP = 128, CONSUMERS = 256, HOPPER_THREADS = 384, CONSUMER_WARPS = CONSUMERS / 32;
+constexpr int WARPGROUP = 128, CONSUMERS = 256, CONSUMER_WARPS = CONSUMERS / 32;
 // Of 65536 registers: one warpgroup that copies, two that hold the accumulators.
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240, GATHER_REGISTERS = 56, GATHERED_REGISTERS = 224;
-// Ids of bar.sync: all consumers; warpgroup g alone is this one plus 1 + g.
-constexpr int CONSUMERS_BARRIER = 1;
 
 template <int N_, int STAGES_, int STAGED_BYTES_> struct WideShape {
     static constexpr int N = N_, STAGES = STAGES_, M = 128, K = 64;
@@ -87,6 +85,33 @@ template <class S> struct Stages {
         __syncthreads();
     }
 };
+
+// Splits the block: a warpgroup copies (one thread of it, or all where rows are gathered), the others multiply.
+template <bool GATHERS, class Produce, class Consume>
+__device__ __forceinline__ void split_roles(Produce produce, Consume consume) {
+    if (threadIdx.x < WARPGROUP) {
+        fewer_registers<GATHERS ? GATHER_REGISTERS : PRODUCER_REGISTERS>();
+        if (GATHERS || threadIdx.x == 0) {
+            produce();
+        }
+    } else {
+        more_registers<GATHERS ? GATHERED_REGISTERS : CONSUMER_REGISTERS>();
+        consume();
+    }
+}
+
+// Barriers of both consuming warpgroups, and of one of them.
+__device__ __forceinline__ void consumers_barrier() { part_barrier(1, CONSUMERS); }
+__device__ __forceinline__ void half_barrier(int half) { part_barrier(2 + half, WARPGROUP); }
+
+// Calls `of(tile)` for this block's share of a grouped product's tiles.
+template <class S, class P, class Of>
+__device__ __forceinline__ void every_tile(const P &p, const Stages<S> &stages, Of of) {
+    const int num_tiles = stages.tile_offsets()[p.num_experts];
+    for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
+        of(tile);
+    }
+}
 
 // A consumer thread's place: which half of the weight rows, which warp of it.
 struct ConsumerPlace {
