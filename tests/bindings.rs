@@ -29,7 +29,20 @@ fn generate(header: &Path) -> String {
 
 /// The header's own assertions, `TENP_SIZE(type, bytes);`, once more in Rust.
 fn sizes(header: &Path) -> String {
-    let header = std::fs::read_to_string(header).expect("params.h is text");
+    let read = |path: &Path| std::fs::read_to_string(path).expect("the header is text");
+    let whole = read(header);
+    // Its parts, where it includes them.
+    let header: String = whole
+        .lines()
+        .map(|line| {
+            let part = line.strip_prefix("#include \"");
+            let part = part.and_then(|rest| rest.strip_suffix('"'));
+            part.map_or_else(
+                || format!("{line}\n"),
+                |name| read(&header.with_file_name(name)),
+            )
+        })
+        .collect();
     let asserted = header.lines().filter_map(|line| {
         let (name, bytes) = line
             .strip_prefix("TENP_SIZE(")?

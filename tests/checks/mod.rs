@@ -23,6 +23,7 @@ pub mod layer_sums;
 pub mod memory;
 pub mod products;
 pub mod repeats;
+pub mod rotary;
 pub mod rows;
 pub mod segments;
 
@@ -59,7 +60,7 @@ macro_rules! every_check {
             attention::decode_with_and_without_splits,
             rows::norms,
             rows::routers,
-            rows::rotary_and_mla_keys,
+            rotary::rotary_and_mla_keys,
             rows::elementwise,
             rows::embedding_and_conversions,
             rows::fp8_blocks,

@@ -5,7 +5,8 @@
 mod checks;
 
 use checks::{
-    On, Size, attention, batch, bounds, layer_sums, memory, products, repeats, rows, segments,
+    On, Size, attention, batch, bounds, layer_sums, memory, products, repeats, rotary, rows,
+    segments,
 };
 use simt::{Schedule, Simulated};
 

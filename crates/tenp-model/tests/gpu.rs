@@ -23,7 +23,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
 
 use checks::{
-    On, Size, attention, batch, bounds, layer_sums, memory, products, repeats, rows, segments,
+    On, Size, attention, batch, bounds, layer_sums, memory, products, repeats, rotary, rows,
+    segments,
 };
 use half::bf16;
 use tenp_kernels::KernelError;

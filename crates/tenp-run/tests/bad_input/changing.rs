@@ -119,6 +119,20 @@ fn a_shard_that_is_replaced_while_it_is_read() {
     assert!(std::fs::read(&calm).unwrap() == std::fs::read(&out).unwrap());
 }
 
+/// Writes to every shard in its place while the command stands still, which then fails and names one.
+#[track_caller]
+fn assert_written_shards_are_noticed(place: &Place, child: Child) {
+    for shard in shards(&place.model) {
+        let bytes = std::fs::read(&shard).unwrap();
+        std::fs::write(&shard, &bytes).unwrap();
+    }
+    let (code, text) = end(child);
+    assert_eq!(code, Some(FAILED), "{text}");
+    for needle in ["model-0000", "while it was read", "same command again"] {
+        assert!(text.contains(needle), "{text}");
+    }
+}
+
 pub(crate) fn planned(place: &Place) -> PathBuf {
     let plan = place.join("plan.json");
     let line = "plan {} --stats {} --keep 0.6 -o {}";
@@ -134,15 +148,7 @@ fn a_shard_that_is_written_to_while_it_is_copied() {
     let line = "apply {} --plan {} --shard-size 20kB -o {}";
     let partial = place.join(".out.tenp-work/journal.json");
     let child = stopped_at(line, &paths, &partial);
-    for shard in shards(&place.model) {
-        let bytes = std::fs::read(&shard).unwrap();
-        std::fs::write(&shard, &bytes).unwrap();
-    }
-    let (code, text) = end(child);
-    assert_eq!(code, Some(FAILED), "{text}");
-    for needle in ["model-0000", "while it was read", "same command again"] {
-        assert!(text.contains(needle), "{text}");
-    }
+    assert_written_shards_are_noticed(&place, child);
     assert_eq!(names(place.scratch.path()), ["model", "plan.json"]);
     tenp(line, &paths).ok();
 }
@@ -189,15 +195,7 @@ fn a_shard_that_is_written_to_while_it_is_calibrated() {
     let place = Place::demo();
     let (calm, out) = (place.join("calm"), place.join("out"));
     let (line, mut paths, child) = stopped_calibration(&place, &out);
-    for shard in shards(&place.model) {
-        let bytes = std::fs::read(&shard).unwrap();
-        std::fs::write(&shard, &bytes).unwrap();
-    }
-    let (code, text) = end(child);
-    assert_eq!(code, Some(FAILED), "{text}");
-    for needle in ["model-0000", "while it was read", "same command again"] {
-        assert!(text.contains(needle), "{text}");
-    }
+    assert_written_shards_are_noticed(&place, child);
     // Nor is what was kept of it gone on with.
     assert_eq!(names(place.scratch.path()), ["model"]);
     for out in [calm, out] {
@@ -218,11 +216,6 @@ fn a_shard_that_is_written_to_while_logits_are_computed() {
     let paths = [place.model.as_path(), &ids, &out];
     let line = "logits {} --input {} --output {} --threads 1";
     let child = stopped_at(line, &paths, &place.join(".out.tenp.tmp"));
-    let shard = &shards(&place.model)[0];
-    let bytes = std::fs::read(shard).unwrap();
-    std::fs::write(shard, &bytes).unwrap();
-    let (code, text) = end(child);
-    assert_eq!(code, Some(FAILED), "{text}");
-    assert!(text.contains("while it was read"), "{text}");
+    assert_written_shards_are_noticed(&place, child);
     assert_eq!(names(place.scratch.path()), ["ids.safetensors", "model"]);
 }
