@@ -290,11 +290,7 @@ impl Run<'_> {
         } else {
             let planned: Vec<PlannedTensor> =
                 tensors.iter().map(|out| out.tensor.clone()).collect();
-            let source = gather::Source {
-                checkpoint,
-                rewritten: rewritten.as_ref(),
-                dtype: self.options.dtype,
-            };
+            let source = gather::Source::new(checkpoint, rewritten.as_ref(), self.options.dtype);
             let written =
                 tensors::write(source, tensors, &planned, self.options, &dir, &mut copying)?;
             let config = form::config(checkpoint, self.plan, self.mtp_plans, &self.output);

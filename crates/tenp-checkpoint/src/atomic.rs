@@ -83,18 +83,33 @@ impl<'a> Sink<'a> {
             .map_err(|error| write_error(error, self.path, self.needed))
     }
 
+    pub(crate) fn path(&self) -> &Path {
+        self.path
+    }
+
     /// Bytes appended so far.
     pub fn written(&self) -> u64 {
         self.written
     }
 
-    /// Hands everything to the disk.
-    pub(crate) fn finish(mut self) -> Result<(), CheckpointError> {
-        self.file
-            .flush()
-            .and_then(|()| self.file.get_ref().sync_all())
-            .map_err(|error| write_error(error, self.path, self.needed))
+    /// Hands everything to the system.
+    pub(crate) fn flush(mut self) -> Result<(), CheckpointError> {
+        let flushed = self.file.flush();
+        flushed.map_err(|error| write_error(error, self.path, self.needed))
     }
+
+    /// Hands everything to the disk.
+    pub(crate) fn finish(self) -> Result<(), CheckpointError> {
+        let (file, path, needed) = (*self.file.get_ref(), self.path, self.needed);
+        self.flush()?;
+        sync(file, path, needed)
+    }
+}
+
+/// Waits until a file is on the disk.
+pub(crate) fn sync(file: &File, path: &Path, needed: u64) -> Result<(), CheckpointError> {
+    file.sync_all()
+        .map_err(|error| write_error(error, path, needed))
 }
 
 /// Asks the system to begin writing a range to the disk. Advice only: a refusal changes nothing.

@@ -104,9 +104,7 @@ impl Matrix<'_> {
         let (bytes, scales) = if kept.is_none() && (rows, cols) == (self.rows, self.cols) {
             (self.bytes.to_vec(), self.scales.to_vec())
         } else if self.dtype == Dtype::F8E4M3 {
-            let regroup = self.regroup(part, kept, width);
-            let scales = regroup.scales()?;
-            (regroup.codes(&scales), scales)
+            self.regroup(part, kept, width).make()?
         } else {
             let bytes = match part {
                 Part::Gate | Part::Up => self.kept_rows(kept, width),
@@ -137,16 +135,6 @@ impl Matrix<'_> {
         } else {
             self.in_dtype(dtype)?.view().neurons(part, kept, width)
         }
-    }
-
-    /// Scales of what [`Self::neurons`] makes of an fp8 matrix.
-    pub(crate) fn scales_of_neurons(
-        &self,
-        part: Part,
-        kept: Option<&[u32]>,
-        width: usize,
-    ) -> Result<Vec<u8>, NonFinite> {
-        self.regroup(part, kept, width).scales()
     }
 
     fn regroup(&self, part: Part, kept: Option<&[u32]>, width: usize) -> Regroup<'_> {

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::thread::{Scope, ScopedJoinHandle};
 
 use crate::CheckpointError;
-use crate::atomic::{Sink, write_error, write_new};
+use crate::atomic::{self, Sink, write_error, write_new};
 use crate::header::{self, PlannedTensor};
 use crate::index::INDEX_FILE;
 
@@ -24,8 +25,8 @@ pub struct WrittenShards {
 /// Writes `model-XXXXX-of-XXXXX.safetensors` and the index into a folder.
 ///
 /// Tensors go to shards in the given order, a new shard beginning where the next tensor would exceed `shard_bytes`.
-/// Inside a shard larger element types come first, so that every tensor is aligned to its element. `fill` is called
-/// once per tensor with its position in `tensors` and must write exactly the tensor's bytes.
+/// Every tensor is aligned to its element: where the given order does not make it so, larger element types come first in
+/// that shard. `fill` is called once per tensor with its position in `tensors` and must write exactly the tensor's bytes.
 ///
 /// # Errors
 /// Those of `fill`, a `fill` that writes too much or too little, a full disk, an unwritable folder. Files written so far
@@ -47,6 +48,9 @@ pub fn write_shards(
 
 /// Where [`write_from`] takes tensors from.
 pub(crate) trait Source {
+    /// A shard of these tensors comes next, in this order.
+    fn begins(&mut self, _tensors: &[usize]) {}
+
     /// Writes exactly the bytes of the tensor at a position of the list.
     fn fill(&mut self, index: usize, sink: &mut Sink<'_>) -> Result<(), CheckpointError>;
 
@@ -76,40 +80,90 @@ pub(crate) fn write_from(
         bytes: 0,
     };
     let mut weight_map = BTreeMap::new();
-    for (number, group) in groups.iter().enumerate() {
-        let name = shard_name(number, groups.len());
-        let path = dir.join(&name);
-        let planned: Vec<&PlannedTensor> = group.iter().map(|index| &tensors[*index]).collect();
-        let header = header::build(&metadata, &planned);
-        let data: u64 = planned.iter().map(|tensor| tensor.num_bytes()).sum();
-        let num_bytes = header.len() as u64 + data;
-        if !source.keeps(&path, num_bytes, group) {
-            let (partial, file) = create_partial(&path, total)?;
-            let mut sink = Sink::new(&file, &path, total);
-            sink.write(&header)?;
-            for (index, tensor) in group.iter().zip(&planned) {
-                let end = sink.written() + tensor.num_bytes();
-                source.fill(*index, &mut sink)?;
-                if sink.written() != end {
-                    return Err(wrong_length(&path, tensor, end, sink.written()));
+    std::thread::scope(|scope| {
+        let mut unnamed = None;
+        let shards = groups.iter().enumerate().try_for_each(|(number, group)| {
+            let name = shard_name(number, groups.len());
+            let path = dir.join(&name);
+            let planned: Vec<&PlannedTensor> = group.iter().map(|index| &tensors[*index]).collect();
+            let header = header::build(&metadata, &planned);
+            let data: u64 = planned.iter().map(|tensor| tensor.num_bytes()).sum();
+            let num_bytes = header.len() as u64 + data;
+            if !source.keeps(&path, num_bytes, group) {
+                let (partial, file) = create_partial(&path, total)?;
+                source.begins(group);
+                let sink = Sink::new(&file, &path, total);
+                fill(sink, &header, group.iter().zip(&planned), source)?;
+                let next = Unnamed::sync(scope, file, partial, path, total);
+                if let Some(before) = unnamed.replace(next) {
+                    before.name(source)?;
                 }
             }
-            sink.finish()?;
-            source.completed()?;
-            name_partial(&partial, &path)?;
-        }
-        for tensor in planned {
-            weight_map.insert(tensor.name.as_str(), name.clone());
-        }
-        written.bytes += num_bytes;
-        written.shards.push(name);
-    }
+            for tensor in planned {
+                weight_map.insert(tensor.name.as_str(), name.clone());
+            }
+            written.bytes += num_bytes;
+            written.shards.push(name);
+            Ok(())
+        });
+        // A shard that is whole gets its name, whatever became of the next one.
+        let named = unnamed.map_or(Ok(()), |last| last.name(source));
+        shards.and(named)
+    })?;
     let index = serde_json::json!({
         "metadata": { "total_size": total },
         "weight_map": weight_map,
     });
     write_new(&dir.join(INDEX_FILE), &pretty(&index), total)?;
     Ok(written)
+}
+
+/// Writes header and tensors of a shard.
+fn fill<'t>(
+    mut sink: Sink<'_>,
+    header: &[u8],
+    tensors: impl Iterator<Item = (&'t usize, &'t &'t PlannedTensor)>,
+    source: &mut dyn Source,
+) -> Result<(), CheckpointError> {
+    sink.write(header)?;
+    for (index, tensor) in tensors {
+        let end = sink.written() + tensor.num_bytes();
+        source.fill(*index, &mut sink)?;
+        if sink.written() != end {
+            return Err(wrong_length(sink.path(), tensor, end, sink.written()));
+        }
+    }
+    sink.flush()
+}
+
+/// A whole shard on its way to the disk, while the next one is written. It gets its name when it is there.
+struct Unnamed<'scope> {
+    synced: ScopedJoinHandle<'scope, Result<(), CheckpointError>>,
+    partial: PathBuf,
+    path: PathBuf,
+}
+
+impl<'scope> Unnamed<'scope> {
+    fn sync(
+        scope: &'scope Scope<'scope, '_>,
+        file: File,
+        partial: PathBuf,
+        path: PathBuf,
+        needed: u64,
+    ) -> Self {
+        let place = path.clone();
+        Self {
+            synced: scope.spawn(move || atomic::sync(&file, &place, needed)),
+            partial,
+            path,
+        }
+    }
+
+    fn name(self, source: &mut dyn Source) -> Result<(), CheckpointError> {
+        self.synced.join().expect("syncing does not panic")?;
+        source.completed()?;
+        name_partial(&self.partial, &self.path)
+    }
 }
 
 /// A file under another name than the one it gets when it is whole.
@@ -164,9 +218,22 @@ fn assign(tensors: &[PlannedTensor], shard_bytes: u64) -> Vec<Vec<usize>> {
         }
     }
     for group in &mut groups {
-        group.sort_by_key(|index| std::cmp::Reverse(tensors[*index].dtype.size()));
+        if !is_aligned(tensors, group) {
+            group.sort_by_key(|index| std::cmp::Reverse(tensors[*index].dtype.size()));
+        }
     }
     groups
+}
+
+/// Whether tensors one behind the other, the first at a multiple of 8 bytes, begin at multiples of their elements' sizes.
+fn is_aligned(tensors: &[PlannedTensor], group: &[usize]) -> bool {
+    let mut start = 0;
+    group.iter().all(|index| {
+        let tensor = &tensors[*index];
+        let aligned = start % tensor.dtype.size() as u64 == 0;
+        start += tensor.num_bytes();
+        aligned
+    })
 }
 
 #[cfg(test)]
@@ -192,6 +259,8 @@ mod tests {
         ];
         assert_eq!(assign(&tensors, 14), [vec![1, 0], vec![2], vec![3]]);
         assert_eq!(assign(&tensors, 1000), [vec![1, 0, 2, 3]]);
+        let in_order = [tensor("a", Dtype::U8, 4), tensor("b", Dtype::F32, 1)];
+        assert_eq!(assign(&in_order, 1000), [vec![0, 1]]);
         assert!(assign(&[], 10).is_empty());
     }
 

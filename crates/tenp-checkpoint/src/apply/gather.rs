@@ -3,37 +3,16 @@
 use super::OutputDtype;
 use super::layout::Recipe;
 use super::rewrite::Rewritten;
-use crate::atomic::Sink;
 use crate::names::Part;
 use crate::plan::ExpertPlan;
 use crate::{Checkpoint, CheckpointError, Dtype, Matrix, OwnedMatrix, TensorView};
 
 /// Where the bytes of output tensors go.
-pub(super) trait Receiver {
-    fn take(&mut self, bytes: &[u8]) -> Result<(), CheckpointError>;
+pub(super) trait Receiver<'a> {
+    fn take(&mut self, bytes: Vec<u8>) -> Result<(), CheckpointError>;
 
     /// A tensor of the source as it is.
-    fn take_tensor(
-        &mut self,
-        _checkpoint: &Checkpoint,
-        tensor: &TensorView<'_>,
-    ) -> Result<(), CheckpointError> {
-        self.take(tensor.bytes)
-    }
-}
-
-impl Receiver for Sink<'_> {
-    fn take(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
-        self.write(bytes)
-    }
-
-    fn take_tensor(
-        &mut self,
-        checkpoint: &Checkpoint,
-        tensor: &TensorView<'_>,
-    ) -> Result<(), CheckpointError> {
-        checkpoint.copy(tensor, self)
-    }
+    fn take_tensor(&mut self, tensor: TensorView<'a>) -> Result<(), CheckpointError>;
 }
 
 /// Scales in f32 as they are stored: new ones are bf16 numbers, and copied ones were of this type.
@@ -48,114 +27,133 @@ fn stored(scales: &[u8], dtype: Dtype) -> Vec<u8> {
 }
 
 /// Where output tensors come from.
-#[derive(Clone, Copy)]
 pub(super) struct Source<'a> {
-    pub(super) checkpoint: &'a Checkpoint,
-    pub(super) rewritten: Option<&'a Rewritten>,
-    pub(super) dtype: OutputDtype,
+    checkpoint: &'a Checkpoint,
+    rewritten: Option<&'a Rewritten>,
+    dtype: OutputDtype,
+    /// Scales of the fp8 matrix that was made last: they follow it.
+    scales: Option<(Made, Vec<u8>)>,
 }
 
-impl Source<'_> {
+/// A matrix that is made.
+#[derive(PartialEq)]
+enum Made {
+    Expert(usize, usize, Part),
+    Shared(usize, Part),
+}
+
+impl Made {
+    fn of(recipe: &Recipe<'_>) -> Option<Self> {
+        match recipe {
+            Recipe::Expert {
+                layer, plan, part, ..
+            } => Some(Self::Expert(*layer, plan.id, *part)),
+            Recipe::Shared { layer, part, .. } => Some(Self::Shared(*layer, *part)),
+            _ => None,
+        }
+    }
+}
+
+impl<'a> Source<'a> {
+    pub(super) fn new(
+        checkpoint: &'a Checkpoint,
+        rewritten: Option<&'a Rewritten>,
+        dtype: OutputDtype,
+    ) -> Self {
+        Self {
+            checkpoint,
+            rewritten,
+            dtype,
+            scales: None,
+        }
+    }
+
+    pub(super) fn checkpoint(&self) -> &'a Checkpoint {
+        self.checkpoint
+    }
+
     /// The bytes that a recipe makes.
     pub(super) fn make(
-        &self,
-        recipe: &Recipe<'_>,
-        to: &mut dyn Receiver,
+        &mut self,
+        recipe: &Recipe<'a>,
+        to: &mut dyn Receiver<'a>,
     ) -> Result<(), CheckpointError> {
         match recipe {
-            Recipe::Copy(tensor) => self.copy(tensor, to),
+            Recipe::Copy(tensor) => self.copy(*tensor, to),
             Recipe::KeptExperts(tensor, layer) => {
                 if let Some(rewritten) = self.rewritten
                     && tensor.name == self.checkpoint.spelling().router(layer.layer)
                     && let Some(router) = rewritten.router(layer.layer)
                 {
-                    return to.take(&router);
+                    return to.take(router);
                 }
                 let stride = tensor.bytes.len() / layer.experts.len().max(1);
-                layer
-                    .kept()
-                    .try_for_each(|expert| to.take(&tensor.bytes[expert.id * stride..][..stride]))
+                let entries = layer.kept().map(|expert| expert.id * stride);
+                to.take(
+                    entries
+                        .flat_map(|start| &tensor.bytes[start..][..stride])
+                        .copied()
+                        .collect(),
+                )
             }
-            Recipe::Expert {
-                layer,
-                plan,
-                part,
-                width,
-            } => to.take(&self.expert(*layer, plan, *part, *width)?),
+            Recipe::Expert { .. } | Recipe::Shared { .. } => {
+                let matrix = self.matrix(recipe)?;
+                self.scales = Made::of(recipe).zip(Some(matrix.scales));
+                to.take(matrix.bytes)
+            }
             Recipe::FusedGateUp { .. } | Recipe::FusedDown { .. } => {
                 let mut experts = recipe.experts();
                 experts.try_for_each(|expert| self.make(&expert, to))
             }
-            Recipe::Scales(of, dtype) => to.take(&stored(&self.scales(of)?, *dtype)),
-            Recipe::Shared { layer, part, width } => {
-                let (name, matrix) = self.shared(*layer, *part)?;
-                let new = matrix.neurons_in(self.dtype, *part, None, *width);
-                to.take(
-                    &new.map_err(|error| self.checkpoint.damaged(&name, error))?
-                        .bytes,
-                )
+            Recipe::Scales(of, dtype) => {
+                let scales = match self.scales.take() {
+                    Some((made, scales)) if Made::of(of).as_ref() == Some(&made) => scales,
+                    // The matrix was compared in another way, or not at all.
+                    _ => self.matrix(of)?.scales,
+                };
+                to.take(stored(&scales, *dtype))
             }
         }
     }
 
-    fn copy(&self, tensor: &TensorView<'_>, to: &mut dyn Receiver) -> Result<(), CheckpointError> {
+    fn copy(
+        &self,
+        tensor: TensorView<'a>,
+        to: &mut dyn Receiver<'a>,
+    ) -> Result<(), CheckpointError> {
         if self.dtype.of(tensor.dtype) == tensor.dtype {
-            return to.take_tensor(self.checkpoint, tensor);
+            return to.take_tensor(tensor);
         }
         let [rows, cols] = tensor.shape[..] else {
             unreachable!("only matrices are fp8, which opening the checkpoint has made sure of");
         };
         let matrix = self.checkpoint.matrix(tensor.name, rows, cols)?;
         let new = matrix.in_dtype(self.dtype.of(matrix.dtype));
-        to.take(
-            &new.map_err(|error| self.checkpoint.damaged(tensor.name, error))?
-                .bytes,
-        )
+        let new = new.map_err(|error| self.checkpoint.damaged(tensor.name, error))?;
+        to.take(new.bytes)
     }
 
-    /// A matrix of an expert's kept neurons, as it is or as it was rewritten, zero-padded to `width`.
-    fn expert(
-        &self,
-        layer: usize,
-        plan: &ExpertPlan,
-        part: Part,
-        width: usize,
-    ) -> Result<Vec<u8>, CheckpointError> {
+    /// A matrix of kept neurons, as it is or as it was rewritten, zero-padded to its width.
+    fn matrix(&self, recipe: &Recipe<'_>) -> Result<OwnedMatrix, CheckpointError> {
         let checkpoint = self.checkpoint;
-        let Some(new) = self.new_matrix(layer, plan, part) else {
-            let narrowed = checkpoint.narrowed(layer, plan, part, width, self.dtype)?;
-            return Ok(narrowed.bytes);
-        };
-        let padded = new.view().neurons(part, None, width);
-        let name = || checkpoint.spelling().expert(layer, plan.id, part);
-        Ok(padded
-            .map_err(|error| checkpoint.damaged(&name(), error))?
-            .bytes)
-    }
-
-    /// Scales of what another recipe makes.
-    fn scales(&self, of: &Recipe<'_>) -> Result<Vec<u8>, CheckpointError> {
-        match of {
+        match recipe {
             Recipe::Expert {
                 layer,
                 plan,
                 part,
                 width,
             } => {
-                let checkpoint = self.checkpoint;
-                let scales = if let Some(new) = self.new_matrix(*layer, plan, *part) {
-                    new.view().scales_of_neurons(*part, None, *width)
-                } else {
-                    let old = checkpoint.expert(*layer, plan.id)?.part(*part);
-                    old.scales_of_neurons(*part, plan.kept(), *width)
+                let Some(new) = self.new_matrix(*layer, plan, *part) else {
+                    return checkpoint.narrowed(*layer, plan, *part, *width, self.dtype);
                 };
                 let name = || checkpoint.spelling().expert(*layer, plan.id, *part);
-                scales.map_err(|error| checkpoint.damaged(&name(), error))
+                let padded = new.view().neurons(*part, None, *width);
+                padded.map_err(|error| checkpoint.damaged(&name(), error))
             }
             Recipe::Shared { layer, part, width } => {
                 let (name, matrix) = self.shared(*layer, *part)?;
-                let scales = matrix.scales_of_neurons(*part, None, *width);
-                scales.map_err(|error| self.checkpoint.damaged(&name, error))
+                let new = matrix.neurons_in(self.dtype, *part, None, *width);
+                new.map_err(|error| checkpoint.damaged(&name, error))
             }
             _ => unreachable!("scales of copies are copied, and fp8 has no other recipe"),
         }

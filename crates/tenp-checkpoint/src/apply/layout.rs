@@ -17,7 +17,7 @@ pub(super) struct OutputTensor<'a> {
 }
 
 /// Where bytes come from.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Recipe<'a> {
     /// A tensor as it is.
     Copy(TensorView<'a>),
@@ -76,7 +76,7 @@ enum Slot<'a> {
     Shared(&'a LayerPlan, Part),
 }
 
-/// Output tensors in the order of the source's: shard by shard, so that both sides are read and written in sequence.
+/// Output tensors in the order of the source's, shard by shard, so that both sides are read and written in sequence.
 pub(super) fn tensors<'a>(
     checkpoint: &'a Checkpoint,
     plan: &'a Plan,
@@ -103,13 +103,19 @@ pub(super) fn tensors<'a>(
             list.push(copy(source, source.name.to_owned()));
             continue;
         }
-        let weight = weight_of_scale(source.name).and_then(|name| checkpoint.tensor(name).ok());
-        match weight {
-            None => builder.add_weight(&mut list, source, slots.get(source.name)),
-            Some(weight) if output.dtype.of(weight.dtype) == Dtype::F8E4M3 => {
-                builder.add_scales(&mut list, weight, slots.get(weight.name), source);
+        // Scales come behind their matrix wherever they lie in the source: both are made at once, of bytes read once.
+        if weight_of_scale(source.name).is_some_and(|weight| checkpoint.tensor(weight).is_ok()) {
+            continue;
+        }
+        let first = list.len();
+        builder.add_weight(&mut list, source, slots.get(source.name));
+        if output.dtype.of(source.dtype) == Dtype::F8E4M3
+            && let Ok(scales) = checkpoint.tensor(&scale_name(source.name))
+        {
+            for matrix in list.split_off(first) {
+                let own = scales_of(&matrix, scales);
+                list.extend([matrix, own]);
             }
-            Some(_) => {}
         }
     }
     list
@@ -169,6 +175,22 @@ fn copy(source: TensorView<'_>, name: String) -> OutputTensor<'_> {
     }
 }
 
+/// The scales of an fp8 matrix: the old ones where it is copied.
+fn scales_of<'a>(matrix: &OutputTensor<'a>, old: TensorView<'a>) -> OutputTensor<'a> {
+    let name = scale_name(&matrix.tensor.name);
+    match (&matrix.recipe, &matrix.tensor.shape[..]) {
+        (Recipe::Copy(_), _) => copy(old, name),
+        (recipe, shape) => OutputTensor {
+            tensor: PlannedTensor {
+                name,
+                dtype: old.dtype,
+                shape: scale_shape(shape[0], shape[1]).to_vec(),
+            },
+            recipe: Recipe::Scales(Box::new(recipe.clone()), old.dtype),
+        },
+    }
+}
+
 struct Builder<'o> {
     hidden: usize,
     /// Expert width before pruning.
@@ -193,32 +215,6 @@ impl Builder<'_> {
         for out in &mut list[before..] {
             out.tensor.dtype = self.output.dtype.of(out.tensor.dtype);
         }
-    }
-
-    /// Scales of what becomes of an fp8 matrix: the old ones where it is copied.
-    fn add_scales<'a>(
-        &self,
-        list: &mut Vec<OutputTensor<'a>>,
-        weight: TensorView<'a>,
-        slot: Option<&Slot<'a>>,
-        scales: TensorView<'a>,
-    ) {
-        let mut matrices = Vec::new();
-        self.add_weight(&mut matrices, weight, slot);
-        list.extend(matrices.into_iter().map(|matrix| {
-            let name = scale_name(&matrix.tensor.name);
-            match (matrix.recipe, &matrix.tensor.shape[..]) {
-                (Recipe::Copy(_), _) => copy(scales, name),
-                (recipe, shape) => OutputTensor {
-                    tensor: PlannedTensor {
-                        name,
-                        dtype: scales.dtype,
-                        shape: scale_shape(shape[0], shape[1]).to_vec(),
-                    },
-                    recipe: Recipe::Scales(Box::new(recipe), scales.dtype),
-                },
-            }
-        }));
     }
 
     fn add<'a>(&self, list: &mut Vec<OutputTensor<'a>>, source: TensorView<'a>, slot: Slot<'a>) {

@@ -2,10 +2,14 @@
 
 use super::ahead::PLACE_BYTES;
 use super::layout::{self, OutputTensor, Recipe};
+use super::tensors::WAITING_PIECES;
 use super::{ApplyOptions, OutputDtype, form, mtp, mtp_plans};
 use crate::atomic::BUFFER_BYTES;
 use crate::plan::{ExpertPlan, Plan};
 use crate::{Checkpoint, CheckpointError, Dtype, Part};
+
+/// Those that wait, and one that is being written.
+const PIECES_AT_ONCE: usize = WAITING_PIECES + 1;
 
 /// Parts of the memory that [`super::apply`] takes, by name. Rewritten weights lie in files, and are of the same sizes.
 ///
@@ -21,13 +25,15 @@ pub fn writing_memory(
         Ok(mtp::no_norms(checkpoint))
     })?;
     let tensors = layout::tensors(checkpoint, plan, &mtp_plans, &output);
-    let largest = tensors
+    let making = tensors
         .iter()
         .map(|tensor| making_bytes(checkpoint, &tensor.recipe, options.dtype));
+    let made = tensors.iter().map(piece_bytes).max().unwrap_or(0);
     let moe = &checkpoint.config().moe;
     let norms = mtp_plans.len() * size_of::<f64>() * moe.num_experts * moe.expert_width;
     Ok(vec![
-        ("a tensor being made", largest.max().unwrap_or(0)),
+        ("a tensor being made", making.max().unwrap_or(0)),
+        ("tensors that are made", made * PIECES_AT_ONCE),
         ("names and places of tensors", list_bytes(&tensors)),
         ("the plan as text", plan.to_json(checkpoint.dir())?.len()),
         ("neurons of MTP layers", norms),
@@ -42,6 +48,18 @@ fn list_bytes(tensors: &[OutputTensor<'_>]) -> usize {
         size_of::<OutputTensor<'_>>() + size_of_val(&output.tensor) + 2 * text + PLACE_BYTES
     };
     tensors.iter().map(of).sum()
+}
+
+/// Bytes that are handed to the writer at once; copies are not.
+fn piece_bytes(output: &OutputTensor<'_>) -> usize {
+    let bytes = output.tensor.num_bytes() as usize;
+    match &output.recipe {
+        Recipe::FusedGateUp { .. } | Recipe::FusedDown { .. } => {
+            bytes / output.recipe.experts().count().max(1)
+        }
+        Recipe::Copy(tensor) if tensor.dtype == output.tensor.dtype => 0,
+        _ => bytes,
+    }
 }
 
 /// Bytes that are in memory while a recipe is followed; copies are not.

@@ -1,15 +1,16 @@
 //! Writing the tensors, shard by shard; shards that an earlier run has written stay.
 
 use std::path::Path;
+use std::sync::mpsc;
 
 use super::ApplyOptions;
 use super::ahead::{Ahead, EndOf};
-use super::gather;
+use super::gather::{self, Receiver};
 use super::layout::OutputTensor;
 use crate::atomic::Sink;
 use crate::work::Work;
 use crate::writer::{Source, WrittenShards, write_from};
-use crate::{CheckpointError, PlannedTensor};
+use crate::{Checkpoint, CheckpointError, PlannedTensor, TensorView};
 
 /// How far the shards are.
 pub(super) struct Copying<'a> {
@@ -60,43 +61,115 @@ impl<'a> Copying<'a> {
     }
 }
 
-pub(super) fn write(
-    source: gather::Source<'_>,
-    tensors: &[OutputTensor<'_>],
+/// Pieces that are made and wait for the writer.
+pub(super) const WAITING_PIECES: usize = 2;
+
+/// What the writer takes next.
+enum Piece<'a> {
+    Bytes(Vec<u8>),
+    /// A tensor of the source as it is, which the system copies.
+    Tensor(TensorView<'a>),
+    /// The end of a tensor.
+    End(Result<(), CheckpointError>),
+}
+
+pub(super) fn write<'a>(
+    source: gather::Source<'a>,
+    tensors: &[OutputTensor<'a>],
     planned: &[PlannedTensor],
     options: &ApplyOptions,
     dir: &Path,
     copying: &mut Copying<'_>,
 ) -> Result<WrittenShards, CheckpointError> {
     copying.advance(0);
-    let ahead = Ahead::new(source.checkpoint, tensors)?;
-    let mut gathering = Gathering {
-        source,
-        tensors,
-        copying,
-        ahead: &ahead,
-    };
+    let checkpoint = source.checkpoint();
+    let ahead = Ahead::new(checkpoint, tensors)?;
     std::thread::scope(|scope| {
         let _end = EndOf(&ahead);
         scope.spawn(|| ahead.read());
-        write_from(dir, planned, options.shard_bytes, &mut gathering)
+        let (orders, ordered) = mpsc::channel();
+        let (made, pieces) = mpsc::sync_channel(WAITING_PIECES);
+        let making = Making { source, made };
+        scope.spawn(move || making.run(tensors, &ordered));
+        let mut writing = Writing {
+            checkpoint,
+            tensors,
+            copying,
+            ahead: &ahead,
+            orders,
+            pieces,
+        };
+        write_from(dir, planned, options.shard_bytes, &mut writing)
     })
 }
 
-struct Gathering<'a, 'c> {
+/// The thread that makes tensors while others are written. It ends when nobody takes pieces or orders tensors any more.
+struct Making<'a> {
     source: gather::Source<'a>,
+    made: mpsc::SyncSender<Piece<'a>>,
+}
+
+impl<'a> Making<'a> {
+    fn run(mut self, tensors: &[OutputTensor<'a>], ordered: &mpsc::Receiver<Vec<usize>>) {
+        for index in ordered.iter().flatten() {
+            let made = self
+                .source
+                .make(&tensors[index].recipe, &mut Waiting(&self.made));
+            if self.made.send(Piece::End(made)).is_err() {
+                break;
+            }
+        }
+    }
+}
+
+/// The way to the writer.
+struct Waiting<'w, 'a>(&'w mpsc::SyncSender<Piece<'a>>);
+
+impl<'a> Waiting<'_, 'a> {
+    fn send(&self, piece: Piece<'a>) -> Result<(), CheckpointError> {
+        // A writer that is gone has an error of its own to tell.
+        self.0.send(piece).map_err(|_| CheckpointError::Interrupted)
+    }
+}
+
+impl<'a> Receiver<'a> for Waiting<'_, 'a> {
+    fn take(&mut self, bytes: Vec<u8>) -> Result<(), CheckpointError> {
+        self.send(Piece::Bytes(bytes))
+    }
+
+    fn take_tensor(&mut self, tensor: TensorView<'a>) -> Result<(), CheckpointError> {
+        self.send(Piece::Tensor(tensor))
+    }
+}
+
+struct Writing<'a, 'c> {
+    checkpoint: &'a Checkpoint,
     tensors: &'a [OutputTensor<'a>],
     copying: &'a mut Copying<'c>,
     ahead: &'a Ahead<'a>,
+    /// Positions of the tensors to make, shard by shard.
+    orders: mpsc::Sender<Vec<usize>>,
+    pieces: mpsc::Receiver<Piece<'a>>,
 }
 
-impl Source for Gathering<'_, '_> {
+impl Source for Writing<'_, '_> {
+    fn begins(&mut self, tensors: &[usize]) {
+        // Where nobody makes them, `fill` finds out.
+        let _ = self.orders.send(tensors.to_vec());
+    }
+
     fn fill(&mut self, index: usize, sink: &mut Sink<'_>) -> Result<(), CheckpointError> {
-        self.source.checkpoint.check_stop()?;
-        let output = &self.tensors[index];
-        self.source.make(&output.recipe, sink)?;
+        self.checkpoint.check_stop()?;
+        loop {
+            match self.pieces.recv() {
+                Ok(Piece::Bytes(bytes)) => sink.write(&bytes)?,
+                Ok(Piece::Tensor(tensor)) => self.checkpoint.copy(&tensor, sink)?,
+                Ok(Piece::End(made)) => break made?,
+                Err(mpsc::RecvError) => return Err(CheckpointError::Interrupted),
+            }
+        }
         self.ahead.passed(index);
-        self.copying.advance(output.tensor.num_bytes());
+        self.copying.advance(self.tensors[index].tensor.num_bytes());
         Ok(())
     }
 

@@ -99,11 +99,7 @@ pub fn verify(
     let mtp_plans = mtp_plans(checkpoint, plan, &output, &norms)?;
     let tensors = layout::tensors(checkpoint, plan, &mtp_plans, &output);
     let mut verifying = Verifying {
-        source: gather::Source {
-            checkpoint,
-            rewritten: None,
-            dtype: options.dtype,
-        },
+        source: gather::Source::new(checkpoint, None, options.dtype),
         computed: Computed {
             checkpoint,
             plan,
@@ -128,7 +124,7 @@ struct Verifying<'a> {
     found: Verification,
 }
 
-impl Verifying<'_> {
+impl<'a> Verifying<'a> {
     fn differs(&mut self, place: impl Into<String>, problem: impl Into<String>) {
         self.found.differences.push(Difference {
             place: place.into(),
@@ -146,7 +142,7 @@ impl Verifying<'_> {
         if self.written.plan()? != *plan {
             self.differs("tenp_plan.json", "is another plan");
         }
-        let checkpoint = self.source.checkpoint;
+        let checkpoint = self.source.checkpoint();
         let expected = match output.kind {
             Kind::Identical => Value::Object(checkpoint.config_json().clone()),
             _ => form::config(checkpoint, plan, mtp, output),
@@ -193,10 +189,10 @@ impl Verifying<'_> {
 
     fn tensors(
         &mut self,
-        tensors: &[OutputTensor<'_>],
+        tensors: &[OutputTensor<'a>],
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<(), CheckpointError> {
-        let checkpoint = self.source.checkpoint;
+        let checkpoint = self.source.checkpoint();
         let total = tensors.iter().map(|t| t.tensor.num_bytes()).sum();
         let ahead = Ahead::new(checkpoint, tensors)?;
         let mut done = 0;
@@ -220,7 +216,7 @@ impl Verifying<'_> {
         })
     }
 
-    fn tensor(&mut self, expected: &OutputTensor<'_>) -> Result<(), CheckpointError> {
+    fn tensor(&mut self, expected: &OutputTensor<'a>) -> Result<(), CheckpointError> {
         let planned = &expected.tensor;
         let Some(view) = self.written.find(&planned.name) else {
             self.differs(&planned.name, "is missing");
@@ -235,7 +231,7 @@ impl Verifying<'_> {
             return Ok(());
         }
         let tensor = Tensor::of(view.dtype, view.bytes);
-        let checked = tensor.check(&expected.recipe, &self.source, &self.computed)?;
+        let checked = tensor.check(&expected.recipe, &mut self.source, &self.computed)?;
         self.found.bytes_compared += checked.bytes_compared;
         self.found.computed += usize::from(checked.computed);
         if let Some(problem) = checked.problem {

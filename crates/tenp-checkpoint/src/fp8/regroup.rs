@@ -1,5 +1,7 @@
 //! Neurons of an fp8 matrix in new places: codes are copied where their scale can stay, and else scaled anew.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::{FP8_BLOCK, NonFinite, decode, encode, scale_shape, storable_scale_of};
@@ -18,170 +20,173 @@ pub(crate) struct Regroup<'a> {
     pub(crate) cols: Vec<u32>,
 }
 
-/// A block of the new matrix.
-struct Block<'a> {
-    source: &'a Matrix<'a>,
-    rows: &'a [u32],
-    cols: &'a [u32],
+/// Rows or columns next to each other that come from one block of the source, or are padding.
+struct Run {
+    range: Range<usize>,
+    /// Block of the source; `None` for padding.
+    block: Option<usize>,
+}
+
+/// The runs of a block of the new matrix.
+fn runs(ids: &[u32]) -> Vec<Run> {
+    let block = |id: u32| (id != PADDING).then_some(id as usize / FP8_BLOCK);
+    let mut start = 0;
+    ids.chunk_by(|a, b| block(*a) == block(*b))
+        .map(|ids| {
+            let range = start..start + ids.len();
+            start = range.end;
+            let block = block(ids[0]);
+            Run { range, block }
+        })
+        .collect()
 }
 
 impl Regroup<'_> {
-    /// Scales of the new matrix, little-endian: a block whose elements all had one scale keeps it, padding has 1, and any
-    /// other block has its largest magnitude / 448.
-    pub(crate) fn scales(&self) -> Result<Vec<u8>, NonFinite> {
-        let [_, across] = scale_shape(self.rows.len(), self.cols.len());
-        let mut scales = vec![0; 4 * across * self.rows.len().div_ceil(FP8_BLOCK)];
-        scales
-            .par_chunks_exact_mut(4 * across.max(1))
+    /// Codes of the new matrix and its scales, little-endian: a block whose elements all had one scale keeps it and its
+    /// codes, padding has 1, and any other block has its largest magnitude / 448.
+    pub(crate) fn make(&self) -> Result<(Vec<u8>, Vec<u8>), NonFinite> {
+        let width = self.cols.len();
+        let [down, across] = scale_shape(self.rows.len(), width);
+        let mut codes = vec![0; self.rows.len() * width];
+        let mut scales = vec![0; 4 * down * across];
+        let columns: Vec<Vec<Run>> = self.cols.chunks(FP8_BLOCK).map(runs).collect();
+        codes
+            .par_chunks_mut((FP8_BLOCK * width).max(1))
+            .zip(scales.par_chunks_exact_mut(4 * across.max(1)))
             .zip(self.rows.par_chunks(FP8_BLOCK))
             .enumerate()
-            .try_for_each(|(down, (scales, rows))| {
-                for (number, (scale, cols)) in self.across(scales.as_chunks_mut().0).enumerate() {
+            .try_for_each(|(down, ((codes, scales), rows))| {
+                self.gather(rows, codes);
+                let rows = runs(rows);
+                let scales = scales.as_chunks_mut().0.iter_mut();
+                for (number, (scale, cols)) in scales.zip(&columns).enumerate() {
                     let block = Block {
                         source: &self.source,
-                        rows,
+                        rows: &rows,
                         cols,
                     };
-                    let new = block.scale().ok_or(NonFinite {
+                    let first = number * FP8_BLOCK;
+                    let new = block.rescale(&mut Codes {
+                        rows: &mut *codes,
+                        width,
+                        first,
+                    });
+                    let new = new.ok_or(NonFinite {
                         row: down * FP8_BLOCK,
-                        col: number * FP8_BLOCK,
+                        col: first,
                     })?;
                     *scale = new.to_le_bytes();
                 }
                 Ok(())
             })?;
-        Ok(scales)
+        Ok((codes, scales))
     }
 
-    /// Codes of the new matrix under those scales.
-    pub(crate) fn codes(&self, scales: &[u8]) -> Vec<u8> {
-        let width = self.cols.len();
-        let [_, across] = scale_shape(self.rows.len(), width);
-        let mut codes = vec![0; self.rows.len() * width];
-        codes
-            .par_chunks_mut((FP8_BLOCK * width).max(1))
-            .zip(self.rows.par_chunks(FP8_BLOCK))
-            .zip(scales.par_chunks_exact(4 * across.max(1)))
-            .for_each(|((codes, rows), scales)| {
-                let mut first = 0;
-                for (scale, cols) in self.across(scales.as_chunks().0) {
-                    let block = Block {
-                        source: &self.source,
-                        rows,
-                        cols,
-                    };
-                    let range = first..first + cols.len();
-                    block.write(f32::from_le_bytes(*scale), range, width, codes);
-                    first += cols.len();
-                }
-            });
-        codes
+    /// The source's codes at their new places in rows of zeros.
+    fn gather(&self, rows: &[u32], codes: &mut [u8]) {
+        let all = self.cols.len() == self.source.cols && self.cols.last() != Some(&PADDING);
+        for (codes, &row) in codes.chunks_exact_mut(self.cols.len()).zip(rows) {
+            if row == PADDING {
+                continue;
+            }
+            let source = self.source.row(row as usize);
+            if all {
+                codes.copy_from_slice(source);
+                continue;
+            }
+            for (code, &col) in codes.iter_mut().zip(&self.cols) {
+                *code = source.get(col as usize).copied().unwrap_or(0);
+            }
+        }
     }
+}
 
-    fn across<T>(&self, scales: impl IntoIterator<Item = T>) -> impl Iterator<Item = (T, &[u32])> {
-        scales.into_iter().zip(self.cols.chunks(FP8_BLOCK))
+/// Where the elements of a block of the new matrix come from.
+struct Block<'a> {
+    source: &'a Matrix<'a>,
+    rows: &'a [Run],
+    cols: &'a [Run],
+}
+
+/// Rows of `width` codes, of which the block's are those from `first` on.
+struct Codes<'a> {
+    rows: &'a mut [u8],
+    width: usize,
+    first: usize,
+}
+
+/// Rows and columns of a block that had one scale.
+struct Piece<'a> {
+    rows: &'a Range<usize>,
+    cols: &'a Range<usize>,
+    scale: f32,
+}
+
+impl Codes<'_> {
+    /// The parts of rows that are a piece's.
+    fn of(&mut self, piece: &Piece<'_>) -> impl Iterator<Item = &mut [u8]> {
+        let start = self.first + piece.cols.start;
+        let rows = self.rows.chunks_exact_mut(self.width);
+        rows.skip(piece.rows.start)
+            .take(piece.rows.len())
+            .map(move |row| &mut row[start..][..piece.cols.len()])
     }
 }
 
 impl Block<'_> {
-    /// Scales of all source blocks that elements come from.
-    fn source_scales(&self) -> impl Iterator<Item = f32> {
-        let rows = blocks_of(self.rows);
-        rows.flat_map(move |row| blocks_of(self.cols).map(move |col| self.source_scale(row, col)))
-    }
-
-    fn source_scale(&self, row_block: usize, col_block: usize) -> f32 {
+    fn pieces(&self) -> Vec<Piece<'_>> {
         let across = self.source.cols.div_ceil(FP8_BLOCK);
-        f32::from_le_bytes(self.source.scales.as_chunks().0[row_block * across + col_block])
+        let scales = self.source.scales.as_chunks().0;
+        let rows = self.rows.iter();
+        rows.flat_map(|row| self.cols.iter().map(move |col| (row, col)))
+            .filter_map(|(row, col)| {
+                let scale = scales[row.block? * across + col.block?];
+                Some(Piece {
+                    rows: &row.range,
+                    cols: &col.range,
+                    scale: f32::from_le_bytes(scale),
+                })
+            })
+            .collect()
     }
 
-    /// The new scale; `None` where a value is not finite.
-    fn scale(&self) -> Option<f32> {
-        let mut scales = self.source_scales();
-        let Some(first) = scales.next() else {
+    /// Gives codes under the source's scales one scale, which it returns; `None` where a value is not finite.
+    fn rescale(&self, codes: &mut Codes<'_>) -> Option<f32> {
+        let pieces = self.pieces();
+        let Some(first) = pieces.first().map(|piece| piece.scale) else {
             return Some(1.0);
         };
-        if scales.all(|scale| scale.to_bits() == first.to_bits()) {
+        let mut scales = pieces.iter().map(|piece| piece.scale.to_bits());
+        if scales.all(|scale| scale == first.to_bits()) {
             return first.is_finite().then_some(first);
         }
         let mut peak = 0_f32;
-        let mut finite = true;
-        self.for_each_line(|_, codes, scales| {
-            let mut largest = 0;
-            for (code, scale) in codes.iter().zip(scales) {
-                largest = largest.max(code & 0x7f);
-                let value = decode(code & 0x7f) * scale.abs();
-                peak = if value > peak { value } else { peak };
+        for piece in &pieces {
+            // Magnitudes order as their codes do.
+            let largest = codes.of(piece).map(|line| largest_magnitude(line)).max();
+            let value = decode(largest.unwrap_or(0)) * piece.scale.abs();
+            if !value.is_finite() {
+                return None;
             }
-            finite &= largest < 0x7f;
-        });
-        finite &= self.source_scales().all(f32::is_finite);
-        (finite && peak.is_finite()).then(|| storable_scale_of(peak))
-    }
-
-    /// Writes the block's columns `range` of rows of `width` codes.
-    fn write(&self, scale: f32, range: std::ops::Range<usize>, width: usize, codes: &mut [u8]) {
-        let same = |source: f32| source.to_bits() == scale.to_bits();
-        let copied = self.source_scales().all(same);
-        self.for_each_line(|row, source, scales| {
-            let to = &mut codes[row * width..][range.clone()];
-            if copied {
-                to.copy_from_slice(source);
-                return;
-            }
-            for ((to, code), own) in to.iter_mut().zip(source).zip(scales) {
-                *to = encode(decode(*code) * own / scale);
-            }
-        });
-    }
-
-    /// Codes and their source scales, row by row. Padding is the code 0.
-    fn for_each_line(&self, mut work: impl FnMut(usize, &[u8], &[f32])) {
-        let (mut codes, mut scales) = ([0; FP8_BLOCK], [0.0; FP8_BLOCK]);
-        let count = self.cols.len();
-        let mut scales_of = None;
-        for (row, &id) in self.rows.iter().enumerate() {
-            if id == PADDING {
-                work(row, &[0; FP8_BLOCK][..count], &[0.0; FP8_BLOCK][..count]);
-                continue;
-            }
-            let row_block = id as usize / FP8_BLOCK;
-            if scales_of != Some(row_block) {
-                scales_of = Some(row_block);
-                for (scale, &col) in scales.iter_mut().zip(self.cols) {
-                    *scale = match col {
-                        PADDING => 0.0,
-                        col => self.source_scale(row_block, col as usize / FP8_BLOCK),
-                    };
-                }
-            }
-            let source = self.source.row(id as usize);
-            match run(self.cols) {
-                Some(first) => codes[..count].copy_from_slice(&source[first..first + count]),
-                None => {
-                    for (code, &col) in codes.iter_mut().zip(self.cols) {
-                        *code = source.get(col as usize).copied().unwrap_or(0);
-                    }
-                }
-            }
-            work(row, &codes[..count], &scales[..count]);
+            peak = peak.max(value);
         }
+        let new = storable_scale_of(peak);
+        for piece in &pieces {
+            let table: [u8; 256] =
+                std::array::from_fn(|code| encode(decode(code as u8) * piece.scale / new));
+            for code in codes.of(piece).flatten() {
+                *code = table[usize::from(*code)];
+            }
+        }
+        Some(new)
     }
 }
 
-/// Source blocks of ascending ids, each once.
-fn blocks_of(ids: &[u32]) -> impl Iterator<Item = usize> {
-    let mut last = None;
-    ids.iter().filter_map(move |&id| {
-        let block = (id != PADDING).then_some(id as usize / FP8_BLOCK)?;
-        (last.replace(block) != Some(block)).then_some(block)
-    })
-}
-
-/// The first of ids without a gap.
-fn run(ids: &[u32]) -> Option<usize> {
-    let (first, last) = (*ids.first()?, *ids.last()?);
-    (last != PADDING && (last - first) as usize + 1 == ids.len()).then_some(first as usize)
+/// The largest code but for signs.
+fn largest_magnitude(codes: &[u8]) -> u8 {
+    codes
+        .iter()
+        .fold(0, |largest, code| largest.max(code & 0x7f))
 }
 
 #[cfg(test)]
@@ -210,12 +215,12 @@ mod tests {
     }
 
     fn made(regroup: &Regroup<'_>) -> OwnedMatrix {
-        let scales = regroup.scales().unwrap();
+        let (bytes, scales) = regroup.make().unwrap();
         OwnedMatrix {
             dtype: Dtype::F8E4M3,
             rows: regroup.rows.len(),
             cols: regroup.cols.len(),
-            bytes: regroup.codes(&scales),
+            bytes,
             scales,
         }
     }
@@ -294,7 +299,7 @@ mod tests {
         let mut source = source(260, 10);
         let mixed = |source: &OwnedMatrix| {
             regroup(source, vec![1, 200], (0..10).collect())
-                .scales()
+                .make()
                 .err()
         };
         assert_eq!(mixed(&source), None);
@@ -304,6 +309,6 @@ mod tests {
         source.scales[..4].copy_from_slice(&f32::INFINITY.to_le_bytes());
         assert_eq!(mixed(&source), Some(NonFinite { row: 0, col: 0 }));
         let one = regroup(&source, vec![1, 2], (0..10).collect());
-        assert!(one.scales().is_err());
+        assert!(one.make().is_err());
     }
 }

@@ -310,8 +310,10 @@ fn fp8_matrices_and_scales_that_do_not_belong_together() {
         ],
     );
 
+    // These lie before their matrix, which then has none.
+    let earlier = scale.replace("up_proj", "gate_proj");
     let fixture = Fixture::fp8();
-    rename(&fixture, &scale, "model.other.weight_scale_inv");
+    rename(&fixture, &earlier, "model.other.weight_scale_inv");
     refused(
         &fixture,
         &["no fp8 tensor model.other.weight", "model-", "download"],
@@ -319,7 +321,7 @@ fn fp8_matrices_and_scales_that_do_not_belong_together() {
 
     // Scales of a tensor that is there, but in bf16.
     let fixture = Fixture::fp8();
-    rename(&fixture, &scale, "model.norm.weight_scale_inv");
+    rename(&fixture, &earlier, "model.norm.weight_scale_inv");
     refused(&fixture, &["no fp8 tensor model.norm.weight"]);
 
     let fixture = Fixture::fp8();
@@ -361,8 +363,9 @@ fn fp8_matrices_and_scales_that_do_not_belong_together() {
 #[test]
 fn scales_in_a_shard_that_is_missing() {
     let fixture = Fixture::fp8();
-    let parts = ["gate_proj", "down_proj"].map(|part| EXPERT.replace("up_proj", part));
-    let mut pairs = parts.iter().map(|name| {
+    let experts = ["experts.0", "experts.1", "experts.3"];
+    let names = experts.map(|expert| EXPERT.replace("experts.2", expert));
+    let mut pairs = names.iter().map(|name| {
         let scale = format!("{name}_scale_inv");
         (shard_of(&fixture, name), shard_of(&fixture, &scale))
     });

@@ -59,13 +59,14 @@ fn quantise_with(from: &Path, to: &Path, factor: impl Fn(usize, usize) -> f32) {
             vec![rows.div_ceil(128), cols.div_ceil(128)],
             new.scales,
         );
-        let name = source.name.to_owned();
-        tensors.push(tensor(name, Dtype::F8E4M3, vec![rows, cols], new.bytes));
+        // Before its matrix, as in published files.
         if number % 2 == 0 {
             tensors.push(scales);
         } else {
             last.push(scales);
         }
+        let name = source.name.to_owned();
+        tensors.push(tensor(name, Dtype::F8E4M3, vec![rows, cols], new.bytes));
     }
     tensors.append(&mut last);
     let mut config = checkpoint.config_json().clone();

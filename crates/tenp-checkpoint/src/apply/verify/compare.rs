@@ -4,7 +4,7 @@ use crate::apply::gather::{Receiver, Source};
 use crate::apply::layout::Recipe;
 use crate::names::Part;
 use crate::plan::{LayerPlan, Plan, RouterRule, Scope};
-use crate::{Checkpoint, CheckpointError, Dtype, holds_nan};
+use crate::{Checkpoint, CheckpointError, Dtype, TensorView, holds_nan};
 
 /// Values that are looked at at once.
 const CHUNK_VALUES: usize = 1 << 16;
@@ -79,10 +79,10 @@ impl<'a> Tensor<'a> {
     }
 
     /// Checks the tensor up to its first difference.
-    pub(super) fn check(
+    pub(super) fn check<'c>(
         mut self,
-        recipe: &Recipe<'_>,
-        source: &Source<'_>,
+        recipe: &Recipe<'c>,
+        source: &mut Source<'c>,
         computed: &Computed<'_>,
     ) -> Result<Checked, CheckpointError> {
         let experts = recipe.experts().count();
@@ -95,11 +95,11 @@ impl<'a> Tensor<'a> {
         Ok(self.checked)
     }
 
-    fn part(
+    fn part<'c>(
         &mut self,
-        recipe: &Recipe<'_>,
+        recipe: &Recipe<'c>,
         length: usize,
-        source: &Source<'_>,
+        source: &mut Source<'c>,
         computed: &Computed<'_>,
     ) -> Result<(), CheckpointError> {
         if self.checked.problem.is_some() {
@@ -117,12 +117,10 @@ impl<'a> Tensor<'a> {
         self.position += length;
         Ok(())
     }
-}
 
-impl Receiver for Tensor<'_> {
-    fn take(&mut self, expected: &[u8]) -> Result<(), CheckpointError> {
+    fn compare(&mut self, expected: &[u8]) {
         if self.checked.problem.is_some() {
-            return Ok(());
+            return;
         }
         let own = self.bytes[self.position..].get(..expected.len());
         if own != Some(expected) {
@@ -133,6 +131,17 @@ impl Receiver for Tensor<'_> {
         }
         self.position += expected.len();
         self.checked.bytes_compared += expected.len() as u64;
+    }
+}
+
+impl<'c> Receiver<'c> for Tensor<'_> {
+    fn take(&mut self, bytes: Vec<u8>) -> Result<(), CheckpointError> {
+        self.compare(&bytes);
+        Ok(())
+    }
+
+    fn take_tensor(&mut self, tensor: TensorView<'c>) -> Result<(), CheckpointError> {
+        self.compare(tensor.bytes);
         Ok(())
     }
 }
