@@ -81,7 +81,7 @@ pub(crate) fn write_from(
     };
     let mut weight_map = BTreeMap::new();
     std::thread::scope(|scope| {
-        let mut unnamed = None;
+        let mut naming = Naming::new(scope, total);
         let shards = groups.iter().enumerate().try_for_each(|(number, group)| {
             let name = shard_name(number, groups.len());
             let path = dir.join(&name);
@@ -94,10 +94,7 @@ pub(crate) fn write_from(
                 source.begins(group);
                 let sink = Sink::new(&file, &path, total);
                 fill(sink, &header, group.iter().zip(&planned), source)?;
-                let next = Unnamed::sync(scope, file, partial, path, total);
-                if let Some(before) = unnamed.replace(next) {
-                    before.name(source)?;
-                }
+                naming.add(file, partial, path, &mut || source.completed())?;
             }
             for tensor in planned {
                 weight_map.insert(tensor.name.as_str(), name.clone());
@@ -106,8 +103,7 @@ pub(crate) fn write_from(
             written.shards.push(name);
             Ok(())
         });
-        // A shard that is whole gets its name, whatever became of the next one.
-        let named = unnamed.map_or(Ok(()), |last| last.name(source));
+        let named = naming.finish(&mut || source.completed());
         shards.and(named)
     })?;
     let index = serde_json::json!({
@@ -136,33 +132,68 @@ fn fill<'t>(
     sink.flush()
 }
 
-/// A whole shard on its way to the disk, while the next one is written. It gets its name when it is there.
+/// Gives whole shards their names, each when it is on the disk; meanwhile the next one is written.
+pub(crate) struct Naming<'scope, 'env> {
+    scope: &'scope Scope<'scope, 'env>,
+    /// Bytes of all shards, for the error of a full disk.
+    needed: u64,
+    last: Option<Unnamed<'scope>>,
+}
+
+/// A whole shard on its way to the disk.
 struct Unnamed<'scope> {
     synced: ScopedJoinHandle<'scope, Result<(), CheckpointError>>,
     partial: PathBuf,
     path: PathBuf,
 }
 
-impl<'scope> Unnamed<'scope> {
-    fn sync(
-        scope: &'scope Scope<'scope, '_>,
-        file: File,
-        partial: PathBuf,
-        path: PathBuf,
-        needed: u64,
-    ) -> Self {
-        let place = path.clone();
+impl<'scope, 'env> Naming<'scope, 'env> {
+    pub(crate) fn new(scope: &'scope Scope<'scope, 'env>, needed: u64) -> Self {
         Self {
-            synced: scope.spawn(move || atomic::sync(&file, &place, needed)),
-            partial,
-            path,
+            scope,
+            needed,
+            last: None,
         }
     }
 
-    fn name(self, source: &mut dyn Source) -> Result<(), CheckpointError> {
+    /// Takes a shard over, and names the one before. `completed` is called before a shard gets its name.
+    pub(crate) fn add(
+        &mut self,
+        file: File,
+        partial: PathBuf,
+        path: PathBuf,
+        completed: &mut dyn FnMut() -> Result<(), CheckpointError>,
+    ) -> Result<(), CheckpointError> {
+        let (place, needed) = (path.clone(), self.needed);
+        let next = Unnamed {
+            synced: self
+                .scope
+                .spawn(move || atomic::sync(&file, &place, needed)),
+            partial,
+            path,
+        };
+        let before = self.last.replace(next);
+        before.map_or(Ok(()), |shard| shard.name(completed))
+    }
+
+    /// Names the last one. To be called whatever became of the next: it is whole.
+    pub(crate) fn finish(
+        self,
+        completed: &mut dyn FnMut() -> Result<(), CheckpointError>,
+    ) -> Result<(), CheckpointError> {
+        self.last.map_or(Ok(()), |shard| shard.name(completed))
+    }
+}
+
+impl Unnamed<'_> {
+    fn name(
+        self,
+        completed: &mut dyn FnMut() -> Result<(), CheckpointError>,
+    ) -> Result<(), CheckpointError> {
         self.synced.join().expect("syncing does not panic")?;
-        source.completed()?;
-        name_partial(&self.partial, &self.path)
+        completed()?;
+        std::fs::rename(&self.partial, &self.path)
+            .map_err(CheckpointError::io("rename to", &self.path))
     }
 }
 
@@ -173,11 +204,6 @@ pub(crate) fn create_partial(path: &Path, needed: u64) -> Result<(PathBuf, File)
     let partial = path.with_file_name(name);
     let file = File::create(&partial).map_err(|error| write_error(error, path, needed))?;
     Ok((partial, file))
-}
-
-/// Gives a whole file its name.
-pub(crate) fn name_partial(partial: &Path, path: &Path) -> Result<(), CheckpointError> {
-    std::fs::rename(partial, path).map_err(CheckpointError::io("rename to", path))
 }
 
 /// JSON as people read it, ending in a newline.

@@ -35,31 +35,52 @@ impl<'a> Ahead<'a> {
         checkpoint: &'a Checkpoint,
         tensors: &[OutputTensor<'_>],
     ) -> Result<Self, CheckpointError> {
-        let mut ahead = Self {
-            checkpoint,
-            pieces: Vec::new(),
-            ends: Vec::with_capacity(tensors.len()),
-            layers: tensors
-                .iter()
-                .map(|tensor| crate::layer_of(&tensor.tensor.name))
-                .collect(),
-            used: Mutex::new(0),
-            moved: Condvar::new(),
-        };
-        let mut before = 0;
+        let mut ahead = Self::of(checkpoint);
         for tensor in tensors {
             for bytes in sources(checkpoint, tensor)? {
                 let found = checkpoint.shards.iter().enumerate();
                 let place = found.filter_map(|(s, shard)| Some((s, shard.range_of(bytes)?)));
-                for (shard, range) in place {
-                    let length = range.len() as u64;
-                    ahead.pieces.push((shard, range, before));
-                    before += length;
-                }
+                place.for_each(|(shard, range)| ahead.push(shard, range));
             }
-            ahead.ends.push(before);
+            ahead.end(crate::layer_of(&tensor.tensor.name));
         }
         Ok(ahead)
+    }
+
+    /// The same for shards that are copied whole, a chunk in place of a tensor.
+    pub(super) fn of_chunks(checkpoint: &'a Checkpoint, chunks: &[(usize, Range<usize>)]) -> Self {
+        let mut ahead = Self::of(checkpoint);
+        for (shard, range) in chunks {
+            ahead.push(*shard, range.clone());
+            ahead.end(None);
+        }
+        ahead
+    }
+
+    fn of(checkpoint: &'a Checkpoint) -> Self {
+        Self {
+            checkpoint,
+            pieces: Vec::new(),
+            ends: Vec::new(),
+            layers: Vec::new(),
+            used: Mutex::new(0),
+            moved: Condvar::new(),
+        }
+    }
+
+    /// Bytes of all pieces so far.
+    fn before(&self) -> u64 {
+        let last = self.pieces.last();
+        last.map_or(0, |(_, range, before)| before + range.len() as u64)
+    }
+
+    fn push(&mut self, shard: usize, range: Range<usize>) {
+        self.pieces.push((shard, range, self.before()));
+    }
+
+    fn end(&mut self, layer: Option<usize>) {
+        self.ends.push(self.before());
+        self.layers.push(layer);
     }
 
     fn used(&self) -> MutexGuard<'_, u64> {

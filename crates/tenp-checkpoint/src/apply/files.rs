@@ -1,9 +1,11 @@
 //! Everything beside the tensors: identical copies, tokenizer files, plan, report, model card.
 
+use std::ops::Range;
 use std::path::Path;
 
 use serde_json::{Value, json};
 
+use super::ahead::{Ahead, EndOf};
 use super::form::Output;
 use super::tensors::Copying;
 use super::{ApplyOptions, Notes};
@@ -11,11 +13,10 @@ use crate::atomic::{Sink, write_new};
 use crate::index::{INDEX_FILE, SINGLE_FILE};
 use crate::plan::Plan;
 use crate::shard::Shard;
-use crate::writer::{WrittenShards, create_partial, name_partial, pretty};
+use crate::writer::{Naming, WrittenShards, create_partial, pretty};
 use crate::{Checkpoint, CheckpointError};
 
 const CHUNK_BYTES: usize = 16 << 20;
-const AHEAD_BYTES: usize = 64 << 20;
 
 /// The extra file that a rewriter's notes go into.
 const CARD: &str = "README.md";
@@ -75,37 +76,58 @@ pub(super) fn copy_checkpoint(
     copying: &mut Copying<'_>,
 ) -> Result<WrittenShards, CheckpointError> {
     let total = copying.total;
-    let mut written = WrittenShards {
-        shards: Vec::new(),
-        bytes: total,
-    };
-    for shard in &checkpoint.shards {
-        let path = dir.join(&shard.name);
-        written.shards.push(shard.name.clone());
-        if copying.keeps(&path, shard.num_bytes()) {
-            continue;
-        }
-        let (partial, file) = create_partial(&path, total)?;
-        let mut sink = Sink::new(&file, &path, total);
-        let length = shard.num_bytes() as usize;
-        for start in (0..length).step_by(CHUNK_BYTES) {
-            checkpoint.check_stop()?;
-            let range = start..length.min(start + CHUNK_BYTES);
-            shard.prefetch(range.end..length.min(range.end + AHEAD_BYTES));
-            shard.copy(range.clone(), &mut sink)?;
-            copying.advance(range.len() as u64);
-        }
-        sink.finish()?;
-        copying.completed()?;
-        name_partial(&partial, &path)?;
-    }
+    let shards = &checkpoint.shards;
+    let chunks: Vec<(usize, Range<usize>)> = shards
+        .iter()
+        .enumerate()
+        .flat_map(|(index, shard)| chunks_of(shard).map(move |range| (index, range)))
+        .collect();
+    let ahead = Ahead::of_chunks(checkpoint, &chunks);
+    std::thread::scope(|scope| {
+        let _end = EndOf(&ahead);
+        scope.spawn(|| ahead.read());
+        let mut naming = Naming::new(scope, total);
+        let mut chunk = 0;
+        let copied = shards.iter().try_for_each(|shard| {
+            let path = dir.join(&shard.name);
+            if copying.keeps(&path, shard.num_bytes()) {
+                chunk += chunks_of(shard).count();
+                ahead.passed(chunk - 1);
+                return Ok(());
+            }
+            let (partial, file) = create_partial(&path, total)?;
+            let mut sink = Sink::new(&file, &path, total);
+            for range in chunks_of(shard) {
+                checkpoint.check_stop()?;
+                shard.copy(range.clone(), &mut sink)?;
+                copying.advance(range.len() as u64);
+                ahead.passed(chunk);
+                chunk += 1;
+            }
+            sink.flush()?;
+            naming.add(file, partial, path, &mut || copying.completed())
+        });
+        let named = naming.finish(&mut || copying.completed());
+        copied.and(named)
+    })?;
     for name in ["config.json", INDEX_FILE] {
         let from = checkpoint.dir().join(name);
         if from.is_file() {
             copy_file(&from, &dir.join(name), total)?;
         }
     }
-    Ok(written)
+    Ok(WrittenShards {
+        shards: shards.iter().map(|shard| shard.name.clone()).collect(),
+        bytes: total,
+    })
+}
+
+/// What is copied of a shard at once.
+fn chunks_of(shard: &Shard) -> impl Iterator<Item = Range<usize>> + use<> {
+    let length = shard.num_bytes() as usize;
+    (0..length)
+        .step_by(CHUNK_BYTES)
+        .map(move |start| start..length.min(start + CHUNK_BYTES))
 }
 
 fn copy_file(from: &Path, to: &Path, needed: u64) -> Result<(), CheckpointError> {
