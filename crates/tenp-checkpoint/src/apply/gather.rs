@@ -3,6 +3,7 @@
 use super::OutputDtype;
 use super::layout::Recipe;
 use super::rewrite::Rewritten;
+use crate::fp8::scale_name;
 use crate::names::Part;
 use crate::plan::ExpertPlan;
 use crate::{Checkpoint, CheckpointError, Dtype, Matrix, OwnedMatrix, TensorView};
@@ -24,6 +25,28 @@ fn stored(scales: &[u8], dtype: Dtype) -> Vec<u8> {
         .map(|scale| f32::from_le_bytes(*scale))
         .collect();
     dtype.narrow(&values).expect("scales have a float dtype")
+}
+
+/// The tensor of the source that a recipe makes as it is, if nothing of its expert is rewritten: one of a whole expert that
+/// has tensors of its own.
+pub(super) fn unchanged<'c>(
+    checkpoint: &'c Checkpoint,
+    recipe: &Recipe<'_>,
+    dtype: OutputDtype,
+) -> Option<TensorView<'c>> {
+    let Recipe::Expert {
+        layer,
+        plan,
+        part,
+        width,
+    } = recipe
+    else {
+        return None;
+    };
+    let whole = plan.kept().is_none() && *width == checkpoint.config().moe.expert_width;
+    let name = whole.then(|| checkpoint.spelling().expert(*layer, plan.id, *part))?;
+    let tensor = checkpoint.tensor(&name).ok()?;
+    (dtype.of(tensor.dtype) == tensor.dtype).then_some(tensor)
 }
 
 /// Where output tensors come from.
@@ -97,6 +120,9 @@ impl<'a> Source<'a> {
                 )
             }
             Recipe::Expert { .. } | Recipe::Shared { .. } => {
+                if let Some(tensor) = self.unchanged(recipe) {
+                    return to.take_tensor(tensor);
+                }
                 let matrix = self.matrix(recipe)?;
                 self.scales = Made::of(recipe).zip(Some(matrix.scales));
                 to.take(matrix.bytes)
@@ -106,6 +132,9 @@ impl<'a> Source<'a> {
                 experts.try_for_each(|expert| self.make(&expert, to))
             }
             Recipe::Scales(of, dtype) => {
+                if let Some(tensor) = self.unchanged(of) {
+                    return to.take_tensor(self.checkpoint.tensor(&scale_name(tensor.name))?);
+                }
                 let scales = match self.scales.take() {
                     Some((made, scales)) if Made::of(of).as_ref() == Some(&made) => scales,
                     // The matrix was compared in another way, or not at all.
@@ -114,6 +143,20 @@ impl<'a> Source<'a> {
                 to.take(stored(&scales, *dtype))
             }
         }
+    }
+
+    /// The tensor of the source that a recipe makes as it is.
+    fn unchanged(&self, recipe: &Recipe<'_>) -> Option<TensorView<'a>> {
+        let Recipe::Expert {
+            layer, plan, part, ..
+        } = recipe
+        else {
+            return None;
+        };
+        let new = self
+            .rewritten
+            .is_some_and(|new| new.holds(*layer, plan.id, *part));
+        (!new).then(|| unchanged(self.checkpoint, recipe, self.dtype))?
     }
 
     fn copy(

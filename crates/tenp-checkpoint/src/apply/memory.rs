@@ -2,14 +2,10 @@
 
 use super::ahead::PLACE_BYTES;
 use super::layout::{self, OutputTensor, Recipe};
-use super::tensors::WAITING_PIECES;
-use super::{ApplyOptions, OutputDtype, form, mtp, mtp_plans};
+use super::{ApplyOptions, OutputDtype, form, gather, mtp, mtp_plans};
 use crate::atomic::BUFFER_BYTES;
 use crate::plan::{ExpertPlan, Plan};
 use crate::{Checkpoint, CheckpointError, Dtype, Part};
-
-/// Those that wait, and one that is being written.
-const PIECES_AT_ONCE: usize = WAITING_PIECES + 1;
 
 /// Parts of the memory that [`super::apply`] takes, by name. Rewritten weights lie in files, and are of the same sizes.
 ///
@@ -25,15 +21,19 @@ pub fn writing_memory(
         Ok(mtp::no_norms(checkpoint))
     })?;
     let tensors = layout::tensors(checkpoint, plan, &mtp_plans, &output);
-    let making = tensors
-        .iter()
-        .map(|tensor| making_bytes(checkpoint, &tensor.recipe, options.dtype));
-    let made = tensors.iter().map(piece_bytes).max().unwrap_or(0);
+    let copied = |output: &&OutputTensor<'_>| {
+        // Merging makes whole experts too.
+        plan.dern.is_none()
+            && gather::unchanged(checkpoint, &output.recipe, options.dtype).is_some()
+    };
+    let changed = || tensors.iter().filter(|output| !copied(output));
+    let making = changed().map(|tensor| making_bytes(checkpoint, &tensor.recipe, options.dtype));
+    let made = changed().map(piece_bytes).max().unwrap_or(0);
     let moe = &checkpoint.config().moe;
     let norms = mtp_plans.len() * size_of::<f64>() * moe.num_experts * moe.expert_width;
     Ok(vec![
         ("a tensor being made", making.max().unwrap_or(0)),
-        ("tensors that are made", made * PIECES_AT_ONCE),
+        ("the tensor before it", made),
         ("names and places of tensors", list_bytes(&tensors)),
         ("the plan as text", plan.to_json(checkpoint.dir())?.len()),
         ("neurons of MTP layers", norms),

@@ -149,6 +149,13 @@ impl Rewritten {
         bytes_of(self.files.get(&layer)?, ROUTER)
     }
 
+    /// Whether an expert has a new matrix.
+    pub(super) fn holds(&self, layer: usize, expert: usize, part: Part) -> bool {
+        let name = matrix_name(expert, part);
+        let file = self.files.get(&layer);
+        file.is_some_and(|file| file.entries.iter().any(|entry| entry.name == name))
+    }
+
     /// A new matrix of an expert, if it has one.
     pub(super) fn expert(&self, layer: usize, expert: usize, part: Part) -> Option<OwnedMatrix> {
         matrix_of(self.files.get(&layer)?, expert, part)

@@ -61,9 +61,6 @@ impl<'a> Copying<'a> {
     }
 }
 
-/// Pieces that are made and wait for the writer.
-pub(super) const WAITING_PIECES: usize = 2;
-
 /// What the writer takes next.
 enum Piece<'a> {
     Bytes(Vec<u8>),
@@ -88,7 +85,8 @@ pub(super) fn write<'a>(
         let _end = EndOf(&ahead);
         scope.spawn(|| ahead.read());
         let (orders, ordered) = mpsc::channel();
-        let (made, pieces) = mpsc::sync_channel(WAITING_PIECES);
+        // From hand to hand: one is made while one is written, and none waits in memory.
+        let (made, pieces) = mpsc::sync_channel(0);
         let making = Making { source, made };
         scope.spawn(move || making.run(tensors, &ordered));
         let mut writing = Writing {
