@@ -7,6 +7,10 @@ use std::sync::OnceLock;
 pub enum Isa {
     /// Whatever the compiler's target offers.
     Portable,
+    /// Arm's NEON.
+    Neon,
+    /// NEON with bf16 dot products.
+    NeonBf16,
     /// AVX2 with FMA.
     Avx2,
     /// AVX-512 (F, BW, VL, DQ).
@@ -15,18 +19,39 @@ pub enum Isa {
     Avx512Bf16,
 }
 
-/// The instruction set in use: the best the machine has, or at most what `TENP_ISA`
-/// (`portable`, `avx2`, `avx512`, `avx512bf16`) allows.
+impl Isa {
+    /// Whether bf16 products are of pairs, and so faster than those of f32.
+    pub const fn has_pairs(self) -> bool {
+        matches!(self, Self::NeonBf16 | Self::Avx512Bf16)
+    }
+}
+
+/// Instruction sets of this architecture, ascending, as `TENP_ISA` names them.
+const NAMES: &[(&str, Isa)] = &[
+    ("portable", Isa::Portable),
+    #[cfg(target_arch = "aarch64")]
+    ("neon", Isa::Neon),
+    #[cfg(target_arch = "aarch64")]
+    ("neonbf16", Isa::NeonBf16),
+    #[cfg(target_arch = "x86_64")]
+    ("avx2", Isa::Avx2),
+    #[cfg(target_arch = "x86_64")]
+    ("avx512", Isa::Avx512),
+    #[cfg(target_arch = "x86_64")]
+    ("avx512bf16", Isa::Avx512Bf16),
+];
+
+/// The instruction set in use: the best the machine has, or at most what the environment variable `TENP_ISA` names:
+/// `portable`, `avx2`, `avx512` or `avx512bf16`; on Arm `portable`, `neon` or `neonbf16`. Another value is no limit.
 pub fn isa() -> Isa {
     static ISA: OnceLock<Isa> = OnceLock::new();
     *ISA.get_or_init(|| {
-        let limit = match std::env::var("TENP_ISA").as_deref() {
-            Ok("portable") => Isa::Portable,
-            Ok("avx2") => Isa::Avx2,
-            Ok("avx512") => Isa::Avx512,
-            _ => Isa::Avx512Bf16,
-        };
-        detect().min(limit)
+        let named = std::env::var("TENP_ISA").ok();
+        let limit = NAMES
+            .iter()
+            .find(|(name, _)| Some(*name) == named.as_deref());
+        let best = detect();
+        limit.map_or(best, |(_, limit)| best.min(*limit))
     })
 }
 
@@ -46,13 +71,22 @@ fn detect() -> Isa {
     }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+fn detect() -> Isa {
+    if std::arch::is_aarch64_feature_detected!("bf16") {
+        Isa::NeonBf16
+    } else {
+        Isa::Neon
+    }
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn detect() -> Isa {
     Isa::Portable
 }
 
 /// Compiles a function once per instruction set and picks at run time, so that plain loops become wide vector code
-/// without a wide compile target.
+/// without a wide compile target. On Arm the compile target has NEON.
 macro_rules! multiversion {
     ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
@@ -84,7 +118,7 @@ macro_rules! multiversion {
                         // SAFETY: `isa()` reports AVX2 only after detecting both features.
                         return unsafe { avx2($($arg),*) };
                     }
-                    $crate::cpu::Isa::Portable => {}
+                    _ => {}
                 }
             }
             body($($arg),*)

@@ -28,7 +28,7 @@ impl Packing {
     pub(crate) fn of(compute: Compute) -> Self {
         match compute {
             Compute::F32 => Self::F32,
-            Compute::Bf16 if super::isa() == super::Isa::Avx512Bf16 => Self::Pairs,
+            Compute::Bf16 if super::isa().has_pairs() => Self::Pairs,
             Compute::Bf16 => Self::Rounded,
         }
     }

@@ -2,9 +2,17 @@
 //!
 //! Operands are packed (see `pack.rs`): `a` holds, for each step of the inner dimension, one element of each row; `b`
 //! holds one element of each of the 32 outputs. A step is one f32 product, or a pair of bf16 products. 14 × 2 vectors of
-//! accumulators fill the AVX-512 register file; nothing is reloaded before the end, so outputs are single FMA chains.
+//! accumulators fill the AVX-512 register file, narrower units take a tile in blocks; nothing is reloaded before the end, so outputs are single FMA chains.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 
 use super::pack::Packing;
+use super::{Isa, isa};
 
 /// Rows (tokens) of a tile.
 pub const TILE_ROWS: usize = 14;
@@ -38,32 +46,31 @@ pub(crate) fn multiply(packing: Packing, a: &[u32], rows: usize, b: &[u32], tile
     assert!(
         (1..=TILE_ROWS).contains(&rows) && b.len() == steps * TILE_COLS && a.len() == steps * rows
     );
-    #[cfg(target_arch = "x86_64")]
-    {
-        use super::{Isa, isa};
+    let (a_start, b_start) = (a.as_ptr(), b.as_ptr());
+    // SAFETY: `isa()` reports what was detected, `Packing::Pairs` is only chosen where it has bf16 dot products, and lengths
+    // are asserted above.
+    unsafe {
         match (packing, isa()) {
-            (Packing::Pairs, _) => {
-                // SAFETY: `Packing::Pairs` is only chosen where `isa()` is Avx512Bf16; lengths asserted above.
-                unsafe { avx512::multiply_pairs(steps, a.as_ptr(), rows, b.as_ptr(), tile) };
-                return;
-            }
+            #[cfg(target_arch = "x86_64")]
+            (Packing::Pairs, _) => avx512::multiply_pairs(steps, a_start, rows, b_start, tile),
+            #[cfg(target_arch = "x86_64")]
             (_, Isa::Avx512 | Isa::Avx512Bf16) => {
-                // SAFETY: AVX-512 detected; lengths asserted above.
-                unsafe { avx512::multiply_f32(steps, a.as_ptr(), rows, b.as_ptr(), tile) };
-                return;
+                avx512::multiply_f32(steps, a_start, rows, b_start, tile);
             }
-            (_, Isa::Avx2) => {
-                // SAFETY: AVX2 and FMA detected; lengths asserted above.
-                unsafe { avx2::multiply_f32(steps, a.as_ptr(), rows, b.as_ptr(), tile) };
-                return;
+            #[cfg(target_arch = "x86_64")]
+            (_, Isa::Avx2) => avx2::multiply_f32(steps, a_start, rows, b_start, tile),
+            #[cfg(target_arch = "aarch64")]
+            (Packing::Pairs, _) => neon::multiply_pairs(steps, a_start, rows, b_start, tile),
+            #[cfg(target_arch = "aarch64")]
+            (_, Isa::Neon | Isa::NeonBf16) => {
+                neon::multiply_f32(steps, a_start, rows, b_start, tile);
             }
-            (_, Isa::Portable) => {}
+            _ => portable(a, rows, b, tile),
         }
     }
-    portable(a, rows, b, tile);
 }
 
-/// The plain definition; also the path of machines without AVX2.
+/// The plain definition; also the path of machines without a path of their own.
 fn portable(a: &[u32], rows: usize, b: &[u32], tile: &mut Tile) {
     for row in tile.0.iter_mut().take(rows) {
         *row = [0.0; TILE_COLS];
@@ -73,218 +80,6 @@ fn portable(a: &[u32], rows: usize, b: &[u32], tile: &mut Tile) {
             let a = f32::from_bits(a);
             for (out, &b) in row.iter_mut().zip(b) {
                 *out = a.mul_add(f32::from_bits(b), *out);
-            }
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod avx512 {
-    use std::arch::x86_64::{
-        __m512, __m512bh, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps,
-        _mm512_setzero_ps, _mm512_store_ps,
-    };
-
-    use super::{TILE_COLS, Tile};
-
-    /// Calls the kernel instantiated for exactly `rows` rows.
-    macro_rules! by_rows {
-        ($kernel:ident, $rows:expr, $($arg:expr),*) => {
-            match $rows {
-                1 => $kernel::<1>($($arg),*), 2 => $kernel::<2>($($arg),*), 3 => $kernel::<3>($($arg),*),
-                4 => $kernel::<4>($($arg),*), 5 => $kernel::<5>($($arg),*), 6 => $kernel::<6>($($arg),*),
-                7 => $kernel::<7>($($arg),*), 8 => $kernel::<8>($($arg),*), 9 => $kernel::<9>($($arg),*),
-                10 => $kernel::<10>($($arg),*), 11 => $kernel::<11>($($arg),*), 12 => $kernel::<12>($($arg),*),
-                13 => $kernel::<13>($($arg),*), _ => $kernel::<14>($($arg),*),
-            }
-        };
-    }
-
-    /// # Safety
-    /// AVX-512F; `a` has `steps · rows` elements, `b` has `steps · 32`, 1 ≤ rows ≤ 14.
-    #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn multiply_f32(
-        steps: usize,
-        a: *const u32,
-        rows: usize,
-        b: *const u32,
-        tile: &mut Tile,
-    ) {
-        // SAFETY: passed on unchanged.
-        unsafe { by_rows!(tile_f32, rows, steps, a, b, tile) }
-    }
-
-    /// # Safety
-    /// As [`multiply_f32`], and AVX512_BF16.
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    pub(super) unsafe fn multiply_pairs(
-        steps: usize,
-        a: *const u32,
-        rows: usize,
-        b: *const u32,
-        tile: &mut Tile,
-    ) {
-        // SAFETY: passed on unchanged.
-        unsafe { by_rows!(tile_pairs, rows, steps, a, b, tile) }
-    }
-
-    /// A tile kernel over steps of one element, or of a pair of bf16, of each row and output: `$accumulate(acc, x, b)`
-    /// takes what `$broadcast` made of a row's step and `$load` of 16 outputs' step.
-    macro_rules! tile_kernel {
-        ($name:ident, $features:literal, $broadcast:path, $load:path, $accumulate:path) => {
-            #[target_feature(enable = $features)]
-            unsafe fn $name<const R: usize>(
-                steps: usize,
-                mut a: *const u32,
-                mut b: *const u32,
-                tile: &mut Tile,
-            ) {
-                let mut acc = [[_mm512_setzero_ps(); 2]; R];
-                for _ in 0..steps {
-                    // SAFETY: step i reads 32 words of b at 32·i and R of a at R·i, inside both by the caller's lengths.
-                    unsafe {
-                        let (b0, b1) = ($load(b), $load(b.add(16)));
-                        for (r, acc) in acc.iter_mut().enumerate() {
-                            let x = $broadcast(a.add(r));
-                            acc[0] = $accumulate(acc[0], x, b0);
-                            acc[1] = $accumulate(acc[1], x, b1);
-                        }
-                        a = a.add(R);
-                        b = b.add(TILE_COLS);
-                    }
-                }
-                store(&acc, tile);
-            }
-        };
-    }
-
-    tile_kernel!(tile_f32, "avx512f", broadcast, load, multiply_add);
-    tile_kernel!(
-        tile_pairs,
-        "avx512f,avx512bf16",
-        broadcast_pair,
-        load_pairs,
-        _mm512_dpbf16_ps
-    );
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn load(b: *const u32) -> __m512 {
-        // SAFETY: the caller's 16 words.
-        unsafe { _mm512_loadu_ps(b.cast()) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    unsafe fn broadcast(a: *const u32) -> __m512 {
-        // SAFETY: the caller's word.
-        _mm512_set1_ps(f32::from_bits(unsafe { *a }))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn multiply_add(acc: __m512, x: __m512, b: __m512) -> __m512 {
-        _mm512_fmadd_ps(x, b, acc)
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    unsafe fn load_pairs(b: *const u32) -> __m512bh {
-        // SAFETY: the caller's 16 words; both types are 64 bytes without invalid values.
-        unsafe { std::mem::transmute(load(b)) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    unsafe fn broadcast_pair(a: *const u32) -> __m512bh {
-        // SAFETY: the caller's word; both types are 64 bytes without invalid values.
-        unsafe { std::mem::transmute(broadcast(a)) }
-    }
-
-    #[target_feature(enable = "avx512f")]
-    fn store<const R: usize>(acc: &[[__m512; 2]; R], tile: &mut Tile) {
-        for (acc, row) in acc.iter().zip(&mut tile.0) {
-            // SAFETY: a tile is 64-byte aligned and its rows are 128 bytes.
-            unsafe {
-                _mm512_store_ps(row.as_mut_ptr(), acc[0]);
-                _mm512_store_ps(row.as_mut_ptr().add(16), acc[1]);
-            }
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod avx2 {
-    use std::arch::x86_64::{
-        _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_setzero_ps, _mm256_store_ps,
-    };
-
-    use super::{TILE_COLS, Tile};
-
-    /// Six rows by 16 columns at a time: what 16 registers hold.
-    ///
-    /// # Safety
-    /// AVX2 and FMA; `a` has `steps · rows` elements, `b` has `steps · 32`, 1 ≤ rows ≤ 14.
-    #[target_feature(enable = "avx2,fma")]
-    pub(super) unsafe fn multiply_f32(
-        steps: usize,
-        a: *const u32,
-        rows: usize,
-        b: *const u32,
-        tile: &mut Tile,
-    ) {
-        let (a, b): (*const f32, *const f32) = (a.cast(), b.cast());
-        let mut first = 0;
-        while first < rows {
-            let count = (rows - first).min(6);
-            for half in 0..2 {
-                // SAFETY: rows first..first+count are among `rows`; the half starts at column 0 or 16.
-                unsafe {
-                    let (a, b) = (a.add(first), b.add(16 * half));
-                    match count {
-                        1 => block::<1>(steps, a, rows, b, tile, first, half),
-                        2 => block::<2>(steps, a, rows, b, tile, first, half),
-                        3 => block::<3>(steps, a, rows, b, tile, first, half),
-                        4 => block::<4>(steps, a, rows, b, tile, first, half),
-                        5 => block::<5>(steps, a, rows, b, tile, first, half),
-                        _ => block::<6>(steps, a, rows, b, tile, first, half),
-                    }
-                }
-            }
-            first += count;
-        }
-    }
-
-    #[target_feature(enable = "avx2,fma")]
-    unsafe fn block<const R: usize>(
-        steps: usize,
-        mut a: *const f32,
-        pitch: usize,
-        mut b: *const f32,
-        tile: &mut Tile,
-        first: usize,
-        half: usize,
-    ) {
-        let mut acc = [[_mm256_setzero_ps(); 2]; R];
-        for _ in 0..steps {
-            // SAFETY: step i reads 16 of b's 32 elements and R of a's `pitch`, inside both by the caller's lengths.
-            unsafe {
-                let (b0, b1) = (_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(8)));
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let x = _mm256_broadcast_ss(&*a.add(r));
-                    acc[0] = _mm256_fmadd_ps(x, b0, acc[0]);
-                    acc[1] = _mm256_fmadd_ps(x, b1, acc[1]);
-                }
-                a = a.wrapping_add(pitch);
-                b = b.wrapping_add(TILE_COLS);
-            }
-        }
-        for (r, acc) in acc.iter().enumerate() {
-            let row = &mut tile.0[first + r];
-            // SAFETY: 16 · half + 16 ≤ 32, and both offsets are multiples of 32 bytes in a 64-byte aligned tile.
-            unsafe {
-                _mm256_store_ps(row.as_mut_ptr().add(16 * half), acc[0]);
-                _mm256_store_ps(row.as_mut_ptr().add(16 * half + 8), acc[1]);
             }
         }
     }
@@ -318,7 +113,49 @@ mod tests {
                 }));
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        paths.push(("neon", |a, rows, b, tile| {
+            let steps = b.len() / TILE_COLS;
+            // SAFETY: NEON is part of the architecture; the test's slices have these lengths.
+            unsafe { neon::multiply_f32(steps, a.as_ptr(), rows, b.as_ptr(), tile) };
+        }));
         paths
+    }
+
+    /// Against f64 sums of the exact products: units differ in how they round the sum of a pair.
+    #[test]
+    fn pairs_are_dot_products_of_bf16() {
+        if !isa().has_pairs() {
+            return;
+        }
+        let pair = |i: usize| {
+            let value = |i: usize| ((i * 2_654_435_761) % 251) as f32 / 128.0 - 1.0;
+            let bits = [value(2 * i), value(2 * i + 1)].map(|v| v.to_bits() >> 16);
+            bits[0] | bits[1] << 16
+        };
+        let halves = |word: u32| {
+            [word << 16, word & 0xffff_0000].map(|bits| f64::from(f32::from_bits(bits)))
+        };
+        for rows in 1..=TILE_ROWS {
+            for steps in [0usize, 1, 2, 7, 33] {
+                let a: Vec<u32> = (0..steps * rows).map(|i| pair(i + 7)).collect();
+                let b: Vec<u32> = (0..steps * TILE_COLS).map(|i| pair(i + 1)).collect();
+                let mut got = Tile([[9.0; TILE_COLS]; TILE_ROWS]);
+                multiply(Packing::Pairs, &a, rows, &b, &mut got);
+                for (r, row) in got.0.iter().enumerate().take(rows) {
+                    for (c, got) in row.iter().enumerate() {
+                        let products = (0..steps).flat_map(|s| {
+                            let (x, y) = (halves(a[s * rows + r]), halves(b[s * TILE_COLS + c]));
+                            [x[0] * y[0], x[1] * y[1]]
+                        });
+                        let (want, size) =
+                            products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p.abs()));
+                        let off = (f64::from(*got) - want).abs();
+                        assert!(off <= size * 1e-6, "rows {rows}, steps {steps}: {r} {c}");
+                    }
+                }
+            }
+        }
     }
 
     #[test]

@@ -1,6 +1,5 @@
 //! Rows of activations: `[rows, inner]` to `[steps, rows]` and back.
 
-#[cfg(target_arch = "x86_64")]
 use super::transpose;
 use super::{Packing, bf16_bits};
 use crate::cpu::dispatch::multiversion;
@@ -29,12 +28,11 @@ multiversion! {
 
 fn interleave(rows: &[&[f32]], out: &mut [u32]) {
     let n = rows.len();
-    #[cfg(target_arch = "x86_64")]
-    if crate::cpu::isa() >= crate::cpu::Isa::Avx512 {
+    if transpose::is_available() {
         let inner = rows[0].len();
         let blocks = inner / 16;
         assert!(n <= 16 && out.len() == inner * n && rows.iter().all(|r| r.len() == inner));
-        // SAFETY: AVX-512 detected; lengths asserted above.
+        // SAFETY: available; lengths asserted above.
         unsafe { transpose::rows(rows, blocks, out.as_mut_ptr(), out.len()) };
         for (r, row) in rows.iter().enumerate() {
             for (i, &v) in row.iter().enumerate().skip(16 * blocks) {
@@ -90,13 +88,12 @@ multiversion! {
 pub(crate) fn unpack_steps(packed: &[u32], n: usize, first: usize, rows: &mut [[f32; TILE_COLS]]) {
     let count = packed.len() / n;
     let mut done = 0;
-    #[cfg(target_arch = "x86_64")]
-    if crate::cpu::isa() >= crate::cpu::Isa::Avx512 {
+    if transpose::is_available() {
         assert!(
             n <= 16 && rows.len() >= n && first + count <= TILE_COLS && packed.len() == count * n
         );
         while done + 16 <= count {
-            // SAFETY: AVX-512 detected; 16 steps of n elements at done·n, and 16 columns at first + done of n rows.
+            // SAFETY: available; 16 steps of n elements at done·n, and 16 columns at first + done of n rows.
             unsafe {
                 transpose::steps(packed.as_ptr().add(done * n), n, first + done, rows);
             };

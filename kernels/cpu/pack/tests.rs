@@ -33,7 +33,7 @@ fn packed_value(
 
 fn packings() -> Vec<Packing> {
     let mut all = vec![Packing::F32, Packing::Rounded];
-    if crate::cpu::isa() == crate::cpu::Isa::Avx512Bf16 {
+    if crate::cpu::isa().has_pairs() {
         all.push(Packing::Pairs);
     }
     all

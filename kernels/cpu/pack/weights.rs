@@ -3,9 +3,7 @@
 use half::bf16;
 
 use super::rows::round_in_place;
-#[cfg(target_arch = "x86_64")]
 use super::rows::to_pairs;
-#[cfg(target_arch = "x86_64")]
 use super::transpose;
 use super::{Packing, bf16_bits};
 use crate::cpu::dispatch::multiversion;
@@ -13,7 +11,6 @@ use crate::cpu::tile::TILE_COLS;
 use crate::matrix::{Dtype, MatrixView, Row};
 
 /// Elements of a row that are converted at a time: 16 rows of them stay in the first cache level until they are moved.
-#[cfg(target_arch = "x86_64")]
 const RUN: usize = 256;
 
 /// Packs weight rows as the 32 columns of a block, `[steps, 32]`: column c is row `rows[c]` of `matrices[c]`, or zero.
@@ -62,8 +59,7 @@ impl<'a> BlockRows<'a> {
             return;
         }
         let mut done = 0;
-        #[cfg(target_arch = "x86_64")]
-        if crate::cpu::isa() >= crate::cpu::Isa::Avx512 {
+        if transpose::is_available() {
             // Pairs: only whole pairs can be moved.
             let whole = if packing == Packing::Pairs {
                 self.inner / 2
@@ -80,7 +76,6 @@ impl<'a> BlockRows<'a> {
     }
 
     /// The first `steps` steps, whole sixteens, of 16 columns, by 16×16 transposes; `out` begins at their first element.
-    #[cfg(target_arch = "x86_64")]
     fn move_half(&self, packing: Packing, columns: &[Row<'a>; 16], steps: usize, out: &mut [u32]) {
         // bf16 pairs are moved as they lie in the file.
         let stored = match (packing, self.dtype) {
@@ -97,7 +92,7 @@ impl<'a> BlockRows<'a> {
                 assert!(column.is_empty() || column.dtype() == self.dtype);
             }
             let bytes = columns.map(|column| column.bytes());
-            // SAFETY: AVX-512 detected; non-empty columns hold `inner` elements, `out` 32 per step.
+            // SAFETY: available; non-empty columns hold `inner` elements, `out` 32 per step.
             unsafe { transpose::columns(source, &bytes, steps / 16, out.as_mut_ptr()) };
             return;
         }
@@ -121,7 +116,7 @@ impl<'a> BlockRows<'a> {
                     bytemuck::cast_slice(&staged[c])
                 }
             });
-            // SAFETY: AVX-512 detected; a run holds `count` steps, a multiple of 16, and `out` 32 elements per step.
+            // SAFETY: available; a run holds `count` steps, a multiple of 16, and `out` 32 elements per step.
             unsafe {
                 let to = out.as_mut_ptr().add(first * TILE_COLS);
                 transpose::columns(source, &bytes, count / 16, to);
@@ -166,7 +161,6 @@ fn row_or_zeros<'a>(matrix: &MatrixView<'a>, row: usize) -> Row<'a> {
 }
 
 /// Whole steps of a row from element `first` on, as the packing holds them.
-#[cfg(target_arch = "x86_64")]
 fn convert(packing: Packing, row: &Row<'_>, first: usize, steps: &mut [u32]) {
     match packing {
         Packing::F32 => row.widen(first, bytemuck::cast_slice_mut(steps)),

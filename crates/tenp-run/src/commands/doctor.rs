@@ -106,11 +106,13 @@ fn cpu(missing: &mut Vec<String>) -> Result<Cpu> {
         Isa::Avx512Bf16 => "AVX-512 with bf16 products",
         Isa::Avx512 => "AVX-512",
         Isa::Avx2 => "AVX2",
+        Isa::NeonBf16 => "NEON with bf16 products",
+        Isa::Neon => "NEON",
         Isa::Portable => "no vector instructions that this program knows",
     };
-    if isa() < Isa::Avx512Bf16 {
+    if !isa().has_pairs() {
         missing.push(
-            "bf16 products of the CPU (AVX-512 BF16): --compute bf16 is no faster than f32 here"
+            "bf16 products of the CPU (AVX-512 BF16, or Arm's BF16): --compute bf16 is no faster than f32 here"
                 .to_owned(),
         );
     }
