@@ -134,6 +134,15 @@ impl<'a> MatrixView<'a> {
         self.cols
     }
 
+    /// Codes and scales (little-endian f32) of an fp8 matrix, [`Self::from_fp8`].
+    #[must_use]
+    pub const fn fp8_parts(&self) -> Option<(&'a [u8], &'a [u8])> {
+        match self.dtype {
+            Dtype::F8E4m3 => Some((self.bytes, self.scales.as_flattened())),
+            _ => None,
+        }
+    }
+
     /// Row `row`, which is there.
     pub(crate) fn row(&self, row: usize) -> Row<'a> {
         let pitch = self.cols * self.dtype.size();

@@ -199,6 +199,19 @@ impl<'a, T: Pod> DeviceSliceMut<'a, T> {
         })
     }
 
+    /// The same bytes as elements of another type.
+    ///
+    /// # Errors
+    /// As [`DeviceSlice::cast`].
+    pub fn cast<U: Pod>(self) -> Result<DeviceSliceMut<'a, U>, KernelError> {
+        let len = self.as_slice().cast::<U>()?.len();
+        Ok(DeviceSliceMut {
+            address: self.address,
+            len,
+            marker: PhantomData,
+        })
+    }
+
     /// The pointer for a kernel, checked to have room for `len` elements and to be aligned.
     pub(super) fn checked<P>(
         &mut self,
@@ -295,6 +308,10 @@ mod tests {
         // SAFETY: as above.
         let mut out = unsafe { DeviceSliceMut::<u16>::from_raw(0x2000, 8) };
         assert_eq!(out.reborrow().slice(2..8).unwrap().address(), 0x2004);
+        let words = out.reborrow().slice(2..8).unwrap().cast::<u32>().unwrap();
+        assert_eq!((words.address(), words.len()), (0x2004, 3));
+        assert!(out.reborrow().slice(1..7).unwrap().cast::<u32>().is_err());
+        assert!(out.reborrow().slice(0..3).unwrap().cast::<u32>().is_err());
         assert!(out.checked::<u16>("y", 9, 2).is_err());
         assert!(optional::<f32, f32>(None, "z", 5, 4).unwrap().is_null());
     }

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | one layer's weights in one piece of memory | `arena`, `layer` |
 //! | their way from the mapped file, beside the kernels | `store` |
+//! | fp8 weights, unpacked where the kernels run | `unpack` |
 //! | the pass, block by block | `pass`, `attention`, `routing`, `moe` |
 //! | what the kernels must know of the sequences | `tables` |
 //! | calibration sums | `sums` |
@@ -13,6 +14,9 @@
 mod arena;
 mod attention;
 mod cache;
+#[cfg(test)]
+#[path = "../../tenp-checkpoint/tests/support/fp8.rs"]
+mod fp8_folders;
 mod layer;
 mod moe;
 mod moments;
@@ -21,6 +25,7 @@ mod routing;
 mod store;
 mod sums;
 mod tables;
+mod unpack;
 
 use std::cell::{OnceCell, RefCell};
 use std::time::Instant;
@@ -257,17 +262,16 @@ impl<B: Backend + 'static> Engine for DeviceModel<'_, B> {
     }
 
     fn working_bytes(&self, tokens: usize) -> WorkingBytes {
-        let (config, layer) = (self.checkpoint.config(), self.store.borrow().layer_bytes());
+        let (config, store) = (self.checkpoint.config(), self.store.borrow());
         let moe = &config.moe;
         let hidden = 4 * tokens * config.hidden_size;
         let sums = 8 * 7 * moe.num_experts * moe.expert_width;
         let block = self.block_tokens.min(tokens) * block_bytes_per_token(config);
         // The statistics of all layers, two layers being packed, the hidden states that come back.
-        let host = 2 * layer + hidden + sums * 9 / 7 * config.moe_layers.len();
-        let weights = self.store.borrow().resident_bytes().unwrap_or(2 * layer);
+        let host = store.host_bytes() + hidden + sums * 9 / 7 * config.moe_layers.len();
         WorkingBytes {
             host,
-            device: Some(weights + hidden + block + 2 * sums),
+            device: Some(store.device_bytes() + hidden + block + 2 * sums),
         }
     }
 

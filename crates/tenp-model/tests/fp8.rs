@@ -155,16 +155,23 @@ fn calibration_has_the_bits_of_the_dequantised_weights() {
     assert_eq!(statistics(&folders.fp8()), statistics(&folders.wide()));
 }
 
+/// With every layer kept, and with none: then its memory is another layer's soon.
 #[test]
 fn the_device_path_has_the_bits_of_the_dequantised_weights() {
-    let folders = Folders::wide_model();
-    let logits = |folder: &Path| {
-        let checkpoint = Checkpoint::open(folder).expect("opens");
-        let backend = simt::Simulated::new(simt::Schedule::UNLIKE[0]);
-        let device = DeviceModel::new(&checkpoint, backend).expect("found");
-        logits(&Model::on(&device))
-    };
-    assert_eq!(logits(&folders.fp8()), logits(&folders.wide()));
+    let golden = Folders::of(&golden_dir().join("deepseek_v3"));
+    let place = simt::Simulated::new(simt::Schedule::UNLIKE[0]);
+    for (folders, place) in [
+        (&golden, place.with_wgmma()),
+        (&golden, place.with_free_bytes(0)),
+        (&Folders::wide_model(), place.with_free_bytes(0)),
+    ] {
+        let logits = |folder: &Path| {
+            let checkpoint = Checkpoint::open(folder).expect("opens");
+            let device = DeviceModel::new(&checkpoint, place).expect("found");
+            logits(&Model::on(&device))
+        };
+        assert_eq!(logits(&folders.fp8()), logits(&folders.wide()));
+    }
 }
 
 #[test]

@@ -14,6 +14,9 @@ use tenp_kernels::{KernelError, MatrixView};
 /// Parts begin at multiples of this, so that every kernel's loads are aligned.
 const ALIGNMENT: usize = 256;
 
+/// Bytes that a thread copies at once.
+const COPIED: usize = 1 << 20;
+
 /// A part of an arena.
 #[derive(Debug)]
 pub(super) struct Slot<T> {
@@ -40,7 +43,9 @@ pub(super) struct Experts<'c> {
 }
 
 /// What a part is made of.
-enum Source<'c> {
+pub(super) enum Source<'c> {
+    /// As they lie.
+    Bytes(&'c [u8]),
     /// Rounded to bf16 where it is not.
     Bf16(MatrixView<'c>),
     /// Widened.
@@ -52,8 +57,20 @@ enum Source<'c> {
 }
 
 impl Source<'_> {
+    pub(super) fn has_fp8(&self) -> bool {
+        let fp8 = |matrix: &MatrixView<'_>| matrix.fp8_parts().is_some();
+        match self {
+            Self::Bf16(matrix) => fp8(matrix),
+            Self::GateUp(e) => e.weights.iter().any(|e| fp8(&e.gate) || fp8(&e.up)),
+            Self::DownTransposed(e) => e.weights.iter().any(|e| fp8(&e.down)),
+            // A router is never fp8.
+            Self::F32(_) | Self::Bytes(_) | Self::Floats(_) | Self::Integers(_) => false,
+        }
+    }
+
     fn bytes(&self) -> usize {
         match self {
+            Self::Bytes(v) => v.len(),
             Self::Bf16(m) => 2 * m.rows() * m.cols(),
             Self::F32(m) => 4 * m.rows() * m.cols(),
             Self::Floats(v) => 4 * v.len(),
@@ -66,6 +83,10 @@ impl Source<'_> {
     /// `out` is as long as the part.
     fn write(&self, out: &mut [u8]) -> Result<(), KernelError> {
         match self {
+            Self::Bytes(v) => out
+                .par_chunks_mut(COPIED)
+                .zip(v.par_chunks(COPIED))
+                .for_each(|(to, from)| to.copy_from_slice(from)),
             Self::Bf16(m) => each_row(m.cols(), out, |row, out| m.round_row(row, out))?,
             Self::F32(m) => each_row(m.cols(), out, |row, out| m.widen_row(row, out))?,
             Self::Floats(v) => out.copy_from_slice(bytemuck::cast_slice(v)),
@@ -109,7 +130,24 @@ impl<'c> Contents<'c> {
         end.next_multiple_of(ALIGNMENT)
     }
 
-    fn add<T>(&mut self, source: Source<'c>) -> Slot<T> {
+    /// Where the parts are.
+    #[cfg(test)]
+    pub(super) fn parts(&self) -> impl Iterator<Item = Range<usize>> {
+        self.parts.iter().map(|(range, _)| range.clone())
+    }
+
+    /// Whether any weight is fp8.
+    pub(super) fn has_fp8(&self) -> bool {
+        self.parts.iter().any(|(_, source)| source.has_fp8())
+    }
+
+    /// The parts and where they are.
+    pub(super) fn into_parts(self) -> Vec<(Range<usize>, Source<'c>)> {
+        self.parts
+    }
+
+    /// A part made of `source`, behind those that are there.
+    pub(super) fn add<T>(&mut self, source: Source<'c>) -> Slot<T> {
         let start = self.bytes();
         let bytes = start..start + source.bytes();
         self.parts.push((bytes.clone(), source));

@@ -209,7 +209,7 @@ impl<'s, 'c, B: Backend + 'static> DevicePass<'s, 'c, B> {
         }
         self.collect(&loaded, launched?, observer)?;
         let mut store = model.store.borrow_mut();
-        store.release(backend, loaded).at(layer)?;
+        store.release(loaded);
         self.layer += 1;
         Ok(())
     }
@@ -293,7 +293,7 @@ impl<B: Backend + 'static> Pass for DevicePass<'_, '_, B> {
         }
         let moments = moments.finish(backend).at(layer)?;
         let mut store = model.store.borrow_mut();
-        store.release(backend, loaded).at(layer)?;
+        store.release(loaded);
         Ok(moments)
     }
 

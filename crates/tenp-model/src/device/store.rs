@@ -1,17 +1,19 @@
 //! Weights on their way: from the mapped file into staging memory, from there to where the kernels run.
 //!
 //! While a layer computes, the next one is packed into staging memory on other threads; its upload runs beside the
-//! kernels that are still at work. At most two layers are resident, unless all of them fit.
+//! kernels that are still at work. At most two layers are resident, unless all of them fit: of a layer with fp8 weights
+//! what was sent is one of the two, until its turn comes and kernels unpack it.
 
 use std::collections::VecDeque;
 use std::rc::Rc;
 
 use tenp_checkpoint::{Checkpoint, ExpertTensors};
 use tenp_kernels::KernelError;
-use tenp_kernels::device::Backend;
+use tenp_kernels::device::{Backend, Memory};
 
 use super::arena::Contents;
 use super::layer::LayerWeights;
+use super::unpack::Unpacking;
 use crate::ModelError;
 use crate::error::AtLayer;
 
@@ -25,8 +27,9 @@ pub(super) struct Loaded<B: Backend> {
 pub(super) struct Staged<'c, B: Backend> {
     layer: usize,
     weights: LayerWeights,
-    /// Where the layer will go: taken before this layer's kernels are asked for, so that the upload need not wait for them.
-    arena: B::Idle,
+    unpacking: Option<Unpacking>,
+    /// Where the upload will go: taken before this layer's kernels are asked for, so that it need not wait for them.
+    target: B::Idle,
     pub(super) filling: Filling<'c, B>,
 }
 
@@ -56,7 +59,43 @@ impl<B: Backend> Filling<'_, B> {
 struct Pending<B: Backend> {
     layer: usize,
     weights: LayerWeights,
+    unpacking: Option<Unpacking>,
     transfer: B::Transfer,
+}
+
+/// Sizes of the buffers that every layer fits into.
+#[derive(Clone, Copy, Default)]
+struct Sizes {
+    /// An arena.
+    arena: usize,
+    /// What is sent of a layer, to be packed on the host.
+    staging: usize,
+    /// What is sent of a layer with fp8 weights.
+    packed: usize,
+    /// What unpacking one takes besides.
+    room: usize,
+    /// Arenas in turn.
+    arenas: usize,
+}
+
+impl Sizes {
+    fn add(&mut self, sent: &Contents<'_>, unpacking: Option<&Unpacking>) {
+        let sent = sent.bytes();
+        self.staging = self.staging.max(sent);
+        match unpacking {
+            None => {
+                self.arena = self.arena.max(sent);
+                // One computes, and one is uploaded into.
+                self.arenas = 2;
+            }
+            Some(unpacking) => {
+                self.arena = self.arena.max(unpacking.arena_bytes());
+                self.packed = self.packed.max(sent);
+                self.room = self.room.max(unpacking.room_bytes());
+                self.arenas = self.arenas.max(1);
+            }
+        }
+    }
 }
 
 /// Where a model's layers are.
@@ -65,11 +104,12 @@ pub(super) struct Store<B: Backend> {
     resident: Vec<Option<Rc<Loaded<B>>>>,
     keeps: bool,
     total_bytes: u64,
-    /// Bytes of the largest layer.
-    layer_bytes: usize,
+    sizes: Sizes,
     staging: VecDeque<B::Staging>,
     num_staging: usize,
-    arenas: Vec<B::Idle>,
+    arenas: Vec<B::Buffer<u8>>,
+    /// For what is sent of layers with fp8 weights, unless it is on its way.
+    packed: Option<B::Buffer<u8>>,
     pending: Option<Pending<B>>,
 }
 
@@ -78,32 +118,39 @@ impl<B: Backend> Store<B> {
     /// `resident_bytes`.
     pub(super) fn new(checkpoint: &Checkpoint, resident_bytes: u64) -> Result<Self, ModelError> {
         let num_layers = checkpoint.config().num_layers;
-        let (mut largest, mut total) = (0, 0u64);
+        let (mut sizes, mut total) = (Sizes::default(), 0u64);
         for layer in 0..num_layers {
-            let bytes = LayerWeights::find(checkpoint, layer, &[])?.1.bytes();
-            largest = largest.max(bytes);
-            total += bytes as u64;
+            let contents = LayerWeights::find(checkpoint, layer, &[])?.1;
+            total += contents.bytes() as u64;
+            let (sent, unpacking) = contents.sent();
+            sizes.add(&sent, unpacking.as_ref());
         }
         Ok(Self {
             resident: (0..num_layers).map(|_| None).collect(),
             keeps: total <= resident_bytes,
             total_bytes: total,
-            layer_bytes: largest,
+            sizes,
             staging: VecDeque::new(),
             num_staging: 0,
             arenas: Vec::new(),
+            packed: None,
             pending: None,
         })
     }
 
-    /// Bytes of the largest layer.
-    pub(super) fn layer_bytes(&self) -> usize {
-        self.layer_bytes
+    /// Bytes on the host: two layers being sent.
+    pub(super) fn host_bytes(&self) -> usize {
+        2 * self.sizes.staging
     }
 
-    /// Bytes of all layers, where all of them stay.
-    pub(super) fn resident_bytes(&self) -> Option<usize> {
-        self.keeps.then_some(self.total_bytes as usize)
+    /// Bytes where the kernels run: all layers where they stay, else those in turn; what is sent in fp8, and its unpacking.
+    pub(super) fn device_bytes(&self) -> usize {
+        let layers = if self.keeps {
+            self.total_bytes as usize
+        } else {
+            self.sizes.arenas * self.sizes.arena
+        };
+        layers + self.sizes.packed + self.sizes.room
     }
 
     /// Begins to stage `layer`, unless there is no such layer or it is there already.
@@ -127,37 +174,64 @@ impl<B: Backend> Store<B> {
         replaced: &[(usize, ExpertTensors<'c>)],
     ) -> Result<Staged<'c, B>, ModelError> {
         let (weights, contents) = LayerWeights::find(checkpoint, layer, replaced)?;
+        let (sent, unpacking) = contents.sent();
+        self.grow(&sent, unpacking.as_ref());
         // Two in turn: one is packed while the other is still being read by its upload.
         let staging = if self.num_staging < 2 {
             self.num_staging += 1;
-            backend.staging(self.layer_bytes).at(layer)?
+            backend.staging(self.sizes.staging).at(layer)?
         } else {
             let oldest = self.staging.pop_front();
             oldest
                 .expect("one layer is staged at a time, and its memory comes back with its upload")
         };
-        let arena = if let Some(arena) = self.arenas.pop() {
-            arena
+        let bytes = sent.bytes();
+        let target = if unpacking.is_some() {
+            self.packed(backend, bytes).at(layer)?
         } else {
-            let room = if self.keeps {
-                contents.bytes()
-            } else {
-                self.layer_bytes
-            };
-            let arena = backend.alloc("a layer's weights", room).at(layer)?;
-            backend.idle(arena).at(layer)?
+            self.arena(backend, bytes).at(layer)?
         };
         Ok(Staged {
             layer,
             weights,
-            arena,
+            unpacking,
+            target: backend.idle(target).at(layer)?,
             filling: Filling {
                 checkpoint,
                 layer,
-                contents,
+                contents: sent,
                 staging,
             },
         })
+    }
+
+    /// Makes room for a layer whose replaced experts take more than its own: they may be bf16 where those are fp8. Nothing
+    /// is under way then.
+    fn grow(&mut self, sent: &Contents<'_>, unpacking: Option<&Unpacking>) {
+        let before = self.sizes.staging;
+        self.sizes.add(sent, unpacking);
+        if self.sizes.staging > before {
+            self.staging.clear();
+            self.num_staging = 0;
+        }
+    }
+
+    /// Memory for a layer of `bytes` bytes; where layers stay, no more than that.
+    fn arena(&mut self, backend: &B, bytes: usize) -> Result<B::Buffer<u8>, KernelError> {
+        self.arenas.retain(|arena| arena.view().len() >= bytes);
+        if let Some(arena) = self.arenas.pop() {
+            return Ok(arena);
+        }
+        let room = if self.keeps { bytes } else { self.sizes.arena };
+        backend.alloc("a layer's weights", room)
+    }
+
+    /// Memory for `bytes` bytes that are sent of a layer with fp8 weights.
+    fn packed(&mut self, backend: &B, bytes: usize) -> Result<B::Buffer<u8>, KernelError> {
+        match self.packed.take() {
+            Some(packed) if packed.view().len() >= bytes => Ok(packed),
+            _ => backend.alloc("a layer's fp8 weights", self.sizes.packed),
+        }
     }
 
     /// Starts the upload of a layer that has been packed.
@@ -165,16 +239,18 @@ impl<B: Backend> Store<B> {
         let Staged {
             layer,
             weights,
-            arena,
+            unpacking,
+            target,
             filling,
         } = staged;
         let bytes = filling.contents.bytes();
         let transfer = backend
-            .start_transfer(filling.staging, arena, bytes)
+            .start_transfer(filling.staging, target, bytes)
             .at(layer)?;
         self.pending = Some(Pending {
             layer,
             weights,
+            unpacking,
             transfer,
         });
         Ok(())
@@ -222,8 +298,20 @@ impl<B: Backend> Store<B> {
     /// What was sent, for kernels asked for from now on.
     fn arrive(&mut self, backend: &B, layer: usize) -> Result<Rc<Loaded<B>>, ModelError> {
         let pending = self.pending.take().expect("just sent");
-        let (staging, arena) = backend.finish_transfer(pending.transfer).at(layer)?;
+        let (staging, target) = backend.finish_transfer(pending.transfer).at(layer)?;
         self.staging.push_back(staging);
+        let arena = match pending.unpacking {
+            None => target,
+            Some(unpacking) => {
+                let mut arena = self.arena(backend, unpacking.arena_bytes()).at(layer)?;
+                unpacking
+                    .run(backend, target.view(), arena.view_mut())
+                    .at(layer)?;
+                // The next upload into it is behind these kernels: it is made idle when that upload is staged.
+                self.packed = Some(target);
+                arena
+            }
+        };
         Ok(Rc::new(Loaded {
             weights: pending.weights,
             arena,
@@ -231,24 +319,25 @@ impl<B: Backend> Store<B> {
     }
 
     /// A layer that a pass has gone through: its memory is used again, unless it stays.
-    pub(super) fn release(
-        &mut self,
-        backend: &B,
-        loaded: Rc<Loaded<B>>,
-    ) -> Result<(), KernelError> {
+    pub(super) fn release(&mut self, loaded: Rc<Loaded<B>>) {
         if let Ok(loaded) = Rc::try_unwrap(loaded) {
-            self.arenas.push(backend.idle(loaded.arena)?);
+            self.arenas.push(loaded.arena);
         }
-        Ok(())
     }
 
     /// An upload that no pass goes on with.
     fn drop_pending(&mut self, backend: &B) -> Result<(), KernelError> {
         if let Some(pending) = self.pending.take() {
-            let (staging, arena) = backend.finish_transfer(pending.transfer)?;
+            let (staging, target) = backend.finish_transfer(pending.transfer)?;
             self.staging.push_back(staging);
-            self.arenas.push(backend.idle(arena)?);
+            match pending.unpacking {
+                None => self.arenas.push(target),
+                Some(_) => self.packed = Some(target),
+            }
         }
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;
