@@ -274,6 +274,34 @@ fn row(case: &Case, what: &str, seconds: f64, costs: (f64, f64), ceilings: Ceili
     })
 }
 
+/// Both forms of the contributions' product, and what the Gram form takes once for a pass.
+fn contributions(
+    layer: &mut Layer<'_, Device>,
+    work: &MoeWork,
+    ceilings: Ceilings,
+    measure: &dyn Fn(&str, f64, &mut Work<'_>) -> Result<f64, KernelError>,
+) -> Result<Vec<Value>, KernelError> {
+    let case = layer.case;
+    let made = |what, seconds, costs| row(&case, what, seconds, costs, ceilings);
+    let costs = (work.down_flops(), work.contribution_bytes());
+    let with_y = measure("contribution", costs.0, &mut |set| {
+        layer.project(set, false)
+    })?;
+    let with_y = made("contribution", with_y, costs);
+    let costs = (work.gram_flops(), work.gram_bytes());
+    let matrices = measure("Gram matrices", costs.0, &mut |set| layer.make_gram(set))?;
+    let matrices = made("Gram matrices", matrices, costs);
+    let (name, costs) = (
+        "contribution, Gram form",
+        (
+            work.gram_contribution_flops(),
+            work.gram_contribution_bytes(),
+        ),
+    );
+    let gram = measure(name, costs.0, &mut |set| layer.project(set, true))?;
+    Ok(vec![with_y, matrices, made(name, gram, costs)])
+}
+
 fn run_case(
     bench: &Bench<'_>,
     weights: &Weights<Device>,
@@ -308,6 +336,11 @@ fn run_case(
             })
         })
         .transpose()?;
+    let mut rows = if scored {
+        contributions(&mut layer, &work, ceilings, &measure)?
+    } else {
+        Vec::new()
+    };
     let mut baseline = Baseline::new(&layer, &work, device)?;
     let one_by_one = measure("cuBLAS loop", flops, &mut |set| {
         let operands = (&weights.gate_up[set], &weights.down_t[set], &layer.h);
@@ -325,10 +358,8 @@ fn run_case(
     experts["cublas_grouped_us"] = json!(grouped * 1e6);
     experts["times_cublas_loop"] = json!(one_by_one / ours);
     experts["times_cublas_grouped"] = json!(grouped / ours);
-    let mut rows = vec![
-        experts,
-        row(&case, "layer", whole, (flops, bytes), ceilings),
-    ];
+    rows.push(experts);
+    rows.push(row(&case, "layer", whole, (flops, bytes), ceilings));
     if let Some(seconds) = scoring {
         let bytes = bytes + work.contribution_bytes() + work.direction_bytes();
         rows.push(row(

@@ -43,6 +43,14 @@ pub struct Ceilings {
     pub bytes: f64,
 }
 
+impl Ceilings {
+    /// Of an H200, as measured once: cuBLAS bf16 products of random numbers, and a copy.
+    pub const H200: Self = Self {
+        flops: 788e12,
+        bytes: 4.3e12,
+    };
+}
+
 /// Which term of a floor is the larger.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bound {
@@ -157,7 +165,7 @@ impl MoeWork {
         4.0 * self.pairs() * self.hidden as f64
     }
 
-    /// FLOPs of the down product, and as many of the contribution's product.
+    /// FLOPs of the down product, and as many of the contribution's product with y.
     #[must_use]
     pub fn down_flops(&self) -> f64 {
         2.0 * self.pairs() * self.hidden as f64
@@ -169,7 +177,7 @@ impl MoeWork {
         self.gate_up_flops() + self.down_flops()
     }
 
-    /// 8 H Σ rows · width: forward and contribution.
+    /// 8 H Σ rows · width: forward and contribution with y.
     #[must_use]
     pub fn scored_flops(&self) -> f64 {
         self.forward_flops() + self.down_flops()
@@ -208,6 +216,63 @@ impl MoeWork {
         self.down_bytes()
     }
 
+    /// FLOPs of the contributions in Gram form: h · G for the two parts of G.
+    #[must_use]
+    pub fn gram_contribution_flops(&self) -> f64 {
+        let square = |e: &ExpertWork| e.rows as f64 * (e.width as f64).powi(2);
+        4.0 * self.experts.iter().map(square).sum::<f64>()
+    }
+
+    /// Bytes of the same as a launch of its own: both parts of G and h read.
+    #[must_use]
+    pub fn gram_contribution_bytes(&self) -> f64 {
+        let hit = self.experts.iter().filter(|e| e.is_hit());
+        2.0 * BF16 * hit.map(|e| (e.width as f64).powi(2)).sum::<f64>() + BF16 * self.pairs()
+    }
+
+    /// FLOPs of every expert's G, whatever it got.
+    #[must_use]
+    pub fn gram_flops(&self) -> f64 {
+        2.0 * self.hidden as f64 * self.squares()
+    }
+
+    /// Bytes of the same: the down projections read, G written and read in f32, and its parts written.
+    #[must_use]
+    pub fn gram_bytes(&self) -> f64 {
+        let neurons: usize = self.experts.iter().map(|e| e.width).sum();
+        BF16 * (neurons * self.hidden) as f64 + (2.0 * F32 + 2.0 * BF16) * self.squares()
+    }
+
+    /// Σ width².
+    fn squares(&self) -> f64 {
+        let square = |e: &ExpertWork| (e.width as f64).powi(2);
+        self.experts.iter().map(square).sum()
+    }
+
+    /// Whether the contributions of a pass, whose tokens come in `blocks` blocks, take less time in Gram form: ⟨w, y⟩ as
+    /// `h · G` (G = `W_downᵀ · W_down`, made once for the pass) instead of `y · W_down`.
+    ///
+    /// Every launch is taken to take its floor. With y that is 2 H flops a neuron and row, and y is written and read in
+    /// bf16 for it; in Gram form 4 · width flops, since G has two parts, and 2 H · width a neuron once. So where arithmetic
+    /// decides it wins only below a width of H/2, with more than H · width / (H − 2 · width) rows an expert.
+    #[must_use]
+    pub fn gram_wins(&self, blocks: usize, ceilings: Ceilings) -> bool {
+        let again = blocks.max(1) as f64 - 1.0;
+        let seconds = |flops, bytes| floor(flops, bytes, ceilings).seconds;
+        let y = BF16 * self.rows() as f64 * self.hidden as f64;
+        let weights = self.weight_bytes() / 3.0;
+        let plain = seconds(
+            self.down_flops(),
+            self.contribution_bytes() + y + again * weights,
+        );
+        let parts = self.gram_contribution_bytes() - BF16 * self.pairs();
+        let gram = seconds(
+            self.gram_contribution_flops(),
+            self.gram_contribution_bytes() + again * parts,
+        );
+        gram + seconds(self.gram_flops(), self.gram_bytes()) < plain
+    }
+
     /// Bytes of the direction scoring: y in f32 read once, x and the residual stream read, the combined output written.
     #[must_use]
     pub fn direction_bytes(&self) -> f64 {
@@ -237,10 +302,7 @@ mod tests {
         }
     }
 
-    const H200: Ceilings = Ceilings {
-        flops: 788e12,
-        bytes: 4.3e12,
-    };
+    const H200: Ceilings = Ceilings::H200;
 
     #[test]
     fn a_decoded_token_of_qwen3_is_bound_by_its_experts_weights() {
@@ -316,5 +378,57 @@ mod tests {
         let work = qwen3(4096, 128, 65_536);
         let want = 4.0 * 2048.0 * (524_288.0 + 3.0 * 65_536.0);
         assert_eq!(work.direction_bytes(), want);
+    }
+
+    /// A layer of one width, whose experts share `tokens` tokens evenly.
+    fn even(
+        hidden: usize,
+        width: usize,
+        (experts, top_k): (usize, usize),
+        tokens: usize,
+    ) -> MoeWork {
+        let rows = tokens * top_k / experts;
+        MoeWork {
+            hidden,
+            tokens,
+            experts: vec![ExpertWork { width, rows }; experts],
+        }
+    }
+
+    #[test]
+    fn the_gram_form_wins_where_experts_are_narrow_and_rows_are_many() {
+        let wins = |work: MoeWork| work.gram_wins(work.tokens.div_ceil(16_384), H200);
+        let (v2_lite, v3) = ((64, 6), (256, 8));
+        for tokens in [1, 512, 16_384, 262_144, 1 << 24] {
+            assert!(!wins(even(2048, 1408, v2_lite, tokens)));
+            assert!(!wins(even(2048, 1024, v2_lite, tokens)));
+        }
+        // H w / (H − 2 w) rows an expert: 2253 of DeepSeek-V2-Lite at half its width, 4779 of V3.
+        for (hidden, width, shape, rows) in [(2048, 704, v2_lite, 2253), (7168, 2048, v3, 4779)] {
+            let tokens = |rows: usize| (rows * shape.0).div_ceil(shape.1);
+            assert!(!wins(even(hidden, width, shape, tokens(rows * 95 / 100))));
+            assert!(wins(even(hidden, width, shape, tokens(rows * 101 / 100))));
+        }
+        // G's own operations are in vain where it gets no rows.
+        let mut one = even(7168, 2048, v3, 200_000);
+        assert!(wins(one.clone()));
+        for expert in &mut one.experts[64..] {
+            expert.rows = 0;
+        }
+        assert!(!wins(one));
+        assert!(!wins(even(7168, 0, v3, 200_000)));
+    }
+
+    #[test]
+    fn the_gram_form_counts_its_terms() {
+        let mut work = even(64, 16, (2, 1), 20);
+        work.experts.push(ExpertWork { width: 8, rows: 0 });
+        assert_eq!(work.gram_contribution_flops(), 4.0 * 20.0 * 256.0);
+        assert_eq!(
+            work.gram_contribution_bytes(),
+            4.0 * 2.0 * 256.0 + 2.0 * 20.0 * 16.0
+        );
+        assert_eq!(work.gram_flops(), 2.0 * 64.0 * (512.0 + 64.0));
+        assert_eq!(work.gram_bytes(), 2.0 * 64.0 * 40.0 + 12.0 * (512.0 + 64.0));
     }
 }

@@ -135,6 +135,7 @@ pub struct TenpMoeDownParams {
 pub struct TenpMoeContributionParams {
     pub down_t: *const u16,
     pub y: *const u16,
+    pub gram: *const u16,
     pub h: *const u16,
     pub row_inverse: *const f32,
     pub partials: *mut f32,
@@ -148,7 +149,17 @@ pub struct TenpMoeContributionParams {
     pub num_experts: i32,
     pub hidden: i32,
     pub hidden_pitch: i32,
-    pub padding: i32,
+    pub num_neurons: i32,
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct TenpGramSplitParams {
+    pub in_: *const f32,
+    pub out: *mut u16,
+    pub width: i32,
+    pub pitch: i32,
+    pub first_row: i32,
+    pub num_neurons: i32,
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -510,7 +521,8 @@ const _: () = assert!(size_of::<TenpScheduleSpec>() == 40);
 const _: () = assert!(size_of::<TenpMoeScheduleParams>() == 184);
 const _: () = assert!(size_of::<TenpMoeGateUpParams>() == 120);
 const _: () = assert!(size_of::<TenpMoeDownParams>() == 104);
-const _: () = assert!(size_of::<TenpMoeContributionParams>() == 112);
+const _: () = assert!(size_of::<TenpMoeContributionParams>() == 120);
+const _: () = assert!(size_of::<TenpGramSplitParams>() == 32);
 const _: () = assert!(size_of::<TenpMoeRowNormsParams>() == 64);
 const _: () = assert!(size_of::<TenpAccumulatePartialsParams>() == 64);
 const _: () = assert!(size_of::<TenpSegmentNormsParams>() == 40);

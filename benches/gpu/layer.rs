@@ -2,11 +2,12 @@
 
 use half::bf16;
 use tenp_kernels::device::expert_sums::{ExpertSums, expert_sums};
+use tenp_kernels::device::gram::gram_matrices;
 use tenp_kernels::device::moe_accumulate::{AccumulatePartials, accumulate_partials};
 use tenp_kernels::device::moe_combine::{
     CombineInto, ExpertOutputs, MoeCombine, Slots, moe_combine,
 };
-use tenp_kernels::device::moe_contribution::{MoeContribution, moe_contribution};
+use tenp_kernels::device::moe_contribution::{MoeContribution, Projected, moe_contribution};
 use tenp_kernels::device::moe_direction::{MoeDirection, moe_direction};
 use tenp_kernels::device::moe_down::{MoeDown, moe_down};
 use tenp_kernels::device::moe_gate_up::{MoeGateUp, Partials, moe_gate_up};
@@ -349,6 +350,28 @@ impl<'a, B: Backend> Layer<'a, B> {
         self.backend.run(&call)
     }
 
+    /// The experts' Gram matrices.
+    pub fn make_gram(&mut self, set: usize) -> Result<(), KernelError> {
+        let down_t = self.weights.down_t[set].view();
+        let hidden = self.case.shape.hidden;
+        if let Some(scoring) = &mut self.scoring {
+            let matrices = gram_matrices(self.backend, &self.layout, down_t, hidden)?;
+            scoring.gram = Some(matrices);
+        }
+        Ok(())
+    }
+
+    /// The contributions' product alone, of what [`Self::scored`] left; in Gram form where [`Self::make_gram`] was called and
+    /// `gram` says so.
+    pub fn project(&mut self, set: usize, gram: bool) -> Result<(), KernelError> {
+        let Some(mut scoring) = self.scoring.take() else {
+            return Ok(());
+        };
+        let done = self.contribution(&mut scoring, set, gram);
+        self.scoring = Some(scoring);
+        done
+    }
+
     /// The same with every statistic of a calibration. Nothing without the buffers for it.
     pub fn scored(&mut self, set: usize) -> Result<(), KernelError> {
         self.group()?;
@@ -403,12 +426,20 @@ impl<'a, B: Backend> Layer<'a, B> {
         })?)
     }
 
-    fn contributions(&self, s: &mut Scoring<B>, set: usize) -> Result<(), KernelError> {
+    fn contribution(&self, s: &mut Scoring<B>, set: usize, gram: bool) -> Result<(), KernelError> {
+        let projected = match &s.gram {
+            Some(matrices) if gram => Projected::Gram {
+                gram: matrices.view(),
+            },
+            _ => Projected::Outputs {
+                down_t: self.weights.down_t[set].view(),
+                y: self.y.view(),
+            },
+        };
         let args = MoeContribution {
             product: s.contribution.product,
             experts: self.tables(),
-            down_t: self.weights.down_t[set].view(),
-            y: self.y.view(),
+            projected,
             h: self.h.view(),
             row_inverse: s.row_inverse.view(),
             sums: Partials {
@@ -423,7 +454,11 @@ impl<'a, B: Backend> Layer<'a, B> {
             hidden_pitch: self.layout.hidden_pitch(),
         };
         self.backend
-            .run(&moe_contribution(args, self.backend.multiprocessors())?)?;
+            .run(&moe_contribution(args, self.backend.multiprocessors())?)
+    }
+
+    fn contributions(&self, s: &mut Scoring<B>, set: usize) -> Result<(), KernelError> {
+        self.contribution(s, set, false)?;
         for (tiles, partials, stride) in [
             (&s.gate_up, &s.activation, s.strides[0]),
             (&s.contribution, &s.contributions, s.strides[1]),

@@ -1,5 +1,6 @@
 //! Buffers of the statistics that a scored layer leaves.
 
+use half::bf16;
 use tenp_kernels::KernelError;
 use tenp_kernels::device::geometry::partial_stride;
 use tenp_kernels::device::moe_direction::{ROW_DOTS, TOKEN_DOTS};
@@ -29,6 +30,8 @@ pub(super) struct Scoring<B: Backend> {
     pub(super) neuron_sums: B::Buffer<f64>,
     pub(super) expert_sums: B::Buffer<f64>,
     pub(super) counts: [B::Buffer<i64>; 2],
+    /// Gram matrices, once they are made.
+    pub(super) gram: Option<B::Buffer<bf16>>,
 }
 
 impl<B: Backend> Scoring<B> {
@@ -74,6 +77,7 @@ impl<B: Backend> Scoring<B> {
             neuron_sums: zeros(TENP_NUM_ACTIVATION_SUMS as usize * layout.total())?,
             expert_sums: zeros(TENP_NUM_EXPERT_SUMS as usize * shape.experts)?,
             counts: [counts()?, counts()?],
+            gram: None,
         })
     }
 }

@@ -1,10 +1,14 @@
 // computes: per neuron and tile of rows the sum of c = h <w, y> / (|y| + 1e-8) and of its absolute value, c = 0 where
 //           row_inverse is 0 (an output that is zero or not finite)
-// layout:   DT [S, H], y [rows, H] bf16, h [rows, hidden_pitch]; partials [2, token tile, padded width] by expert
-// requires: H a multiple of 8; neuron_offsets multiples of 16; the schedule made with outputs 0, weight tile 128 and this
+//           _gram_: the same with <w, y> = (G h) of the neuron, G = G_high + G_low the expert's own DT DT^T in two bf16
+//           numbers; y is not read
+// layout:   DT [S, H], y [rows, H] bf16, h [rows, hidden_pitch]; G [2 S, hidden_pitch], all high parts, then all low ones;
+//           partials [2, token tile, padded width] by expert
+// requires: H a multiple of 8, hidden_pitch of 16; neuron_offsets multiples of 16; the schedule made with outputs 0, weight tile 128 and this
 //           entry's token tile
 // launch:   any grid (persistent), block (256). Token tile, shared bytes without 4 (E + 1): n128 128, 65536; n64 64, 49152
 // flops:    2 H sum(rows * width). bytes: 2 H sum(width, experts with rows) + rows (2 H + 2 width)
+//           _gram_: 4 sum(rows * width^2). 4 sum(width^2, experts with rows) + 2 rows width
 #include "reduce.cuh"
 #include "tile.cuh"
 
@@ -91,25 +95,30 @@ __device__ __forceinline__ void add_up(const TenpMoeContributionParams &p, const
     }
 }
 
-// <w, y> of the tile's neurons and rows.
-template <class S>
+// <w, y> of the tile's neurons and rows, over H elements of DT and y; or over the expert's neurons, of G's high parts and h
+// and then of its low parts and h.
+template <class S, bool GRAM>
 __device__ __forceinline__ void multiply(const TenpMoeContributionParams &p, const int32_t *tile_offsets, int tile,
                                          uint8_t *shared, float (&acc)[S::MI][S::NI][4]) {
-    const GroupedTile t = tenp::grouped_tile(p, tile_offsets, tile, 0, S::BM, S::BN);
-    const uint16_t *weights = p.down_t + static_cast<int64_t>(t.neuron_offset + t.weight) * p.hidden;
-    const int weight_rows = t.width_padded - t.weight;
-    const tenp::RowLoader<S::BM, S::BK, S::THREADS> load_weights(
-        [&](int r) { return r < weight_rows ? weights + static_cast<int64_t>(r) * p.hidden : nullptr; }, p.down_t);
-    const tenp::RowLoader<S::BN, S::BK, S::THREADS> load_tokens(
-        [&](int r) {
-            const int64_t row = t.first_row + r;
-            return row < t.end_row ? p.y + row * p.hidden : nullptr;
-        },
-        p.y);
-    tenp::multiply<S, false>(acc, shared, load_weights, load_tokens, p.hidden);
+#pragma unroll 1
+    for (int part = 0; part < (GRAM ? 2 : 1); ++part) {
+        // Inside, where it is over before the next product begins: registers are what there is least of.
+        const GroupedTile t = tenp::grouped_tile(p, tile_offsets, tile, 0, S::BM, S::BN);
+        const int pitch = GRAM ? p.hidden_pitch : p.hidden;
+        const int64_t neuron = static_cast<int64_t>(part) * p.num_neurons + t.neuron_offset + t.weight;
+        const tenp::PitchedLoader<S::BM, S::BK, S::THREADS> load_weights{(GRAM ? p.gram : p.down_t) + neuron * pitch, pitch,
+                                                                         t.width_padded - t.weight};
+        const tenp::PitchedLoader<S::BN, S::BK, S::THREADS> load_tokens{
+            (GRAM ? p.h : p.y) + static_cast<int64_t>(t.first_row) * pitch, pitch, t.end_row - t.first_row};
+        tenp::multiply<S, false>(acc, shared, load_weights, load_tokens, GRAM ? t.width_padded : p.hidden);
+        if (GRAM) {
+            __syncthreads();
+        }
+    }
 }
 
-template <class S> __device__ __forceinline__ void contribution(const TenpMoeContributionParams &p, uint8_t *shared) {
+template <class S, bool GRAM>
+__device__ __forceinline__ void contribution(const TenpMoeContributionParams &p, uint8_t *shared) {
     constexpr int STAGED_BYTES = 2 * S::BM * S::BN;
     static_assert(STAGED_BYTES + 4 * S::BN + 4 * S::WARPS_N * TENP_NUM_CONTRIBUTION_SUMS * S::BM <= S::PIPELINE_BYTES,
                   "fits the stages");
@@ -120,7 +129,7 @@ template <class S> __device__ __forceinline__ void contribution(const TenpMoeCon
     const int num_tiles = tile_offsets[p.num_experts];
     for (int tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
         float acc[S::MI][S::NI][4] = {};
-        multiply<S>(p, tile_offsets, tile, shared, acc);
+        multiply<S, GRAM>(p, tile_offsets, tile, shared, acc);
         // Looked up again: held over the product, these numbers would be the registers that spill.
         const GroupedTile t = tenp::grouped_tile(p, tile_offsets, tile, 0, S::BM, S::BN);
         __syncthreads();
@@ -133,12 +142,13 @@ template <class S> __device__ __forceinline__ void contribution(const TenpMoeCon
 
 } // namespace
 
-TENP_KERNEL(tenp_moe_contribution_n128, TenpMoeContributionParams, 256, 2) {
-    TENP_SHARED(uint8_t, shared);
-    contribution<N128>(p, shared);
-}
+#define TENP_CONTRIBUTION(name, Shape, gram)                                                        \
+    TENP_KERNEL(name, TenpMoeContributionParams, 256, 2) {                                          \
+        TENP_SHARED(uint8_t, shared);                                                               \
+        contribution<Shape, gram>(p, shared);                                                       \
+    }
 
-TENP_KERNEL(tenp_moe_contribution_n64, TenpMoeContributionParams, 256, 2) {
-    TENP_SHARED(uint8_t, shared);
-    contribution<N64>(p, shared);
-}
+TENP_CONTRIBUTION(tenp_moe_contribution_n128, N128, false)
+TENP_CONTRIBUTION(tenp_moe_contribution_n64, N64, false)
+TENP_CONTRIBUTION(tenp_moe_contribution_gram_n128, N128, true)
+TENP_CONTRIBUTION(tenp_moe_contribution_gram_n64, N64, true)

@@ -1,11 +1,11 @@
 // computes: as moe_contribution.cu, with wgmma and bulk tensor copies: per neuron and tile of rows the sum of
 //           c = h <w, y> / (|y| + 1e-8) and of its absolute value, c = 0 where row_inverse is 0
 // layout:   as there; maps.weights is DT [S, H], box 128 x 64; maps.rows is y [rows, H] and maps.h is h [rows, hidden_pitch],
-//           box N x 64 both
+//           box N x 64 both. _gram_: maps.weights is G [2 S, hidden_pitch], maps.rows is h too
 // requires: as there, the token tile being N
 // launch:   any grid (persistent), block (384). Weight tile 128 neurons, token tile N; shared bytes without 4 (E + 1) from
 //           WideShape: 16 KiB + 128 N a stage, 256 N, barriers
-// flops:    2 H sum(rows * width). bytes: 2 H sum(width, experts with rows) + rows (2 H + 2 width)
+// flops, bytes: as there
 // sm_90a only
 #include "hopper.cuh"
 #include "reduce.cuh"
@@ -19,20 +19,30 @@ constexpr int NEURONS = 128;
 // h of the tile, brought while the product runs, and the rows' 1 / |y|.
 template <int N> using Shape = tenp::WideShape<N, N <= 64 ? 8 : N <= 128 ? 5 : 3, 2 * N * NEURONS + 1024>;
 
-template <class S>
+// <w, y> is a product over H, or two over the expert's neurons: with G's high parts, and with its low ones.
+template <bool GRAM> constexpr int PARTS = GRAM ? 2 : 1;
+template <bool GRAM>
+__device__ __forceinline__ int inner_of(const TenpMoeContributionParams &p, const GroupedTile &t) {
+    return GRAM ? t.width_padded : p.hidden;
+}
+
+template <class S, bool GRAM>
 __device__ __forceinline__ void produce(const TenpMoeContributionParams &p, const TenpTensorMaps &maps,
                                         const tenp::Stages<S> &stages) {
     tenp::Ring<S::STAGES> ring;
     uint32_t h_parity = 1;
     tenp::every_tile(p, stages, [&](int tile) {
         const GroupedTile t = tenp::grouped_tile(p, stages.tile_offsets(), tile, 0, NEURONS, S::N);
-        for (int k0 = 0; k0 < p.hidden; k0 += S::K) {
-            uint64_t *full = stages.full(ring.stage);
-            tenp::mbarrier_wait(stages.empty(ring.stage), ring.parity ^ 1);
-            tenp::mbarrier_arrive_expect(full, S::STAGE_BYTES);
-            tenp::load_box<tenp::Keep::First>(stages.weights(ring.stage), &maps.weights, full, k0, t.neuron_offset + t.weight);
-            tenp::load_box<tenp::Keep::Last>(stages.rows(ring.stage), &maps.rows, full, k0, t.first_row);
-            ring.advance();
+        for (int part = 0; part < PARTS<GRAM>; ++part) {
+            const int weight = part * p.num_neurons + t.neuron_offset + t.weight;
+            for (int k0 = 0; k0 < inner_of<GRAM>(p, t); k0 += S::K) {
+                uint64_t *full = stages.full(ring.stage);
+                tenp::mbarrier_wait(stages.empty(ring.stage), ring.parity ^ 1);
+                tenp::mbarrier_arrive_expect(full, S::STAGE_BYTES);
+                tenp::load_box<tenp::Keep::First>(stages.weights(ring.stage), &maps.weights, full, k0, weight);
+                tenp::load_box<tenp::Keep::Last>(stages.rows(ring.stage), &maps.rows, full, k0, t.first_row);
+                ring.advance();
+            }
         }
         // Behind the product's own loads, which are needed first and must not wait for the last tile's h to be used up.
         tenp::mbarrier_wait(stages.extra(1), h_parity);
@@ -105,7 +115,7 @@ __device__ __forceinline__ void add_up(const TenpMoeContributionParams &p, const
     }
 }
 
-template <class S>
+template <class S, bool GRAM>
 __device__ __forceinline__ void consume(const TenpMoeContributionParams &p, const tenp::Stages<S> &stages) {
     constexpr int N = S::N;
     const tenp::ConsumerPlace place;
@@ -113,9 +123,12 @@ __device__ __forceinline__ void consume(const TenpMoeContributionParams &p, cons
     uint32_t h_parity = 0;
     tenp::every_tile(p, stages, [&](int tile) {
         float acc[N / 2];
-        tenp::clear(acc);
-        tenp::consume<S, false>(stages, ring, p.hidden, acc);
         const GroupedTile t = tenp::grouped_tile(p, stages.tile_offsets(), tile, 0, NEURONS, N);
+        tenp::clear(acc);
+#pragma unroll
+        for (int part = 0; part < PARTS<GRAM>; ++part) {
+            tenp::consume<S, false>(stages, ring, inner_of<GRAM>(p, t), acc);
+        }
         load_inverse<N>(p, t, stages.staged());
         tenp::mbarrier_wait(stages.extra(0), h_parity);
         h_parity ^= 1;
@@ -126,11 +139,12 @@ __device__ __forceinline__ void consume(const TenpMoeContributionParams &p, cons
     });
 }
 
-template <int N>
+template <int N, bool GRAM>
 __device__ __forceinline__ void contribution(const TenpMoeContributionParams &p, const TenpTensorMaps &maps, uint8_t *shared) {
     const tenp::Stages<Shape<N>> stages{shared};
     stages.begin(p, 1);
-    tenp::split_roles<false>([&] { produce(p, maps, stages); }, [&] { consume(p, stages); });
+    tenp::split_roles<false>([&] { produce<Shape<N>, GRAM>(p, maps, stages); },
+                              [&] { consume<Shape<N>, GRAM>(p, stages); });
 }
 
 } // namespace
@@ -138,7 +152,11 @@ __device__ __forceinline__ void contribution(const TenpMoeContributionParams &p,
 #define TENP_CONTRIBUTION(n)                                                                        \
     TENP_KERNEL_MAPS(tenp_moe_contribution_w##n, TenpMoeContributionParams, 384, 1) {               \
         TENP_SHARED(uint8_t, shared);                                                               \
-        contribution<n>(p, maps, shared);                                                           \
+        contribution<n, false>(p, maps, shared);                                                    \
+    }                                                                                               \
+    TENP_KERNEL_MAPS(tenp_moe_contribution_gram_w##n, TenpMoeContributionParams, 384, 1) {          \
+        TENP_SHARED(uint8_t, shared);                                                               \
+        contribution<n, true>(p, maps, shared);                                                     \
     }
 
 TENP_CONTRIBUTION(64)

@@ -267,6 +267,19 @@ impl Product {
         }
     }
 
+    /// The entry of [`Self::contribution`] that takes Gram matrices in place of y.
+    #[must_use]
+    pub(super) fn in_gram_form(&self) -> &'static str {
+        match self.entry {
+            "tenp_moe_contribution_n64" => "tenp_moe_contribution_gram_n64",
+            "tenp_moe_contribution_n128" => "tenp_moe_contribution_gram_n128",
+            "tenp_moe_contribution_w64" => "tenp_moe_contribution_gram_w64",
+            "tenp_moe_contribution_w128" => "tenp_moe_contribution_gram_w128",
+            "tenp_moe_contribution_w256" => "tenp_moe_contribution_gram_w256",
+            entry => entry,
+        }
+    }
+
     /// The launch on `multiprocessors` multiprocessors: blocks stay and take tiles in turn, two to a multiprocessor (one
     /// of those for sm_90, which fill it), so the grid does not depend on the routing.
     #[must_use]
@@ -367,6 +380,11 @@ mod tests {
             Product::gate_up(Tile::W64).gathering(),
             "tenp_moe_gate_up_gather_w64"
         );
+        for tile in Tile::of(true) {
+            let product = Product::contribution(tile);
+            let gram = product.entry.replace("contribution", "contribution_gram");
+            assert_eq!(product.in_gram_form(), gram);
+        }
         assert!(Launch::line(0, 32, 0).is_empty());
     }
 

@@ -24,6 +24,7 @@ pub mod dequantise_fp8;
 pub mod elementwise;
 pub mod expert_sums;
 pub mod geometry;
+pub mod gram;
 pub mod kmeans_centres;
 pub mod mla_keys;
 pub mod moe_accumulate;

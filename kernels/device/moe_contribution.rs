@@ -1,5 +1,7 @@
 //! Wrapper of `moe_contribution.cu`: each neuron's projected contribution, summed over its rows (`docs/methods.md`).
 
+use std::ptr;
+
 use half::bf16;
 
 use super::call::Call;
@@ -12,6 +14,23 @@ use super::view::DeviceSlice;
 use crate::KernelError;
 use crate::params::{TENP_NUM_CONTRIBUTION_SUMS, TenpMoeContributionParams};
 
+/// What ⟨w, y⟩ is made of.
+#[derive(Clone, Copy, Debug)]
+pub enum Projected<'a> {
+    /// Outputs: w · y over the hidden size.
+    Outputs {
+        /// `[S, H]`.
+        down_t: DeviceSlice<'a, bf16>,
+        /// `[rows, H]`.
+        y: DeviceSlice<'a, bf16>,
+    },
+    /// Gram matrices: (G h) of the neuron over the expert's width, which needs no y.
+    Gram {
+        /// `[2S, hidden_pitch]` of [`gram_matrices`](super::gram::gram_matrices).
+        gram: DeviceSlice<'a, bf16>,
+    },
+}
+
 /// Σ c and Σ |c| over the rows of each tile, c = h ⟨w, y⟩ / (‖y‖ + 1e-8).
 #[derive(Debug)]
 pub struct MoeContribution<'a> {
@@ -19,10 +38,8 @@ pub struct MoeContribution<'a> {
     pub product: Product,
     /// The experts.
     pub experts: ExpertTables<'a>,
-    /// `[S, H]`.
-    pub down_t: DeviceSlice<'a, bf16>,
-    /// `[rows, H]`.
-    pub y: DeviceSlice<'a, bf16>,
+    /// ⟨w, y⟩.
+    pub projected: Projected<'a>,
     /// `[rows, hidden_pitch]`.
     pub h: DeviceSlice<'a, bf16>,
     /// `[rows]` 1 / (‖y‖ + 1e-8), 0 where ‖y‖ is zero or not finite.
@@ -60,21 +77,17 @@ pub fn moe_contribution(
     }
     let (neuron_offsets, widths) = args.experts.pointers()?;
     let (order, tile_offsets) = args.schedule.pointers(experts)?;
-    let weights = args.experts.layout.total() * args.hidden;
+    let rows = args.num_rows;
     let room = TENP_NUM_CONTRIBUTION_SUMS as usize * args.sums.stride;
+    let [down_t, y, gram] = operands(&args)?;
     let params = TenpMoeContributionParams {
-        down_t: args.down_t.checked("down weights", weights, 16)?,
-        y: args
-            .y
-            .checked("expert outputs", args.num_rows * args.hidden, 16)?,
-        h: args.h.checked(
-            "expert hidden states",
-            args.num_rows * args.hidden_pitch,
-            16,
-        )?,
-        row_inverse: args
-            .row_inverse
-            .checked("inverse norms", args.num_rows, 4)?,
+        down_t,
+        y,
+        gram,
+        h: args
+            .h
+            .checked("expert hidden states", rows * args.hidden_pitch, 16)?,
+        row_inverse: args.row_inverse.checked("inverse norms", rows, 4)?,
         partials: args.sums.partials.checked("partial sums", room, 4)?,
         partial_offsets: args
             .sums
@@ -91,25 +104,58 @@ pub fn moe_contribution(
         num_experts: to_i32("experts", experts)?,
         hidden: to_i32("hidden size", args.hidden)?,
         hidden_pitch: to_i32("pitch of h", args.hidden_pitch)?,
-        padding: 0,
+        num_neurons: to_i32("padded neurons", args.experts.layout.total())?,
     };
     let launch = args.product.launch(multiprocessors, experts);
-    let call = Call::new(args.product.entry, launch, &params);
-    if !args.product.tile.needs_wgmma() {
-        return Ok(call);
+    let entry = match args.projected {
+        Projected::Outputs { .. } => args.product.entry,
+        Projected::Gram { .. } => args.product.in_gram_form(),
+    };
+    let call = Call::new(entry, launch, &params);
+    if args.product.tile.needs_wgmma() {
+        Ok(call.with_maps(maps(&args)?))
+    } else {
+        Ok(call)
     }
-    let tile = args.product.tile.rows();
-    let weights = TensorMap::new(
-        "down weights",
-        args.down_t,
-        [args.experts.layout.total(), args.hidden, args.hidden],
-        args.product.weight_tile,
-    )?;
-    let y = [args.num_rows, args.hidden, args.hidden];
-    let h = [args.num_rows, args.hidden_pitch, args.hidden_pitch];
-    Ok(call.with_maps([
-        weights,
-        TensorMap::new("expert outputs", args.y, y, tile)?,
-        TensorMap::new("expert hidden states", args.h, h, tile)?,
-    ]))
+}
+
+/// Down weights, outputs and Gram matrices: what is not read is null.
+fn operands(args: &MoeContribution<'_>) -> Result<[*const u16; 3], KernelError> {
+    let neurons = args.experts.layout.total();
+    match args.projected {
+        Projected::Outputs { down_t, y } => Ok([
+            down_t.checked("down weights", neurons * args.hidden, 16)?,
+            y.checked("expert outputs", args.num_rows * args.hidden, 16)?,
+            ptr::null(),
+        ]),
+        Projected::Gram { gram } => {
+            let gram = gram.checked("Gram matrices", 2 * neurons * args.hidden_pitch, 16)?;
+            Ok([ptr::null(), ptr::null(), gram])
+        }
+    }
+}
+
+/// Of the weights, of the rows that are multiplied, and of h.
+fn maps(args: &MoeContribution<'_>) -> Result<[TensorMap; 3], KernelError> {
+    let (neurons, tile) = (args.experts.layout.total(), args.product.tile.rows());
+    let weight_tile = args.product.weight_tile;
+    let of = |rows: usize, pitch: usize| [rows, pitch, pitch];
+    let h = of(args.num_rows, args.hidden_pitch);
+    let h = TensorMap::new("expert hidden states", args.h, h, tile)?;
+    match args.projected {
+        Projected::Outputs { down_t, y } => {
+            let weights = of(neurons, args.hidden);
+            let outputs = of(args.num_rows, args.hidden);
+            Ok([
+                TensorMap::new("down weights", down_t, weights, weight_tile)?,
+                TensorMap::new("expert outputs", y, outputs, tile)?,
+                h,
+            ])
+        }
+        Projected::Gram { gram } => {
+            let matrices = of(2 * neurons, args.hidden_pitch);
+            let matrices = TensorMap::new("Gram matrices", gram, matrices, weight_tile)?;
+            Ok([matrices, h, h])
+        }
+    }
 }

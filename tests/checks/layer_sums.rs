@@ -16,7 +16,7 @@ use tenp_kernels::params::{
 use tenp_kernels::{Compute, RaggedLayout};
 
 use super::batch::Batch;
-use super::products::{contribution, down, gate_up};
+use super::products::{contribution, down, gate_up, with_outputs};
 use super::{F32_ROUNDING, On, Size, assert_close, distance, f32_values, rng, widened};
 
 /// Statistics of a layer over one batch; tables of neurons without padding.
@@ -86,7 +86,8 @@ pub fn scored<B: Backend>(batch: &Batch<'_, B>, residual: &[f32], tile: Tile) ->
     let outputs = down(batch, &h, Product::down(tile));
     let y = ExpertOutputs::F32(outputs.y_f32.view());
     let (combined, row_inverse, experts) = direction(batch, y, residual);
-    let operands = (&h, &outputs.y_bf16, &row_inverse);
+    let projected = with_outputs(batch, &outputs.y_bf16);
+    let operands = (&h, projected, &row_inverse);
     let contributions = contribution(batch, operands, Product::contribution(tile));
     let mut sums = partials
         .expect("the entry makes them")

@@ -2,8 +2,9 @@
 
 use half::bf16;
 use tenp_kernels::device::geometry::partial_stride;
+use tenp_kernels::device::gram::gram_matrices;
 use tenp_kernels::device::moe_accumulate::{AccumulatePartials, accumulate_partials};
-use tenp_kernels::device::moe_contribution::{MoeContribution, moe_contribution};
+use tenp_kernels::device::moe_contribution::{MoeContribution, Projected, moe_contribution};
 use tenp_kernels::device::moe_down::{MoeDown, moe_down, square_partials};
 use tenp_kernels::device::moe_gate_up::{self as wrapper, MoeGateUp, moe_gate_up};
 use tenp_kernels::device::moe_row_norms::{MoeRowNorms, moe_row_norms};
@@ -197,16 +198,33 @@ pub fn row_norms<B: Backend>(batch: &Batch<'_, B>, outputs: &Outputs<B>) -> Norm
     norms
 }
 
-/// h, y and 1 / (‖y‖ + 1e-8).
+/// h, what ⟨w, y⟩ is made of, and 1 / (‖y‖ + 1e-8).
 pub type Operands<'a, B> = (
     &'a <B as Backend>::Buffer<bf16>,
-    &'a <B as Backend>::Buffer<bf16>,
+    Projected<'a>,
     &'a <B as Backend>::Buffer<f32>,
 );
 
+/// ⟨w, y⟩ of outputs.
+pub fn with_outputs<'a, B: Backend>(
+    batch: &'a Batch<'_, B>,
+    y: &'a B::Buffer<bf16>,
+) -> Projected<'a> {
+    Projected::Outputs {
+        down_t: batch.down_t.view(),
+        y: y.view(),
+    }
+}
+
+/// The Gram matrices of the batch's experts.
+pub fn gram<B: Backend>(batch: &Batch<'_, B>) -> B::Buffer<bf16> {
+    let (layer, backend) = (&batch.layer, batch.on.backend);
+    gram_matrices(backend, &layer.layout, batch.down_t.view(), layer.hidden).expect("made")
+}
+
 pub fn contribution<B: Backend>(
     batch: &Batch<'_, B>,
-    (h, y, row_inverse): Operands<'_, B>,
+    (h, projected, row_inverse): Operands<'_, B>,
     product: Product,
 ) -> Partials<B> {
     let (on, layer) = (batch.on, &batch.layer);
@@ -218,8 +236,7 @@ pub fn contribution<B: Backend>(
     let args = MoeContribution {
         product,
         experts: batch.tables(),
-        down_t: batch.down_t.view(),
-        y: y.view(),
+        projected,
         h: h.view(),
         row_inverse: row_inverse.view(),
         sums: wrapper::Partials {
@@ -382,8 +399,8 @@ fn check_norms<B: Backend>(batch: &Batch<'_, B>, outputs: &Outputs<B>, norms: &N
 
 fn check_contribution<B: Backend>(
     batch: &Batch<'_, B>,
-    (h, y, inverse): (&[bf16], &[bf16], &[f32]),
-    sums: &[f64],
+    (h, y, inverse): (&[bf16], &[f64], &[f32]),
+    (sums, slack): (&[f64], f64),
     tile: Tile,
 ) {
     let (layer, total, hidden) = (&batch.layer, batch.layer.layout.total(), batch.layer.hidden);
@@ -393,13 +410,13 @@ fn check_contribution<B: Backend>(
             let (mut sum, mut size, mut off) = (0.0, 0.0, 0.0);
             for row in batch.groups.rows(e) {
                 let y = &y[row * hidden..][..hidden];
-                let (product, product_off) = dot(numbers(&column), numbers(y));
+                let (product, product_off) = dot(numbers(&column), y.iter().copied());
                 let scale = h[row * layer.hidden_pitch() + j].to_f64() * f64::from(inverse[row]);
                 sum += scale * product;
                 size += (scale * product).abs();
                 off += scale.abs() * product_off;
             }
-            let tolerance = off + 300.0 * F32_ROUNDING * size;
+            let tolerance = slack * off + 300.0 * F32_ROUNDING * size;
             for (s, want) in [sum, size].into_iter().enumerate() {
                 let got = sums[s * total + layer.layout.range(e).start + j];
                 assert_close(got, want, tolerance, || {
@@ -417,6 +434,7 @@ pub fn scoring_tiles<B: Backend>(on: On<'_, B>) -> impl Iterator<Item = Tile> {
 
 pub fn statistics_and_contributions<B: Backend>(on: On<'_, B>, size: Size) {
     for batch in Batch::of(on, size, 11) {
+        let gram = gram(&batch);
         for tile in scoring_tiles(on) {
             let (h, partials) = gate_up(&batch, Product::gate_up_stats(tile));
             let values = on.get(h.view());
@@ -427,11 +445,20 @@ pub fn statistics_and_contributions<B: Backend>(on: On<'_, B>, size: Size) {
             let outputs = down(&batch, &h, Product::down(tile));
             let norms = row_norms(&batch, &outputs);
             check_norms(&batch, &outputs, &norms);
-            let operands = (&h, &outputs.y_bf16, &norms.inverse);
-            let sums = contribution(&batch, operands, Product::contribution(tile));
-            let sums = sums.accumulated(&batch, TENP_NUM_CONTRIBUTION_SUMS);
-            let (y, inverse) = (on.get(outputs.y_bf16.view()), on.get(norms.inverse.view()));
-            check_contribution(&batch, (&values, &y, &inverse), &sums, tile);
+            let inverse = on.get(norms.inverse.view());
+            let sums_of = |projected| {
+                let operands = (&h, projected, &norms.inverse);
+                let sums = contribution(&batch, operands, Product::contribution(tile));
+                sums.accumulated(&batch, TENP_NUM_CONTRIBUTION_SUMS)
+            };
+            let sums = sums_of(with_outputs(&batch, &outputs.y_bf16));
+            let y: Vec<f64> = numbers(&on.get(outputs.y_bf16.view())).collect();
+            check_contribution(&batch, (&values, &y, &inverse), (&sums, 1.0), tile);
+            // Here y is not rounded to bf16. G is, twice, and there are two sums, over H and over the neurons.
+            let sums = sums_of(Projected::Gram { gram: gram.view() });
+            let y = on.get(outputs.y_f32.view()).into_iter().map(f64::from);
+            let y: Vec<f64> = y.collect();
+            check_contribution(&batch, (&values, &y, &inverse), (&sums, 8.0), tile);
         }
     }
 }

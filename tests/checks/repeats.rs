@@ -2,13 +2,14 @@
 
 use half::bf16;
 use tenp_kernels::device::attention::Splits;
+use tenp_kernels::device::moe_contribution::Projected;
 use tenp_kernels::device::{Backend, Memory as _, Product, Tile};
 use tenp_kernels::params::{TENP_NUM_ACTIVATION_SUMS, TENP_NUM_CONTRIBUTION_SUMS};
 
 use super::attention::{Sequences, Span, shape};
 use super::batch::Batch;
 use super::layer_sums::scored;
-use super::products::{contribution, down, gate_up, row_norms, scoring_tiles};
+use super::products::{contribution, down, gate_up, gram, row_norms, scoring_tiles, with_outputs};
 use super::{On, Size, f32_values, rng};
 
 fn batch<B: Backend>(on: On<'_, B>, size: Size) -> Batch<'_, B> {
@@ -47,6 +48,7 @@ pub fn products_have_the_same_bits<B: Backend>(on: On<'_, B>, size: Size) {
             (y, on.get(row_norms(&batch, &made).inverse.view()))
         });
     }
+    let gram = gram(&batch);
     for tile in scoring_tiles(on) {
         repeat(on, &format!("statistics, {tile:?}"), || {
             let (h, sums) = gate_up(&batch, Product::gate_up_stats(tile));
@@ -59,11 +61,16 @@ pub fn products_have_the_same_bits<B: Backend>(on: On<'_, B>, size: Size) {
         let (h, _) = gate_up(&batch, Product::gate_up(tile));
         let outputs = down(&batch, &h, Product::down(tile));
         let norms = row_norms(&batch, &outputs);
-        repeat(on, &format!("contribution, {tile:?}"), || {
-            let operands = (&h, &outputs.y_bf16, &norms.inverse);
-            let sums = contribution(&batch, operands, Product::contribution(tile));
-            sums.accumulated(&batch, TENP_NUM_CONTRIBUTION_SUMS)
-        });
+        for (form, projected) in [
+            ("with y", with_outputs(&batch, &outputs.y_bf16)),
+            ("in Gram form", Projected::Gram { gram: gram.view() }),
+        ] {
+            repeat(on, &format!("contribution {form}, {tile:?}"), || {
+                let operands = (&h, projected, &norms.inverse);
+                let sums = contribution(&batch, operands, Product::contribution(tile));
+                sums.accumulated(&batch, TENP_NUM_CONTRIBUTION_SUMS)
+            });
+        }
     }
 }
 

@@ -61,6 +61,9 @@ fn every_launch_is_sound() {
             for set in 0..3 {
                 layer.experts(set).unwrap();
                 layer.scored(set).unwrap();
+                layer.project(set, false).unwrap();
+                layer.make_gram(set).unwrap();
+                layer.project(set, true).unwrap();
             }
             layer.forward(1).unwrap();
             let mut tokens_of_rows = layer.tokens_of_rows().unwrap();

@@ -3,11 +3,13 @@
 mod support;
 
 use half::bf16;
-use simt::{Buffer, Schedule};
+use simt::{Buffer, Schedule, Simulated};
 use support::moe::Batch;
-use support::products::{Outputs, Partials, contribution, down, gate_up};
+use support::products::{Outputs, Partials, contribution, contribution_of, down, gate_up};
 use support::{F32_ROUNDING, Sim, assert_close, bytes_of, dot, f32_values, rng, view, view_mut};
+use tenp_kernels::device::gram::gram_matrices;
 use tenp_kernels::device::moe_accumulate::{AccumulatePartials, accumulate_partials};
+use tenp_kernels::device::moe_contribution::Projected;
 use tenp_kernels::device::moe_row_norms::{MoeRowNorms, moe_row_norms};
 use tenp_kernels::device::{Product, Tile};
 use tenp_kernels::params::{TENP_SUM_CONTRIBUTION, TENP_SUM_CONTRIBUTION_ABS};
@@ -59,9 +61,33 @@ impl Forward {
         contribution(batch, operands, Product::contribution(tile), sim)
     }
 
+    /// The same with Gram matrices; nothing reads y.
+    fn gram_contribution(&self, batch: &Batch, tile: Tile, sim: Sim) -> Partials {
+        let gram = gram(batch, sim);
+        let projected = Projected::Gram { gram: view(&gram) };
+        let operands = (&self.h, projected, &self.norms.inverse);
+        contribution_of(batch, operands, Product::contribution(tile), sim)
+    }
+
     /// One row's y.
     fn y(&self, batch: &Batch, row: usize) -> Vec<bf16> {
         self.outputs.y_bf16.to_vec()[row * batch.layer.hidden..][..batch.layer.hidden].to_vec()
+    }
+}
+
+/// Both parts of the experts' Gram matrices.
+fn gram(batch: &Batch, sim: Sim) -> Buffer<bf16> {
+    let backend = Simulated::new(sim.schedule);
+    let (layout, hidden) = (&batch.layer.layout, batch.layer.hidden);
+    gram_matrices(&backend, layout, view(&batch.down_t), hidden).expect("made")
+}
+
+/// Neuron `j`'s column of the down projection; zeros for padding.
+fn column(batch: &Batch, e: usize, j: usize) -> Vec<bf16> {
+    if j < batch.layer.widths[e] {
+        batch.layer.down_column(e, j)
+    } else {
+        vec![bf16::ZERO; batch.layer.hidden]
     }
 }
 
@@ -103,11 +129,7 @@ fn check_contribution(batch: &Batch, forward: &Forward, tile: Tile, partials: &P
         let rows: Vec<usize> = batch.groups.rows(e).collect();
         let y: Vec<Vec<bf16>> = rows.iter().map(|&r| forward.y(batch, r)).collect();
         for j in 0..batch.layer.width_padded(e) {
-            let column = if j < batch.layer.widths[e] {
-                batch.layer.down_column(e, j)
-            } else {
-                vec![bf16::ZERO; batch.layer.hidden]
-            };
+            let column = column(batch, e, j);
             let tiles = rows.chunks(tile.rows()).zip(y.chunks(tile.rows()));
             for (t, (rows, y)) in tiles.enumerate() {
                 let (mut sum, mut size, mut error) = (0.0, 0.0, 0.0);
@@ -133,6 +155,61 @@ fn check_contribution(batch: &Batch, forward: &Forward, tile: Tile, partials: &P
     }
 }
 
+/// What a bf16 number and the bf16 of its remainder leave of a number: half a unit of 2^-8 twice, but for the sum's own rounding.
+const TWICE_ROUNDED: f64 = 1.0 / (1 << 18) as f64 + F32_ROUNDING;
+
+/// The partials in Gram form, against ⟨w, W h⟩ in f64 with h and 1/|y| as the kernel read them: y is never rounded.
+fn check_gram_contribution(batch: &Batch, forward: &Forward, tile: Tile, partials: &Partials) {
+    let (h, inverse) = (forward.h.to_vec(), forward.norms.inverse.to_vec());
+    let pitch = batch.layer.hidden_pitch();
+    let got = partials.table();
+    for e in 0..batch.layer.num_experts() {
+        let rows: Vec<usize> = batch.groups.rows(e).collect();
+        if rows.is_empty() {
+            continue;
+        }
+        let width = batch.layer.width_padded(e);
+        let columns: Vec<Vec<bf16>> = (0..width).map(|j| column(batch, e, j)).collect();
+        for j in 0..width {
+            // What G's row is, and how far the kernels' may be from it.
+            let row_of_g: Vec<(f64, f64)> = columns
+                .iter()
+                .map(|other| dot(&columns[j], other))
+                .map(|(g, off)| (g, off + TWICE_ROUNDED * (g.abs() + off)))
+                .collect();
+            for (t, rows) in rows.chunks(tile.rows()).enumerate() {
+                let (mut sum, mut size, mut error) = (0.0, 0.0, 0.0);
+                for &row in rows {
+                    let h = &h[row * pitch..][..width];
+                    let terms = || {
+                        h.iter()
+                            .zip(&row_of_g)
+                            .map(|(h, &(g, off))| (h.to_f64(), g, off))
+                    };
+                    let product: f64 = terms().map(|(h, g, _)| h * g).sum();
+                    let sizes: f64 = terms().map(|(h, g, _)| (h * g).abs()).sum();
+                    let off: f64 = terms().map(|(h, _, off)| h.abs() * off).sum();
+                    let scale = h[j].to_f64() * f64::from(inverse[row]);
+                    sum += scale * product;
+                    size += (scale * product).abs();
+                    let added = (2.0 * width as f64 + 1.0) * F32_ROUNDING * sizes * 1.01;
+                    error += scale.abs() * (off + added);
+                }
+                let tolerance = error + (rows.len() as f64 + 4.0) * F32_ROUNDING * size;
+                for (which, want) in [
+                    (TENP_SUM_CONTRIBUTION, sum),
+                    (TENP_SUM_CONTRIBUTION_ABS, size),
+                ] {
+                    let got = got.get(batch, which, e, t, j);
+                    assert_close(got, want, tolerance * 1.01, || {
+                        format!("Gram {tile:?} sum {which} expert {e} tile {t} neuron {j}")
+                    });
+                }
+            }
+        }
+    }
+}
+
 /// Those that the entries are made for.
 const TILES: [Tile; 5] = [Tile::N64, Tile::N128, Tile::W64, Tile::W128, Tile::W256];
 
@@ -141,6 +218,36 @@ fn check(batch: &Batch, tile: Tile, sim: Sim) {
     check_norms(batch, &forward);
     let partials = forward.contribution(batch, tile, sim);
     check_contribution(batch, &forward, tile, &partials);
+    let partials = forward.gram_contribution(batch, tile, sim);
+    check_gram_contribution(batch, &forward, tile, &partials);
+}
+
+#[test]
+fn gram_matrices_are_kept_in_two_parts() {
+    let batch = Batch::awkward(60, 72, 5);
+    let parts = gram(&batch, Sim::unlike(2));
+    let (parts, unwritten) = (parts.to_vec(), parts.unwritten());
+    let (neurons, pitch) = (batch.layer.layout.total(), batch.layer.hidden_pitch());
+    let mut left_alone = Vec::new();
+    for e in 0..batch.layer.num_experts() {
+        let range = batch.layer.layout.range(e);
+        for (j, neuron) in range.clone().enumerate() {
+            left_alone.extend(neuron * pitch + range.len()..(neuron + 1) * pitch);
+            for k in 0..range.len() {
+                let (want, off) = dot(&column(&batch, e, j), &column(&batch, e, k));
+                let at = neuron * pitch + k;
+                let (high, low) = (parts[at].to_f64(), parts[neurons * pitch + at].to_f64());
+                let tolerance = off + TWICE_ROUNDED * (want.abs() + off);
+                let what = || format!("expert {e}, neurons {j} and {k}");
+                assert_close(high + low, want, tolerance, what);
+                let tolerance = off + (want.abs() + off) / 256.0;
+                assert_close(high, want, tolerance, what);
+            }
+        }
+    }
+    let low = left_alone.iter().map(|at| neurons * pitch + at);
+    let left_alone: Vec<usize> = left_alone.iter().copied().chain(low).collect();
+    assert_eq!(unwritten, left_alone);
 }
 
 #[test]
@@ -241,15 +348,19 @@ fn contributions_of_an_expert_add_up_to_its_norms() {
     ] {
         let sim = Sim::unlike(3);
         let forward = Forward::new(&batch, Tile::N64, sim);
-        let partials = forward.contribution(&batch, tile, sim);
         let neurons = batch.layer.layout.total();
-        let sums = accumulated(&batch, &partials, &vec![0.0; 2 * neurons], sim);
         let norms = forward.norms.values.to_vec();
-        for e in 0..batch.layer.num_experts() {
-            let got: f64 = sums[batch.layer.layout.range(e)].iter().sum();
-            let want: f64 = batch.groups.rows(e).map(|r| norms[r]).sum();
+        for (partials, off) in [
             // y is rounded to bf16 on one side of the dot product only.
-            assert_close(got, want, want / 256.0, || format!("{tile:?} expert {e}"));
+            (forward.contribution(&batch, tile, sim), 1.0 / 256.0),
+            (forward.gram_contribution(&batch, tile, sim), 1e-5),
+        ] {
+            let sums = accumulated(&batch, &partials, &vec![0.0; 2 * neurons], sim);
+            for e in 0..batch.layer.num_experts() {
+                let got: f64 = sums[batch.layer.layout.range(e)].iter().sum();
+                let want: f64 = batch.groups.rows(e).map(|r| norms[r]).sum();
+                assert_close(got, want, want * off, || format!("{tile:?} expert {e}"));
+            }
         }
     }
 }
@@ -291,5 +402,16 @@ fn outputs_that_are_not_finite_count_and_contribute_nothing() {
         let want = contribution(&dirty, (&h, &y, &forward.norms.inverse), product, sim);
         let got = forward.contribution(&dirty, tile, sim);
         assert!(bytes_of(&got.values) == bytes_of(&want.values), "{tile:?}");
+    }
+    let matrices = gram(&dirty, sim);
+    for tile in TILES {
+        let of = |h| {
+            let projected = Projected::Gram {
+                gram: view(&matrices),
+            };
+            let operands = (h, projected, &forward.norms.inverse);
+            bytes_of(&contribution_of(&dirty, operands, Product::contribution(tile), sim).values)
+        };
+        assert!(of(&forward.h) == of(&h), "Gram {tile:?}");
     }
 }

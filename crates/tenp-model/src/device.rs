@@ -7,7 +7,7 @@
 //! | fp8 weights, unpacked where the kernels run | `unpack` |
 //! | the pass, block by block | `pass`, `attention`, `routing`, `moe` |
 //! | what the kernels must know of the sequences | `tables` |
-//! | calibration sums | `sums` |
+//! | calibration sums, and what contributions are made of | `sums`, `gram` |
 //! | second moments for least squares | `moments` |
 //! | keys and values of finished tokens | `cache` |
 
@@ -17,6 +17,7 @@ mod cache;
 #[cfg(test)]
 #[path = "../../tenp-checkpoint/tests/support/fp8.rs"]
 mod fp8_folders;
+mod gram;
 mod layer;
 mod moe;
 mod moments;
@@ -267,11 +268,12 @@ impl<B: Backend + 'static> Engine for DeviceModel<'_, B> {
         let hidden = 4 * tokens * config.hidden_size;
         let sums = 8 * 7 * moe.num_experts * moe.expert_width;
         let block = self.block_tokens.min(tokens) * block_bytes_per_token(config);
+        let gram = self.gram_bytes(tokens);
         // The statistics of all layers, two layers being packed, the hidden states that come back.
         let host = store.host_bytes() + hidden + sums * 9 / 7 * config.moe_layers.len();
         WorkingBytes {
             host,
-            device: Some(store.device_bytes() + hidden + block + 2 * sums),
+            device: Some(store.device_bytes() + hidden + block + 2 * sums + gram),
         }
     }
 

@@ -153,10 +153,11 @@ typedef struct TenpMoeDownParams {
 } TenpMoeDownParams;
 TENP_SIZE(TenpMoeDownParams, 104);
 
-/* tenp_moe_contribution_{n128,n64}. */
+/* tenp_moe_contribution_{n128,n64} with down_t and y, tenp_moe_contribution_gram_{n128,n64} with gram; the rest is null. */
 typedef struct TenpMoeContributionParams {
     const uint16_t *down_t;
     const uint16_t *y;             /* [rows, H] */
+    const uint16_t *gram;          /* [2 S, hidden_pitch]: tenp_gram_split */
     const uint16_t *h;             /* [rows, hidden_pitch] */
     const float *row_inverse;      /* [rows] 1 / (|y| + 1e-8); 0 where |y| is zero or not finite */
     float *partials;               /* [TENP_NUM_CONTRIBUTION_SUMS, partial_stride] out */
@@ -170,9 +171,20 @@ typedef struct TenpMoeContributionParams {
     int32_t num_experts;
     int32_t hidden;
     int32_t hidden_pitch;
-    int32_t padding;
+    int32_t num_neurons;           /* S */
 } TenpMoeContributionParams;
-TENP_SIZE(TenpMoeContributionParams, 112);
+TENP_SIZE(TenpMoeContributionParams, 120);
+
+/* tenp_gram_split: an expert's Gram matrix in f32 into its high and low parts in bf16, rows of G. */
+typedef struct TenpGramSplitParams {
+    const float *in;               /* [width, width] */
+    uint16_t *out;                 /* [2 S, pitch]: rows first_row.. get bf16(in), rows S + first_row.. bf16(in - that) */
+    int32_t width;                 /* padded */
+    int32_t pitch;
+    int32_t first_row;
+    int32_t num_neurons;           /* S */
+} TenpGramSplitParams;
+TENP_SIZE(TenpGramSplitParams, 32);
 
 /* tenp_moe_row_norms: from the partial squares of tenp_moe_down_*. */
 typedef struct TenpMoeRowNormsParams {

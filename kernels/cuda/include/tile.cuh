@@ -60,6 +60,27 @@ template <int ROWS, int BK, int THREADS> struct RowLoader {
     }
 };
 
+// The same for rows that lie `pitch` apart, of which the first `rows` exist: no table of pointers to keep in registers.
+template <int ROWS, int BK, int THREADS> struct PitchedLoader {
+    static constexpr int CHUNKS = BK / 8, STEP = THREADS / CHUNKS;
+    static_assert(ROWS % STEP == 0, "every thread copies alike");
+    const uint16_t *first;
+    int pitch;
+    int rows;
+
+    __device__ __forceinline__ void load(uint8_t *stage, int k0, int inner) const {
+        const int chunk = static_cast<int>(threadIdx.x) % CHUNKS;
+        const bool inside = k0 + chunk * 8 < inner;
+#pragma unroll
+        for (int i = 0; i < ROWS / STEP; ++i) {
+            const int row = static_cast<int>(threadIdx.x) / CHUNKS + i * STEP;
+            const bool valid = inside && row < rows;
+            cp_async_16(stage + 16 * swizzled<CHUNKS>(row, chunk),
+                        first + (valid ? static_cast<int64_t>(row) * pitch + k0 + chunk * 8 : 0), valid);
+        }
+    }
+};
+
 // Columns of an operand [inner, pitch] whose outer dimension is contiguous: BK inner rows of COLUMNS elements a stage.
 template <int COLUMNS, int BK, int THREADS> struct ColumnLoader {
     static constexpr int CHUNKS = COLUMNS / 8, STEP = THREADS / CHUNKS;

@@ -5,7 +5,7 @@ use half::bf16;
 use simt::Buffer;
 use tenp_kernels::device::Product;
 use tenp_kernels::device::geometry::partial_stride;
-use tenp_kernels::device::moe_contribution::{MoeContribution, moe_contribution};
+use tenp_kernels::device::moe_contribution::{MoeContribution, Projected, moe_contribution};
 use tenp_kernels::device::moe_down::{MoeDown, moe_down, square_partials};
 use tenp_kernels::device::moe_gate_up::{self as wrapper, MoeGateUp, moe_gate_up};
 use tenp_kernels::params::{TENP_NUM_ACTIVATION_SUMS, TENP_NUM_CONTRIBUTION_SUMS};
@@ -174,10 +174,24 @@ pub fn down(batch: &Batch, h: &Buffer<bf16>, product: Product, sim: Sim) -> Outp
     outputs
 }
 
-/// Contributions of the neurons.
+/// Contributions of the neurons, with their outputs.
 pub fn contribution(
     batch: &Batch,
     (h, y, row_inverse): (&Buffer<bf16>, &Buffer<bf16>, &Buffer<f32>),
+    product: Product,
+    sim: Sim,
+) -> Partials {
+    let projected = Projected::Outputs {
+        down_t: view(&batch.down_t),
+        y: view(y),
+    };
+    contribution_of(batch, (h, projected, row_inverse), product, sim)
+}
+
+/// Contributions of the neurons.
+pub fn contribution_of(
+    batch: &Batch,
+    (h, projected, row_inverse): (&Buffer<bf16>, Projected<'_>, &Buffer<f32>),
     product: Product,
     sim: Sim,
 ) -> Partials {
@@ -187,8 +201,7 @@ pub fn contribution(
     let args = MoeContribution {
         product,
         experts: batch.tables.view(),
-        down_t: view(&batch.down_t),
-        y: view(y),
+        projected,
         h: view(h),
         row_inverse: view(row_inverse),
         sums: partials.view(),

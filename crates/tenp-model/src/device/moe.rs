@@ -10,7 +10,7 @@ use tenp_kernels::device::moe_accumulate::{AccumulatePartials, accumulate_partia
 use tenp_kernels::device::moe_combine::{
     CombineInto, ExpertOutputs, MoeCombine, SharedOutput, moe_combine,
 };
-use tenp_kernels::device::moe_contribution::{MoeContribution, moe_contribution};
+use tenp_kernels::device::moe_contribution::{MoeContribution, Projected, moe_contribution};
 use tenp_kernels::device::moe_direction::{MoeDirection, ROW_DOTS, TOKEN_DOTS, moe_direction};
 use tenp_kernels::device::moe_down::{MoeDown, moe_down, square_partials};
 use tenp_kernels::device::moe_gate_up::{MoeGateUp, Partials, moe_gate_up};
@@ -138,9 +138,9 @@ impl<B: Backend> DeviceModel<'_, B> {
         });
         let output = match sums {
             Some(sums) => {
-                let sums = sums.label(&self.backend, block.label).at(layer)?;
+                let (sums, gram) = sums.label(&self.backend, block.label).at(layer)?;
                 let mut m = self
-                    .scored(block, &grouped, hidden.as_slice(), sums)
+                    .scored(block, &grouped, hidden.as_slice(), (sums, gram))
                     .at(layer)?;
                 if let Some(shared) = shared {
                     self.add(m.view_mut(), shared.output, shared.logits)
@@ -357,13 +357,13 @@ impl<B: Backend> DeviceModel<'_, B> {
         backend.run(&moe_down(args, backend.multiprocessors())?)
     }
 
-    /// Experts, combine and every sum; returns m = Σ g y.
+    /// Experts, combine and every sum; returns m = Σ g y. Where there are Gram matrices the contributions are made of them.
     fn scored(
         &self,
         block: &MoeBlock<'_>,
         grouped: &Grouped<B>,
         residual: DeviceSlice<'_, f32>,
-        sums: &mut LabelSums<B>,
+        (sums, gram): (&mut LabelSums<B>, Option<DeviceSlice<'_, bf16>>),
     ) -> Result<B::Buffer<f32>, KernelError> {
         let (backend, hidden) = (&self.backend, self.hidden());
         let (tokens, rows) = (block.num_tokens(), block.num_rows());
@@ -409,18 +409,61 @@ impl<B: Backend> DeviceModel<'_, B> {
         accumulate(&gate_up, &partials, &mut sums.activations)?;
 
         let mut y = backend.alloc::<f32>("expert outputs", rows * hidden)?;
-        let mut y_bf16 = backend.alloc::<bf16>("expert outputs", rows * hidden)?;
-        let outputs = (y.view_mut(), Some(y_bf16.view_mut()), None);
+        let bf16_len = if gram.is_some() { 0 } else { rows * hidden };
+        let mut y_bf16 = backend.alloc::<bf16>("expert outputs", bf16_len)?;
+        let y_bf16_out = gram.is_none().then(|| y_bf16.view_mut());
+        let outputs = (y.view_mut(), y_bf16_out, None);
         self.down(block, grouped, &down, h.view(), outputs)?;
 
+        let (m, row_inverse) = self.directions(block, grouped, (y.view(), residual), sums)?;
+        let args = MoeContribution {
+            product: contribution.product,
+            experts,
+            projected: match gram {
+                Some(gram) => Projected::Gram { gram },
+                None => Projected::Outputs {
+                    down_t: block.moe.down_t.of(block.arena)?,
+                    y: y_bf16.view(),
+                },
+            },
+            h: h.view(),
+            row_inverse: row_inverse.view(),
+            sums: Partials {
+                partials: partials.view_mut(),
+                offsets: contribution.partial_offsets(),
+                stride,
+            },
+            group_offsets: grouped.group_offsets.view(),
+            schedule: contribution.schedule(),
+            num_rows: rows,
+            hidden,
+            hidden_pitch: pitch,
+        };
+        backend.run(&moe_contribution(args, backend.multiprocessors())?)?;
+        accumulate(&contribution, &partials, &mut sums.contributions)?;
+        sums.num_tokens += tokens;
+        Ok(m)
+    }
+
+    /// Combine, and the sums of experts; returns m and the rows' 1 / (‖y‖ + 1e-8).
+    #[allow(clippy::type_complexity, reason = "two results")]
+    fn directions(
+        &self,
+        block: &MoeBlock<'_>,
+        grouped: &Grouped<B>,
+        (y, residual): (DeviceSlice<'_, f32>, DeviceSlice<'_, f32>),
+        sums: &mut LabelSums<B>,
+    ) -> Result<(B::Buffer<f32>, B::Buffer<f32>), KernelError> {
+        let (backend, hidden) = (&self.backend, self.hidden());
+        let (tokens, rows) = (block.num_tokens(), block.num_rows());
         let mut m = backend.alloc::<f32>("combined outputs", tokens * hidden)?;
         let mut row_dots = backend.alloc::<f64>("dot products of rows", ROW_DOTS * rows)?;
         let mut row_peaks = backend.alloc::<f32>("peaks of rows", rows)?;
         let mut row_inverse = backend.alloc::<f32>("inverse norms", rows)?;
         let mut token_dots = backend.alloc::<f64>("dot products of tokens", TOKEN_DOTS * tokens)?;
         backend.run(&moe_direction(MoeDirection {
-            experts,
-            y: ExpertOutputs::F32(y.view()),
+            experts: block.experts()?,
+            y: ExpertOutputs::F32(y),
             slots: grouped.slots(),
             x: block.x_f32,
             residual,
@@ -443,29 +486,8 @@ impl<B: Backend> DeviceModel<'_, B> {
             non_finite: sums.non_finite.view_mut(),
             num_rows: rows,
             num_tokens: tokens,
-            num_experts: count,
+            num_experts: block.moe.spec.num_experts,
         })?)?;
-        let args = MoeContribution {
-            product: contribution.product,
-            experts,
-            down_t: block.moe.down_t.of(block.arena)?,
-            y: y_bf16.view(),
-            h: h.view(),
-            row_inverse: row_inverse.view(),
-            sums: Partials {
-                partials: partials.view_mut(),
-                offsets: contribution.partial_offsets(),
-                stride,
-            },
-            group_offsets: grouped.group_offsets.view(),
-            schedule: contribution.schedule(),
-            num_rows: rows,
-            hidden,
-            hidden_pitch: pitch,
-        };
-        backend.run(&moe_contribution(args, backend.multiprocessors())?)?;
-        accumulate(&contribution, &partials, &mut sums.contributions)?;
-        sums.num_tokens += tokens;
-        Ok(m)
+        Ok((m, row_inverse))
     }
 }

@@ -98,7 +98,9 @@ impl<'s, 'c, B: Backend + 'static> DevicePass<'s, 'c, B> {
                     .weight_norms(backend, loaded.arena.view(), self.model.hidden())
                     .at(layer)?;
                 observer.begin_sums(layer, &moe.widths, norms)?;
-                Some(DeviceSums::new(moe))
+                let work = (self.sequences.num_tokens(), self.blocks.len());
+                let gram = self.model.gram(moe, loaded.arena.view(), work);
+                Some(DeviceSums::new(moe, gram.at(layer)?))
             }
             _ => None,
         };

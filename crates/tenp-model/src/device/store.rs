@@ -9,10 +9,10 @@ use std::rc::Rc;
 
 use tenp_checkpoint::{Checkpoint, ExpertTensors};
 use tenp_kernels::KernelError;
-use tenp_kernels::device::{Backend, Memory};
+use tenp_kernels::device::{Backend, Memory, PaddedLayout};
 
 use super::arena::Contents;
-use super::layer::LayerWeights;
+use super::layer::{Feed, LayerWeights};
 use super::unpack::Unpacking;
 use crate::ModelError;
 use crate::error::AtLayer;
@@ -105,6 +105,8 @@ pub(super) struct Store<B: Backend> {
     keeps: bool,
     total_bytes: u64,
     sizes: Sizes,
+    /// Of the MoE layers.
+    layouts: Vec<PaddedLayout>,
     staging: VecDeque<B::Staging>,
     num_staging: usize,
     arenas: Vec<B::Buffer<u8>>,
@@ -119,8 +121,12 @@ impl<B: Backend> Store<B> {
     pub(super) fn new(checkpoint: &Checkpoint, resident_bytes: u64) -> Result<Self, ModelError> {
         let num_layers = checkpoint.config().num_layers;
         let (mut sizes, mut total) = (Sizes::default(), 0u64);
+        let mut layouts = Vec::new();
         for layer in 0..num_layers {
-            let contents = LayerWeights::find(checkpoint, layer, &[])?.1;
+            let (weights, contents) = LayerWeights::find(checkpoint, layer, &[])?;
+            if let Feed::Moe(moe) = weights.feed {
+                layouts.push(moe.layout);
+            }
             total += contents.bytes() as u64;
             let (sent, unpacking) = contents.sent();
             sizes.add(&sent, unpacking.as_ref());
@@ -130,12 +136,18 @@ impl<B: Backend> Store<B> {
             keeps: total <= resident_bytes,
             total_bytes: total,
             sizes,
+            layouts,
             staging: VecDeque::new(),
             num_staging: 0,
             arenas: Vec::new(),
             packed: None,
             pending: None,
         })
+    }
+
+    /// Widths of the MoE layers.
+    pub(super) fn layouts(&self) -> &[PaddedLayout] {
+        &self.layouts
     }
 
     /// Bytes on the host: two layers being sent.

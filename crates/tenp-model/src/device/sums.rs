@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use half::bf16;
 use tenp_kernels::KernelError;
 use tenp_kernels::cpu::neuron::NeuronSums;
 use tenp_kernels::device::expert_sums::to_cpu_sums;
@@ -37,23 +38,27 @@ pub(super) struct DeviceSums<B: Backend> {
     num_experts: usize,
     num_neurons: usize,
     labels: BTreeMap<usize, LabelSums<B>>,
+    /// `[2S, pitch of h]` Gram matrices, where the contributions are made of them.
+    gram: Option<B::Buffer<bf16>>,
 }
 
 impl<B: Backend> DeviceSums<B> {
-    pub(super) fn new(moe: &Moe) -> Self {
+    pub(super) fn new(moe: &Moe, gram: Option<B::Buffer<bf16>>) -> Self {
         Self {
             num_experts: moe.layout.num_experts(),
             num_neurons: moe.layout.total(),
             labels: BTreeMap::new(),
+            gram,
         }
     }
 
-    /// The sums of `label`, zeros at first.
+    /// The sums of `label`, zeros at first, and the Gram matrices.
+    #[allow(clippy::type_complexity, reason = "a part and what all parts share")]
     pub(super) fn label(
         &mut self,
         backend: &B,
         label: usize,
-    ) -> Result<&mut LabelSums<B>, KernelError> {
+    ) -> Result<(&mut LabelSums<B>, Option<DeviceSlice<'_, bf16>>), KernelError> {
         let (experts, neurons) = (self.num_experts, self.num_neurons);
         if let std::collections::btree_map::Entry::Vacant(entry) = self.labels.entry(label) {
             entry.insert(LabelSums {
@@ -77,7 +82,8 @@ impl<B: Backend> DeviceSums<B> {
                 num_tokens: 0,
             });
         }
-        Ok(self.labels.get_mut(&label).expect("just put there"))
+        let sums = self.labels.get_mut(&label).expect("just put there");
+        Ok((sums, self.gram.as_ref().map(Memory::view)))
     }
 
     /// Copies everything back.

@@ -4,7 +4,6 @@ use simt::{Schedule, Simulated};
 use tenp_checkpoint::{Checkpoint, Matrix};
 
 use super::super::fp8_folders;
-use super::super::layer::Feed;
 use super::*;
 
 /// Golden `deepseek_v3` in fp8, and the same numbers in f32.
