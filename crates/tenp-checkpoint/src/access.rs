@@ -6,7 +6,7 @@ use crate::names::Part;
 use crate::{CheckpointError, Dtype};
 
 /// A row-major matrix inside a checkpoint.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Matrix<'a> {
     /// `F32`, `F16`, `BF16` or `F8E4M3`.
     pub dtype: Dtype,

@@ -35,6 +35,7 @@ pub mod plan;
 #[doc(hidden)]
 pub mod readers;
 mod residency;
+mod room;
 mod scales;
 mod scratch;
 mod shard;
@@ -64,6 +65,7 @@ pub use mapped::explain_faults;
 pub use names::{Part, Spelling, dense, layer_of};
 pub use neurons::OwnedMatrix;
 pub use plan::{Accounting, ExpertPlan, LayerPlan, Plan};
+pub use room::{Room, StoredMatrix};
 pub use scratch::ScratchValues;
 pub use size::{CheckpointSize, PrunedFrom};
 pub use statistics::{Folds, LayerStatistics, Statistics};

@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
-use tenp_checkpoint::{Checkpoint, ExpertTensors, ModelConfig, OutputDtype, Plan};
+use tenp_checkpoint::{Checkpoint, ExpertTensors, ModelConfig, OutputDtype, Plan, Room};
 use tenp_kernels::Compute;
 use tenp_kernels::cpu::elementwise::log_sum_exp;
 
 use crate::cpu::{BufferPool, CpuModel, CpuPass};
-use crate::engine::Pass;
+use crate::engine::Pass as _;
 use crate::head::Head;
 use crate::narrow::Narrow;
-use crate::{ModelError, Sequences};
+use crate::{ModelError, Sequences, Spill};
 
 /// Hidden states of the plans that run side by side may take this much memory.
 const PASS_BYTES: usize = 1 << 30;
@@ -19,13 +19,14 @@ const PASS_BYTES: usize = 1 << 30;
 /// `weights` weighs the tokens of each label.
 ///
 /// The plans go through the layers side by side, as many as fit in 1 GiB of hidden states, so that a layer is read once for
-/// all of them. Runs on the CPU. `progress` is told each layer that a plan has passed.
+/// all of them. Runs on the CPU; what should not be in memory goes to files where `spill` says. `progress` is told each layer
+/// that a plan has passed.
 ///
 /// # Errors
-/// Token ids or lengths that the model does not have, unreadable tensors, activations that are not finite.
+/// Token ids or lengths that the model does not have, unreadable tensors, activations that are not finite, a full disk.
 pub fn plan_nlls(
     checkpoint: &Checkpoint,
-    compute: Compute,
+    (compute, spill): (Compute, &Spill),
     plans: &[Plan],
     (sequences, weights): (&Sequences, &[f64]),
     progress: &dyn Fn(),
@@ -35,7 +36,7 @@ pub fn plan_nlls(
     let model = CpuModel {
         checkpoint,
         compute,
-        spill: None,
+        spill: Some(spill),
     };
     let head = Head::new(checkpoint, compute, None)?;
     let mut nlls = Vec::with_capacity(plans.len());
@@ -48,13 +49,13 @@ pub fn plan_nlls(
             .collect::<Result<Vec<_>, ModelError>>()?;
         for layer in 0..config.num_layers {
             for (plan, pass) in plans.iter().zip(&mut passes) {
-                step(checkpoint, plan, layer, pass)?;
+                step((checkpoint, plan), layer, spill, pass)?;
                 progress();
             }
             checkpoint.release_layer(layer);
         }
         for pass in passes {
-            let hidden = Box::new(pass).finish()?;
+            let hidden = pass.normed()?;
             nlls.push(nll(&head, &hidden, sequences, weights)?);
         }
     }
@@ -68,13 +69,17 @@ pub(crate) fn together(config: &ModelConfig, sequences: &Sequences) -> usize {
 }
 
 fn step(
-    checkpoint: &Checkpoint,
-    plan: &Plan,
+    (checkpoint, plan): (&Checkpoint, &Plan),
     layer: usize,
+    spill: &Spill,
     pass: &mut CpuPass<'_>,
 ) -> Result<(), ModelError> {
+    let room = Room::new(&spill.dir);
     let narrow = match plan.layers.iter().find(|l| l.layer == layer) {
-        Some(plan) => Narrow::all(checkpoint, plan, OutputDtype::Same, &|_| None)?,
+        Some(plan) => {
+            let place = (OutputDtype::Same, &room);
+            Narrow::all(checkpoint, plan, place, &|_| None)?
+        }
         None => Vec::new(),
     };
     let experts: Vec<(usize, ExpertTensors<'_>)> = narrow

@@ -178,6 +178,16 @@ impl<'s> CpuPass<'s> {
         &self.hidden
     }
 
+    /// The same behind all layers and the final norm, where it is.
+    pub(crate) fn normed(mut self) -> Result<Hidden, ModelError> {
+        let checkpoint = self.model.checkpoint;
+        let config = checkpoint.config();
+        let weight = checkpoint.vector_f32("model.norm.weight", config.hidden_size)?;
+        let (hidden, eps) = (&mut self.hidden, config.rms_norm_eps);
+        rms_norm_strided(hidden, config.hidden_size, &weight, eps).at(config.num_layers)?;
+        Ok(self.hidden)
+    }
+
     fn run_layer(
         &mut self,
         layer: usize,
@@ -296,13 +306,7 @@ impl Pass for CpuPass<'_> {
     }
 
     fn finish(self: Box<Self>) -> Result<Vec<f32>, ModelError> {
-        let checkpoint = self.model.checkpoint;
-        let config = checkpoint.config();
-        let weight = checkpoint.vector_f32("model.norm.weight", config.hidden_size)?;
-        let mut out = self.hidden.into_memory();
-        rms_norm_strided(&mut out, config.hidden_size, &weight, config.rms_norm_eps)
-            .at(config.num_layers)?;
-        Ok(out)
+        Ok(self.normed()?.into_memory())
     }
 }
 

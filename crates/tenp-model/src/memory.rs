@@ -5,13 +5,13 @@ mod pass;
 mod recovery;
 mod statistics;
 
-use tenp_checkpoint::Plan;
+use tenp_checkpoint::{OutputDtype, Plan};
 
 use crate::calibrate::{FoldOptions, Keep, grouped};
 use crate::{Model, Sequences};
 
 use pass::PassMemory;
-pub use recovery::merging;
+pub use recovery::{merging, narrowed, rewritten};
 pub use statistics::StatisticsMemory;
 
 /// A step of a run.
@@ -95,7 +95,7 @@ pub fn plan_trials(
         ),
         (
             "narrowed experts of a layer",
-            recovery::narrowed(model.checkpoint(), plan),
+            recovery::narrowed(model.checkpoint(), plan, OutputDtype::Same)[0],
         ),
         (
             "logits",
@@ -125,12 +125,12 @@ pub fn generation(model: &Model<'_>, sequences: &Sequences, new_tokens: usize) -
 }
 
 /// Least squares: the fit of a layer, and the pruned layer run for those behind it.
-pub fn fit(model: &Model<'_>, sequences: &Sequences, plan: &Plan) -> [Step; 2] {
+pub fn fit(model: &Model<'_>, sequences: &Sequences, plan: &Plan, dtype: OutputDtype) -> [Step; 2] {
     let pass = match engine_bytes(model, sequences.num_tokens()) {
         Some(host) => vec![("the GPU's counterpart here", host)],
         None => PassMemory::new(model, sequences).parts(false),
     };
-    recovery::fit(model, sequences, plan, &pass)
+    recovery::fit(model, sequences, (plan, dtype), &pass)
 }
 
 /// Ids of the kept neurons. They are sorted in place, so there is room for all of an expert's.

@@ -15,6 +15,6 @@ mod rescale;
 pub use dern::Dern;
 pub use recover::{LeastSquares, RecoverOptions};
 pub(crate) use recover::{
-    held_moments, operations as fit_operations, rate as fit_rate, runs_for_moments,
+    fits_at_once, held_moments, operations as fit_operations, rate as fit_rate, runs_for_moments,
 };
 pub use rescale::Rescale;

@@ -13,7 +13,7 @@ use crate::cpu::{CpuModel, CpuPass};
 use crate::engine::Pass;
 use crate::error::AtLayer;
 use crate::observer::RoutedActivations;
-use crate::{ModelError, Observer, Sequences};
+use crate::{ModelError, Observer, Sequences, Spill};
 
 /// Errors of narrowed experts.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -38,13 +38,13 @@ pub struct Cuts<'a> {
 /// Runs the full model over `sequences` on the CPU and measures what cutting its experts would cost.
 ///
 /// `progress` is told the tokens that have passed a layer, from any thread. The sums are made in a fixed order: the same
-/// bits whatever the threads.
+/// bits whatever the threads. Hidden states that should not be in memory go to a file where `spill` says.
 ///
 /// # Errors
-/// Token ids or lengths that the model does not have, unreadable tensors, activations that are not finite.
+/// Token ids or lengths that the model does not have, unreadable tensors, activations that are not finite, a full disk.
 pub fn cut_errors(
     checkpoint: &Checkpoint,
-    compute: Compute,
+    (compute, spill): (Compute, &Spill),
     sequences: &Sequences,
     cuts: Cuts<'_>,
     progress: &(dyn Fn(usize) + Sync),
@@ -54,7 +54,7 @@ pub fn cut_errors(
     let model = CpuModel {
         checkpoint,
         compute,
-        spill: None,
+        spill: Some(spill),
     };
     let mut pass = CpuPass::new(model, sequences, None)?;
     let mut measured = CutErrors::default();

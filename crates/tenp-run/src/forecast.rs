@@ -6,7 +6,7 @@ mod show;
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use tenp_checkpoint::{ApplyOptions, Checkpoint, Plan, writing_memory};
+use tenp_checkpoint::{ApplyOptions, Checkpoint, OutputDtype, Plan, writing_memory};
 use tenp_model::calibrate::{FoldOptions, Keep};
 use tenp_model::memory::{self, StatisticsMemory, Step};
 use tenp_model::speed::{Speed, passes_for_moments};
@@ -41,7 +41,10 @@ pub(crate) struct Forecast<'m> {
     steps: Vec<Step>,
     work: Vec<Work>,
     kept_bytes: usize,
+    /// Most that lies in files without names at once.
     spilled_bytes: usize,
+    /// New weights, which lie beside the output until it is written.
+    rewritten_bytes: usize,
 }
 
 impl<'m> Forecast<'m> {
@@ -56,6 +59,7 @@ impl<'m> Forecast<'m> {
             work: Vec::new(),
             kept_bytes: 0,
             spilled_bytes: 0,
+            rewritten_bytes: 0,
         }
     }
 
@@ -67,6 +71,10 @@ impl<'m> Forecast<'m> {
         let step = step.beside("statistics", self.statistics);
         self.steps
             .push(step.beside("before the first step", self.held));
+    }
+
+    fn spills(&mut self, bytes: usize) {
+        self.spilled_bytes = self.spilled_bytes.max(bytes);
     }
 
     fn pass(&mut self, name: &'static str, passes: usize, computing: f64) {
@@ -84,7 +92,7 @@ impl<'m> Forecast<'m> {
     fn speed(&mut self, domains: &Domains) -> Result<(Speed, Sequences)> {
         if self.speed.is_none() {
             let sequences = recovery::sequences(domains, &BTreeMap::new());
-            self.spilled_bytes = self.model.spilled_bytes(sequences.num_tokens());
+            self.spills(self.model.spilled_bytes(sequences.num_tokens()));
             self.speed = Some((Speed::measure(&self.model, &sequences)?, sequences));
         }
         Ok(self.speed.clone().expect("just measured"))
@@ -146,6 +154,8 @@ impl<'m> Forecast<'m> {
             let memory = StatisticsMemory::new(self.model.config(), domains.len()).all();
             let trials = memory::plan_trials(&self.model, &held_text, plan, plans);
             self.step(trials.beside("statistics of three quarters", memory));
+            let [_, in_files] = memory::narrowed(self.checkpoint(), plan, OutputDtype::Same);
+            self.spills(self.model.spilled_bytes(held_text.num_tokens()) + in_files);
             let each = speed.pass(&self.model, &held_text, plan.accounting.E, false);
             // Side by side, so that the model is read once.
             self.pass("try α", 1, plans as f64 * each);
@@ -174,21 +184,27 @@ impl<'m> Forecast<'m> {
     }
 
     /// New weights by least squares.
-    pub(crate) fn fits(&mut self, sequences: &Sequences, plan: &Plan) -> Result<()> {
+    pub(crate) fn fits(
+        &mut self,
+        sequences: &Sequences,
+        plan: &Plan,
+        dtype: OutputDtype,
+    ) -> Result<()> {
         let speed = Speed::measure(&self.model, sequences)?;
-        for step in memory::fit(&self.model, sequences, plan) {
+        for step in memory::fit(&self.model, sequences, plan, dtype) {
             self.step(step);
         }
         let computing = speed.fits(&self.model, sequences, plan);
         let width = self.model.config().moe.expert_width;
         let passes = 1 + passes_for_moments(plan, width);
         self.pass("fit, and run what was fitted", passes, computing);
-        self.spilled_bytes = 2 * self.model.spilled_bytes(sequences.num_tokens());
+        let [_, in_files] = memory::narrowed(self.checkpoint(), plan, dtype);
+        self.spills(2 * self.model.spilled_bytes(sequences.num_tokens()) + in_files);
         Ok(())
     }
 
     /// Merging of dropped neurons, if the plan merges.
-    pub(crate) fn merging(&mut self, plan: &Plan) -> Result<()> {
+    pub(crate) fn merging(&mut self, plan: &Plan, dtype: OutputDtype) -> Result<()> {
         if plan.dern.is_none() {
             return Ok(());
         }
@@ -198,18 +214,22 @@ impl<'m> Forecast<'m> {
             Some((speed, _)) => *speed,
             None => Speed::measure(&self.model, &one)?,
         };
-        self.step(memory::merging(self.checkpoint(), plan));
+        self.step(memory::merging(self.checkpoint(), plan, dtype));
         self.pass("merge", 1, speed.comparisons(&self.model, plan));
         Ok(())
     }
 
-    /// Writing the output of `bytes`.
+    /// Writing the output of `bytes`, of new weights in part where there are `new` ones.
     pub(crate) fn writing(
         &mut self,
         plan: &Plan,
         options: &ApplyOptions,
         bytes: u64,
+        new: bool,
     ) -> Result<()> {
+        if new || plan.dern.is_some() {
+            self.rewritten_bytes = memory::rewritten(self.checkpoint(), plan, options.dtype);
+        }
         let parts = writing_memory(self.checkpoint(), plan, options)?;
         self.step(Step::new("write", parts).beside("kept neurons", memory::plan_bytes(plan)));
         self.work.push(Work {

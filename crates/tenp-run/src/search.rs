@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use tenp_checkpoint::{Checkpoint, ModelConfig, Statistics};
-use tenp_model::Sequences;
 use tenp_model::candidates::plan_nlls;
 use tenp_model::sensitivity::{Cuts, cut_errors};
+use tenp_model::{Sequences, Spill};
 use tenp_prune::allocate::{ErrorCurves, measured_widths, quantum};
 use tenp_prune::{
     Allocation, AlphaTried, DEFAULT_SLOPE, PlanRequest, alpha_candidates, neuron_orders,
@@ -25,6 +25,8 @@ pub(crate) struct Search<'a> {
     checkpoint: &'a Checkpoint,
     domains: &'a Domains,
     place: Place,
+    /// Of what should not be in memory.
+    spill: Spill,
     /// By what they depend on, as plans of several budgets share them.
     curves: RefCell<BTreeMap<String, ErrorCurves>>,
     /// Of the samples that α is not tried on.
@@ -94,11 +96,17 @@ fn weighted(domains: &Domains, request: &PlanRequest) -> (Sequences, Vec<f64>) {
 }
 
 impl<'a> Search<'a> {
-    pub(crate) fn new(checkpoint: &'a Checkpoint, domains: &'a Domains, place: &Place) -> Self {
+    pub(crate) fn new(
+        checkpoint: &'a Checkpoint,
+        domains: &'a Domains,
+        place: &Place,
+        spill: Spill,
+    ) -> Self {
         Self {
             checkpoint,
             domains,
             place: place.clone(),
+            spill,
             curves: RefCell::default(),
             fitted: OnceCell::new(),
         }
@@ -151,7 +159,7 @@ impl<'a> Search<'a> {
         let progress = Progress::new("try α", Unit::Layers, total, 1);
         let nlls = plan_nlls(
             self.checkpoint,
-            self.place.cpu_compute(),
+            (self.place.cpu_compute(), &self.spill),
             &plans,
             (&sequences, &weights),
             &|| progress.advance(1),
@@ -200,7 +208,7 @@ impl<'a> Search<'a> {
         };
         let measured = cut_errors(
             self.checkpoint,
-            self.place.cpu_compute(),
+            (self.place.cpu_compute(), &self.spill),
             &sequences,
             cuts,
             &|tokens| progress.advance(tokens as u64),

@@ -13,7 +13,7 @@ use crate::names::Part;
 use crate::plan::{LayerPlan, Plan};
 use crate::shard::Shard;
 use crate::work::Work;
-use crate::{Checkpoint, CheckpointError, Dtype, OwnedMatrix};
+use crate::{Checkpoint, CheckpointError, Dtype, Matrix, OwnedMatrix, Room, StoredMatrix};
 
 use super::OutputDtype;
 
@@ -27,7 +27,7 @@ pub trait LayerRewriter {
     /// What decides the new weights beside checkpoint and plan: part of the run's fingerprint.
     fn settings(&self) -> String;
 
-    /// The new weights of a layer, of `dtype` in the output. Layers are asked for in depth order, each once.
+    /// The new weights of a layer, of `dtype` in the output, in `room`. Layers are asked for in depth order, each once.
     ///
     /// # Errors
     /// Whatever stands in the way.
@@ -35,6 +35,7 @@ pub trait LayerRewriter {
         &mut self,
         layer: &LayerPlan,
         dtype: OutputDtype,
+        room: &Room,
     ) -> Result<RewrittenLayer, Box<dyn Error + Send + Sync>>;
 
     /// Instead of [`Self::layer`], for a layer that an earlier run of the same settings has made.
@@ -46,6 +47,7 @@ pub trait LayerRewriter {
         _layer: &LayerPlan,
         _made: &RewrittenLayer,
         _dtype: OutputDtype,
+        _room: &Room,
     ) -> Result<(), Box<dyn Error + Send + Sync>> {
         Ok(())
     }
@@ -66,7 +68,7 @@ pub struct Notes {
 }
 
 /// New weights of a layer, in the dtypes that the tensors they replace have in the output.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Debug, Default, PartialEq)]
 pub struct RewrittenLayer {
     /// Experts of which something is new.
     pub experts: Vec<RewrittenExpert>,
@@ -77,16 +79,16 @@ pub struct RewrittenLayer {
 }
 
 /// New matrices of an expert, of the width W that the plan gives it; the input's kept neurons where absent.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Debug, Default, PartialEq)]
 pub struct RewrittenExpert {
     /// Expert id in the input.
     pub id: usize,
     /// `[W, H]`.
-    pub gate: Option<OwnedMatrix>,
+    pub gate: Option<StoredMatrix>,
     /// `[W, H]`.
-    pub up: Option<OwnedMatrix>,
+    pub up: Option<StoredMatrix>,
     /// `[H, W]`.
-    pub down: Option<OwnedMatrix>,
+    pub down: Option<StoredMatrix>,
 }
 
 /// New weights of all layers.
@@ -118,15 +120,17 @@ impl Rewritten {
         let all_made = plan.layers.iter().all(|layer| file(layer).path.exists());
         for layer in &plan.layers {
             checkpoint.check_stop()?;
-            let file = file(layer);
+            let (file, room) = (file(layer), Room::new(&dir));
             if file.path.exists() {
-                let made = file.read()?;
+                let made = file.read(&room)?;
                 if !all_made {
-                    rewriter.made_before(layer, &made, dtype).map_err(failed)?;
+                    rewriter
+                        .made_before(layer, &made, dtype, &room)
+                        .map_err(failed)?;
                 }
                 outcomes.push(made.outcome);
             } else {
-                let made = rewriter.layer(layer, dtype).map_err(failed)?;
+                let made = rewriter.layer(layer, dtype, &room).map_err(failed)?;
                 work.begin()?;
                 file.write(&made, needed)?;
                 outcomes.push(made.outcome);
@@ -206,7 +210,7 @@ impl LayerFile<'_> {
         Shard::open_file(self.path.clone(), "new weights")
     }
 
-    fn read(&self) -> Result<RewrittenLayer, CheckpointError> {
+    fn read(&self, room: &Room) -> Result<RewrittenLayer, CheckpointError> {
         let file = self.open()?;
         let outcome = file.metadata.get(OUTCOME).map_or("null", String::as_str);
         let mut made = RewrittenLayer {
@@ -218,12 +222,15 @@ impl LayerFile<'_> {
             experts: Vec::new(),
         };
         for plan in self.layer.kept() {
-            let find = |part| matrix_of(&file, plan.id, part);
+            let find = |part| {
+                let matrix = matrix_of(&file, plan.id, part);
+                matrix.map(|matrix| room.keep(matrix)).transpose()
+            };
             let expert = RewrittenExpert {
                 id: plan.id,
-                gate: find(Part::Gate),
-                up: find(Part::Up),
-                down: find(Part::Down),
+                gate: find(Part::Gate)?,
+                up: find(Part::Up)?,
+                down: find(Part::Down)?,
             };
             if expert.gate.is_some() || expert.up.is_some() || expert.down.is_some() {
                 made.experts.push(expert);
@@ -267,24 +274,26 @@ impl LayerFile<'_> {
                 (Part::Up, &expert.up, old.up, (width, hidden)),
                 (Part::Down, &expert.down, old.down, (hidden, width)),
             ] {
-                let Some(matrix) = matrix else { continue };
+                let Some(matrix) = matrix.as_ref().map(StoredMatrix::view) else {
+                    continue;
+                };
                 let (rows, cols) = shape;
                 let fits = (matrix.rows, matrix.cols) == shape
                     && matrix.dtype == self.dtype.of(old.dtype)
                     && matrix.bytes.len() == rows * cols * matrix.dtype.size();
                 if !fits {
-                    return Err(misfit(index, matrix));
+                    return Err(misfit(index, &matrix));
                 }
                 let name = matrix_name(expert.id, part);
                 if !matrix.scales.is_empty() {
-                    parts.push(plain(scales_name(&name), &matrix.scales));
+                    parts.push(plain(scales_name(&name), matrix.scales));
                 }
                 let planned = PlannedTensor {
                     name,
                     dtype: matrix.dtype,
                     shape: vec![rows, cols],
                 };
-                parts.push((planned, &matrix.bytes));
+                parts.push((planned, matrix.bytes));
             }
         }
         if let Some(bytes) = &made.router {
@@ -305,8 +314,8 @@ fn wrong_size(layer: usize, expected: usize, got: usize) -> CheckpointError {
     }
 }
 
-fn misfit(layer: usize, matrix: &OwnedMatrix) -> CheckpointError {
-    let OwnedMatrix {
+fn misfit(layer: usize, matrix: &Matrix<'_>) -> CheckpointError {
+    let Matrix {
         dtype, rows, cols, ..
     } = matrix;
     CheckpointError::Rewrite {

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde_json::{Value, json};
 use tenp_checkpoint::{
     ApplyOptions, ApplyOutcome, Checkpoint, CheckpointError, ExpertPlan, LayerPlan, LayerRewriter,
-    Notes, OutputDtype, OutputForm, OwnedMatrix, Plan, RewrittenExpert, RewrittenLayer, Work,
+    Notes, OutputDtype, OutputForm, OwnedMatrix, Plan, RewrittenExpert, RewrittenLayer, Room, Work,
     apply, apply_rewritten,
 };
 
@@ -229,6 +229,7 @@ impl LayerRewriter for Doubling<'_> {
         &mut self,
         layer: &LayerPlan,
         dtype: OutputDtype,
+        room: &Room,
     ) -> Result<RewrittenLayer, Box<dyn std::error::Error + Send + Sync>> {
         if self.fails_at == Some(layer.layer) {
             return Err("no more".into());
@@ -248,7 +249,7 @@ impl LayerRewriter for Doubling<'_> {
             };
             Ok::<_, CheckpointError>(RewrittenExpert {
                 id: expert.id,
-                down: Some(down),
+                down: Some(room.keep(down)?),
                 ..RewrittenExpert::default()
             })
         };
@@ -264,6 +265,7 @@ impl LayerRewriter for Doubling<'_> {
         layer: &LayerPlan,
         made: &RewrittenLayer,
         dtype: OutputDtype,
+        room: &Room,
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         self.told.push(layer.layer);
         let again = Self {
@@ -272,7 +274,7 @@ impl LayerRewriter for Doubling<'_> {
             told: Vec::new(),
             ..*self
         }
-        .layer(layer, dtype)?;
+        .layer(layer, dtype, room)?;
         assert_eq!(&again, made);
         Ok(())
     }

@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use tenp_checkpoint::plan::{self, MergeWeights, RouterRule, Scope};
 use tenp_checkpoint::{
     Checkpoint, Dtype, LayerPlan, LayerRewriter, Matrix, Notes, OutputDtype, Plan, RewrittenExpert,
-    RewrittenLayer,
+    RewrittenLayer, Room,
 };
 use tenp_kernels::cpu::moe::ExpertWeights;
 use tenp_kernels::cpu::segments::{Match, Segments, Similarity};
@@ -113,10 +113,15 @@ impl<'c> Dern<'c> {
         })
     }
 
-    fn rewrite(&self, plan: &LayerPlan, dtype: OutputDtype) -> Result<RewrittenLayer, ModelError> {
+    fn rewrite(
+        &self,
+        plan: &LayerPlan,
+        dtype: OutputDtype,
+        room: &Room,
+    ) -> Result<RewrittenLayer, ModelError> {
         let (mut new, outcome) = match self.settings.scope {
-            Scope::Experts => self.merge_dropped(plan, dtype)?,
-            Scope::Neurons => self.fold(plan, dtype)?,
+            Scope::Experts => self.merge_dropped(plan, dtype, room)?,
+            Scope::Neurons => self.fold(plan, dtype, room)?,
         };
         new.outcome = outcome.json();
         (self.progress)(plan.layer);
@@ -127,6 +132,7 @@ impl<'c> Dern<'c> {
         &self,
         plan: &LayerPlan,
         dtype: OutputDtype,
+        room: &Room,
     ) -> Result<(RewrittenLayer, LayerOutcome), ModelError> {
         let layer = plan.layer;
         let config = self.checkpoint.config();
@@ -155,7 +161,7 @@ impl<'c> Dern<'c> {
             outcome.rounds = outcome.rounds.max(merged.rounds);
             let place = (layer, id);
             new.experts
-                .push(self.encode(place, &merged.centres, dtype)?);
+                .push(self.encode(room, place, (&merged.centres, dtype))?);
         }
         if self.settings.router == RouterRule::Transfer && outcome.moved > 0 {
             new.router = Some(self.router(layer, &kept, &reassigned)?);
@@ -244,15 +250,15 @@ impl<'c> Dern<'c> {
 
     fn encode(
         &self,
+        room: &Room,
         (layer, id): (usize, usize),
-        neurons: &Segments,
-        dtype: OutputDtype,
+        (neurons, dtype): (&Segments, OutputDtype),
     ) -> Result<RewrittenExpert, ModelError> {
         let old = self.checkpoint.expert(layer, id)?;
         let [gate, up, down] = tables(neurons);
         let (width, hidden) = (neurons.len(), neurons.hidden());
         let new = |old: Dtype, shape, values: &[f32]| {
-            encode((layer, id), dtype.of(old), shape, values).map(Some)
+            encode(room, (layer, id), dtype.of(old), shape, values).map(Some)
         };
         Ok(RewrittenExpert {
             id,
@@ -337,8 +343,9 @@ impl LayerRewriter for Dern<'_> {
         &mut self,
         layer: &LayerPlan,
         dtype: OutputDtype,
+        room: &Room,
     ) -> Result<RewrittenLayer, Box<dyn Error + Send + Sync>> {
-        Ok(self.rewrite(layer, dtype)?)
+        Ok(self.rewrite(layer, dtype, room)?)
     }
 
     fn made_before(
@@ -346,6 +353,7 @@ impl LayerRewriter for Dern<'_> {
         layer: &LayerPlan,
         _made: &RewrittenLayer,
         _dtype: OutputDtype,
+        _room: &Room,
     ) -> Result<(), Box<dyn Error + Send + Sync>> {
         (self.progress)(layer.layer);
         Ok(())

@@ -10,8 +10,8 @@ use std::fmt::Write as _;
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 use tenp_checkpoint::{
-    Checkpoint, ExpertPlan, ExpertTensors, LayerPlan, LayerRewriter, Notes, OutputDtype,
-    RewrittenExpert, RewrittenLayer,
+    Checkpoint, ExpertPlan, ExpertTensors, LayerPlan, LayerRewriter, ModelConfig, Notes,
+    OutputDtype, RewrittenExpert, RewrittenLayer, Room, StoredMatrix,
 };
 
 use super::encode::encode;
@@ -21,7 +21,7 @@ use crate::moments::{self, ExpertMoments, MomentsWanted};
 use crate::narrow::Narrow;
 use crate::{Model, ModelError, Sequences};
 use held_out::held_out;
-use solve::{Problem, Solution, solve};
+use solve::{Problem, held_bytes, solve};
 pub(crate) use solve::{operations, rate};
 
 /// How the fit is made.
@@ -45,6 +45,9 @@ impl Default for RecoverOptions {
 /// Second moments that are held at once. A layer of DeepSeek-V3 has 17 GB of them: it is run once more for each further part.
 const MOMENT_BYTES: usize = 2 << 30;
 
+/// Fits that are made at once may take this much memory.
+const FIT_BYTES: usize = 1 << 30;
+
 /// Fits the down projections of narrowed experts.
 pub struct LeastSquares<'c> {
     checkpoint: &'c Checkpoint,
@@ -57,8 +60,16 @@ pub struct LeastSquares<'c> {
     moment_bytes: usize,
 }
 
-/// Fits by expert.
-type Fits = Vec<(usize, Solution)>;
+/// What became of an expert.
+struct Fitted {
+    id: usize,
+    /// Absent where cutting alone is best.
+    down: Option<StoredMatrix>,
+    ridge: Option<f64>,
+    raised: bool,
+    cut: [f64; 2],
+    recovered: [f64; 2],
+}
 
 /// How far the outputs of a layer's experts are from those of the whole experts.
 #[derive(Clone, Debug, Default)]
@@ -118,51 +129,58 @@ impl<'c> LeastSquares<'c> {
         &mut self,
         plan: &LayerPlan,
         dtype: OutputDtype,
+        room: &Room,
     ) -> Result<RewrittenLayer, ModelError> {
         let layer = plan.layer;
         self.reach(layer)?;
         let width = self.checkpoint.config().moe.expert_width;
         let narrow = |e: &ExpertPlan| e.width > 0 && e.width < width;
         let narrow: Vec<bool> = plan.experts.iter().map(narrow).collect();
-        let (outputs, solved) = self.solve_in_parts(plan, &narrow)?;
+        let (outputs, fitted) = self.fit_in_parts(plan, &narrow, (dtype, room))?;
         let mut outcome = LayerOutcome {
             layer,
             outputs,
             ..LayerOutcome::default()
         };
         let mut new = RewrittenLayer::default();
-        for (id, solution) in solved {
+        for fitted in fitted {
             for k in 0..2 {
-                outcome.cut[k] += solution.cut[k];
-                outcome.recovered[k] += solution.recovered[k];
+                outcome.cut[k] += fitted.cut[k];
+                outcome.recovered[k] += fitted.recovered[k];
             }
-            outcome.experts.push((id, solution.ridge, solution.raised));
-            let Some(down) = solution.down else {
-                continue;
-            };
-            let old = self.checkpoint.expert(layer, id)?.down;
-            let shape = (old.rows, plan.experts[id].width);
-            new.experts.push(RewrittenExpert {
-                id,
-                down: Some(encode((layer, id), dtype.of(old.dtype), shape, &down)?),
-                ..RewrittenExpert::default()
-            });
+            let id = fitted.id;
+            outcome.experts.push((id, fitted.ridge, fitted.raised));
+            if fitted.down.is_some() {
+                new.experts.push(RewrittenExpert {
+                    id,
+                    down: fitted.down,
+                    ..RewrittenExpert::default()
+                });
+            }
         }
         new.outcome = outcome.json();
-        self.pass_rewritten(plan, &new, dtype)?;
+        self.pass_rewritten(plan, &new, (dtype, room))?;
         Ok(new)
     }
 
     /// Fits the narrow experts of the next layer, as many at a time as their moments allow. Σ g²‖y‖² of all experts, over all
     /// tokens and over those held out, and the fits by id.
-    fn solve_in_parts(
+    fn fit_in_parts(
         &mut self,
         plan: &LayerPlan,
         narrow: &[bool],
-    ) -> Result<([f64; 2], Fits), ModelError> {
-        let (checkpoint, layer) = (self.checkpoint, plan.layer);
+        new: (OutputDtype, &Room),
+    ) -> Result<([f64; 2], Vec<Fitted>), ModelError> {
+        let checkpoint = self.checkpoint;
         let width = checkpoint.config().moe.expert_width;
-        let (mut outputs, mut solved) = ([0.0; 2], Vec::new());
+        let (at_once, _) = fits_at_once(checkpoint.config(), plan);
+        // Threads that take the next expert when they are free need no groups.
+        let group = if at_once < rayon::current_num_threads() {
+            at_once
+        } else {
+            usize::MAX
+        };
+        let (mut outputs, mut fitted) = ([0.0; 2], Vec::new());
         for (part, experts) in parts(narrow, moments::bytes(width), self.moment_bytes)
             .iter()
             .enumerate()
@@ -182,18 +200,20 @@ impl<'c> LeastSquares<'c> {
                     outputs[1] += expert.outputs[1];
                 }
             }
-            let fits: Fits = moments
-                .into_par_iter()
-                .enumerate()
-                .filter(|(expert, _)| experts[*expert])
-                .map(|(expert, moments)| {
-                    let plan = &plan.experts[expert];
-                    Ok((expert, fit(checkpoint, layer, plan, &moments)?))
-                })
-                .collect::<Result<_, ModelError>>()?;
-            solved.extend(fits);
+            let mut wanted =
+                (plan.experts.iter().zip(moments)).filter(|(plan, _)| experts[plan.id]);
+            loop {
+                let group: Vec<_> = wanted.by_ref().take(group).collect();
+                if group.is_empty() {
+                    break;
+                }
+                let fits = group
+                    .into_par_iter()
+                    .map(|(expert, moments)| fit(checkpoint, (plan.layer, expert), &moments, new));
+                fitted.extend(fits.collect::<Result<Vec<_>, ModelError>>()?);
+            }
         }
-        Ok((outputs, solved))
+        Ok((outputs, fitted))
     }
 
     /// Runs all layers before this one.
@@ -209,10 +229,10 @@ impl<'c> LeastSquares<'c> {
         &mut self,
         plan: &LayerPlan,
         new: &RewrittenLayer,
-        dtype: OutputDtype,
+        stored: (OutputDtype, &Room),
     ) -> Result<(), ModelError> {
         if self.options.on_pruned {
-            self.step_pruned(plan, new, dtype)
+            self.step_pruned(plan, new, stored)
         } else {
             self.pass.step(&()).map(drop)
         }
@@ -223,13 +243,13 @@ impl<'c> LeastSquares<'c> {
         &mut self,
         plan: &LayerPlan,
         new: &RewrittenLayer,
-        dtype: OutputDtype,
+        stored: (OutputDtype, &Room),
     ) -> Result<(), ModelError> {
         let down = |id| {
             let new = new.experts.iter().find(|n| n.id == id);
             new.and_then(|n| n.down.as_ref())
         };
-        let narrow = Narrow::all(self.checkpoint, plan, dtype, &down)?;
+        let narrow = Narrow::all(self.checkpoint, plan, stored, &down)?;
         let experts: Vec<(usize, ExpertTensors<'_>)> = narrow
             .iter()
             .map(|(id, expert)| (*id, expert.tensors()))
@@ -266,19 +286,40 @@ pub(crate) fn runs_for_moments(experts: usize, width: usize) -> usize {
         .max(1)
 }
 
+/// Fits of a layer that are made at once, as many as there are threads where their memory allows it, and their bytes.
+pub(crate) fn fits_at_once(config: &ModelConfig, plan: &LayerPlan) -> (usize, usize) {
+    let (hidden, width) = (config.hidden_size, config.moe.expert_width);
+    let narrow = plan.experts.iter().map(|expert| expert.width);
+    let each = narrow.filter(|kept| (1..width).contains(kept));
+    let each = each.map(|kept| held_bytes(hidden, width, kept)).max();
+    let each = each.unwrap_or(0);
+    let fits = (FIT_BYTES / each.max(1)).clamp(1, rayon::current_num_threads());
+    (fits, fits * each)
+}
+
 fn fit(
     checkpoint: &Checkpoint,
-    layer: usize,
-    plan: &ExpertPlan,
+    (layer, plan): (usize, &ExpertPlan),
     moments: &ExpertMoments,
-) -> Result<Solution, ModelError> {
-    let down = checkpoint.expert(layer, plan.id)?.down;
-    Ok(solve(&Problem {
+    (dtype, room): (OutputDtype, &Room),
+) -> Result<Fitted, ModelError> {
+    let old = checkpoint.expert(layer, plan.id)?.down;
+    let solution = solve(&Problem {
         moments,
         kept: plan.neurons.as_deref().unwrap_or_default(),
-        down: &down.to_f32(),
-        hidden: down.rows,
-    }))
+        down: &old.to_f32(),
+        hidden: old.rows,
+    });
+    let (place, shape) = ((layer, plan.id), (old.rows, plan.width));
+    let encoded = |down: Vec<f32>| encode(room, place, dtype.of(old.dtype), shape, &down);
+    Ok(Fitted {
+        id: plan.id,
+        down: solution.down.map(encoded).transpose()?,
+        ridge: solution.ridge,
+        raised: solution.raised,
+        cut: solution.cut,
+        recovered: solution.recovered,
+    })
 }
 
 /// Tells only how far the pass is.
@@ -329,8 +370,9 @@ impl LayerRewriter for LeastSquares<'_> {
         &mut self,
         layer: &LayerPlan,
         dtype: OutputDtype,
+        room: &Room,
     ) -> Result<RewrittenLayer, Box<dyn Error + Send + Sync>> {
-        Ok(self.rewrite(layer, dtype)?)
+        Ok(self.rewrite(layer, dtype, room)?)
     }
 
     /// Only the fit is spared: what the layers behind get is run again.
@@ -339,9 +381,10 @@ impl LayerRewriter for LeastSquares<'_> {
         layer: &LayerPlan,
         made: &RewrittenLayer,
         dtype: OutputDtype,
+        room: &Room,
     ) -> Result<(), Box<dyn Error + Send + Sync>> {
         self.reach(layer.layer)?;
-        self.pass_rewritten(layer, made, dtype)?;
+        self.pass_rewritten(layer, made, (dtype, room))?;
         (self.progress)(self.held.len());
         Ok(())
     }

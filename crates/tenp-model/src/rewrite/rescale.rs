@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 use tenp_checkpoint::{
-    Checkpoint, LayerPlan, LayerRewriter, Notes, OutputDtype, RewrittenExpert, RewrittenLayer,
+    Checkpoint, LayerPlan, LayerRewriter, Notes, OutputDtype, RewrittenExpert, RewrittenLayer, Room,
 };
 
 use super::encode::encode;
@@ -29,7 +29,12 @@ impl<'c> Rescale<'c> {
         }
     }
 
-    fn rewrite(&self, plan: &LayerPlan, dtype: OutputDtype) -> Result<RewrittenLayer, ModelError> {
+    fn rewrite(
+        &self,
+        plan: &LayerPlan,
+        dtype: OutputDtype,
+        room: &Room,
+    ) -> Result<RewrittenLayer, ModelError> {
         let layer = plan.layer;
         let index = self
             .checkpoint
@@ -54,6 +59,7 @@ impl<'c> Rescale<'c> {
             new.experts.push(RewrittenExpert {
                 id: expert.id,
                 down: Some(encode(
+                    room,
                     (layer, expert.id),
                     dtype.of(down.dtype),
                     (down.rows, kept.len()),
@@ -84,8 +90,9 @@ impl LayerRewriter for Rescale<'_> {
         &mut self,
         layer: &LayerPlan,
         dtype: OutputDtype,
+        room: &Room,
     ) -> Result<RewrittenLayer, Box<dyn Error + Send + Sync>> {
-        Ok(self.rewrite(layer, dtype)?)
+        Ok(self.rewrite(layer, dtype, room)?)
     }
 
     fn notes(&self, _outcomes: &[Value]) -> Notes {

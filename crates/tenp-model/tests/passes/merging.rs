@@ -2,7 +2,7 @@
 
 use tenp_checkpoint::plan::{Dern as Settings, Initialisation, MergeWeights, RouterRule, Scope};
 use tenp_checkpoint::{
-    Checkpoint, ExpertPlan, LayerPlan, LayerRewriter as _, OutputDtype, Plan, RewrittenLayer,
+    Checkpoint, ExpertPlan, LayerPlan, LayerRewriter as _, OutputDtype, Plan, RewrittenLayer, Room,
 };
 use tenp_kernels::Compute;
 use tenp_kernels::device::Backend;
@@ -65,10 +65,12 @@ fn plan(checkpoint: &Checkpoint, scope: Scope, sign_canonical: bool) -> Plan {
 }
 
 fn rewritten(mut dern: Dern<'_>, plan: &Plan) -> (Vec<RewrittenLayer>, serde_json::Value) {
+    let dir = tempfile::tempdir().expect("a folder");
+    let room = Room::new(dir.path());
     let layers = plan
         .layers
         .iter()
-        .map(|layer| dern.layer(layer, OutputDtype::Same).expect("merges"));
+        .map(|layer| dern.layer(layer, OutputDtype::Same, &room).expect("merges"));
     let layers: Vec<_> = layers.collect();
     let outcomes: Vec<_> = layers.iter().map(|layer| layer.outcome.clone()).collect();
     (layers, dern.notes(&outcomes).report["dern"].clone())
@@ -97,13 +99,10 @@ pub(crate) fn neurons_are_merged_as_on_the_cpu<B: Backend + 'static>(place: Plac
             println!("{family} {scope:?} {canonical}: {} moved", report["moved"]);
             assert!(report["moved"].as_u64() > Some(0), "{family}: {report}");
             assert_eq!(report["moved"], want_report["moved"], "{family}");
-            let experts = |layers: &[RewrittenLayer]| -> Vec<_> {
-                layers
-                    .iter()
-                    .flat_map(|layer| layer.experts.clone())
-                    .collect()
+            let experts = |layers: Vec<RewrittenLayer>| -> Vec<_> {
+                layers.into_iter().flat_map(|layer| layer.experts).collect()
             };
-            let (got, want) = (experts(&got), experts(&want));
+            let (got, want) = (experts(got), experts(want));
             assert_eq!(got.len(), want.len());
             let same = got
                 .iter()

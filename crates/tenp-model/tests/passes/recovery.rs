@@ -1,7 +1,7 @@
 //! Least squares on the moments that kernels make, against the CPU in bf16.
 
 use serde_json::Value;
-use tenp_checkpoint::{ExpertPlan, LayerPlan, LayerRewriter as _, OutputDtype};
+use tenp_checkpoint::{ExpertPlan, LayerPlan, LayerRewriter as _, OutputDtype, Room};
 use tenp_kernels::Compute;
 use tenp_kernels::device::Backend;
 use tenp_model::Model;
@@ -32,10 +32,12 @@ fn narrowed(layer: usize, experts: usize, full: usize) -> LayerPlan {
     }
 }
 
-/// What the report says of every layer, once all are fitted.
-fn fitted(mut fit: LeastSquares<'_>, layers: &[LayerPlan]) -> Vec<Value> {
+/// What the report says of every layer, once all are fitted, new matrices of more than `memory` bytes being in files.
+fn fitted(mut fit: LeastSquares<'_>, layers: &[LayerPlan], memory: usize) -> Vec<Value> {
+    let dir = tempfile::tempdir().expect("a folder");
+    let room = Room::with_memory(dir.path(), memory);
     let made = layers.iter().map(|layer| {
-        let made = fit.layer(layer, OutputDtype::Same);
+        let made = fit.layer(layer, OutputDtype::Same, &room);
         made.expect("fits").outcome
     });
     made.collect()
@@ -62,13 +64,17 @@ pub(crate) fn experts_are_fitted_as_on_the_cpu<B: Backend + 'static>(place: Plac
                 gated,
                 on_pruned: gated,
             };
-            let of = |model: &Model<'_>, moment_bytes: usize| {
+            let of = |model: &Model<'_>, bytes: usize| {
                 let fit = LeastSquares::new(model, &sequences, options, Box::new(|_| ()));
-                fitted(fit.expect("starts").holding(moment_bytes), &layers)
+                fitted(fit.expect("starts").holding(bytes), &layers, bytes)
             };
             let on_cpu = Model::new(&checkpoint, Compute::Bf16);
             let want = of(&on_cpu, usize::MAX);
-            assert_eq!(of(&on_cpu, 1), want, "an expert at a time");
+            assert_eq!(
+                of(&on_cpu, 1),
+                want,
+                "an expert at a time, matrices in files"
+            );
             let got = of(&Model::on(&device), 1);
             assert_eq!(got.len(), want.len());
             for (got, want) in got.iter().zip(&want) {

@@ -22,7 +22,7 @@ impl KeepArgs {
 /// Hidden states stay in memory up to here, where nothing else is said.
 const HIDDEN_MEMORY: u64 = 8 << 30;
 
-#[derive(Clone, Copy, Debug, Args)]
+#[derive(Clone, Copy, Debug, Default, Args)]
 pub(crate) struct HiddenArgs {
     /// Memory for the hidden states of all tokens, such as 8GiB; more of them go to a file beside the output, which takes
     /// time but changes no bit. On a GPU they are in its own memory [default: 8GiB].

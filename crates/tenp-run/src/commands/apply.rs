@@ -179,12 +179,13 @@ fn dry_run(
             tokens = models::num_tokens(&domains);
         } else {
             let sequences = recovery::sequences(&domains, &weights);
-            forecast.fits(&sequences, plan)?;
+            forecast.fits(&sequences, plan, writing.dtype)?;
             tokens = sequences.num_tokens();
         }
     }
-    forecast.merging(plan)?;
-    forecast.writing(plan, &writing, output)?;
+    forecast.merging(plan, writing.dtype)?;
+    let recovers = args.recover.recover != RecoverArg::None;
+    forecast.writing(plan, &writing, output, recovers)?;
     let sizes = Sizes {
         tokens,
         output,
@@ -248,7 +249,7 @@ pub(super) fn write(
         plan,
         recovery: making.recovery,
         place: making.place,
-        spill: Some(making.spill),
+        spill: making.spill,
     };
     let outcome = made.with_rewriter(&computing, |rewriter| {
         Ok(apply_rewritten(
@@ -303,7 +304,7 @@ pub(super) struct Rewriting<'a> {
     pub(super) recovery: Recovery<'a>,
     pub(super) place: &'a Place,
     /// Of the hidden states of what is fitted.
-    pub(super) spill: Option<&'a Spill>,
+    pub(super) spill: &'a Spill,
 }
 
 impl Rewriting<'_> {
@@ -349,10 +350,7 @@ impl Rewriting<'_> {
                     progress.get_or_init(start).advance(tokens as u64);
                 });
                 self.place.with_model(checkpoint, |model| {
-                    let model = match self.spill {
-                        Some(spill) => model.spilling(spill),
-                        None => model,
-                    };
+                    let model = model.spilling(self.spill);
                     let fit = LeastSquares::new(&model, sequences, *options, advance)?;
                     work(Some(&mut { fit }))
                 })

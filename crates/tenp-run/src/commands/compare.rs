@@ -11,7 +11,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use tenp_checkpoint::Checkpoint;
 
-use crate::cli::Compare;
+use crate::cli::{Compare, HiddenArgs};
 use crate::failure::usage;
 use crate::models::Domains;
 use crate::place::Place;
@@ -44,14 +44,16 @@ pub(super) fn run(args: &Compare) -> Result<()> {
         texts.texts("--text", &args.text, args.data.seq_len)?,
     );
     let place = Place::new(args.run)?;
+    let spill = HiddenArgs::default().spill(&args.output.join("model"));
     let results = place.with_model(&checkpoint, |model| {
         let bench = Bench {
             checkpoint: &checkpoint,
-            model,
+            model: model.spilling(&spill),
             place: &place,
             tasks,
             texts: samples,
             folder: &args.output,
+            spill: &spill,
             min_tokens: args.data.min_tokens,
         };
         prepare(args, &checkpoint, &bench, &draws)?;
@@ -145,7 +147,8 @@ fn run_cells(bench: &Bench<'_>, grid: &Grid, draws: &[Domains]) -> Result<Vec<Ce
         } else {
             None
         };
-        let search = Search::new(bench.checkpoint, domains, bench.place);
+        let spill = bench.spill.clone();
+        let search = Search::new(bench.checkpoint, domains, bench.place, spill);
         for key in grid.cells(seed) {
             done += 1;
             if let Some(cell) = bench.read_cell(&key)? {

@@ -15,7 +15,7 @@ use tenp_prune::{Allocation, Method, NeuronScore, PlanRequest};
 
 use super::apply::Rewriting;
 use super::eval::{Measures, run_tasks};
-use crate::cli::{DataArgs, Demo, MIN_TOKENS};
+use crate::cli::{DataArgs, Demo, HiddenArgs, MIN_TOKENS};
 use crate::failure::usage;
 use crate::place::Place;
 use crate::progress::Progress;
@@ -118,7 +118,7 @@ pub(super) fn run(args: &Demo) -> Result<()> {
             plan: &plan,
             recovery,
             place: &PLACE,
-            spill: None,
+            spill: &HiddenArgs::default().spill(&out),
         };
         rewriting.write(&out, &progress)?;
         progress.get().into_iter().for_each(Progress::finish);

@@ -6,7 +6,7 @@ use tenp_checkpoint::{Checkpoint, Plan, Statistics};
 use tenp_prune::{PlanRequest, PruneError};
 
 use super::stats;
-use crate::cli::{DataArgs, DeviceArg, MIN_TOKENS, PlanCommand, RunArgs};
+use crate::cli::{DataArgs, DeviceArg, HiddenArgs, MIN_TOKENS, PlanCommand, RunArgs};
 use crate::failure::usage;
 use crate::place::Place;
 use crate::search::{self, Search};
@@ -106,7 +106,8 @@ fn make(
         device: DeviceArg::Cpu,
         ..args.run
     };
-    let search = Search::new(checkpoint, &domains, &Place::new(run)?);
+    let spill = HiddenArgs::default().spill(&args.output);
+    let search = Search::new(checkpoint, &domains, &Place::new(run)?, spill);
     requests::plan(checkpoint, statistics, &search.settle(statistics, request)?)
 }
 

@@ -137,7 +137,9 @@ fn make(
         statistics.write(path)?;
         console::note(&format!("wrote {}", path.display()));
     }
-    let searched = Search::new(checkpoint, domains, place).settle(statistics, request)?;
+    let spill = args.hidden.spill(&args.output.output);
+    let search = Search::new(checkpoint, domains, place, spill.clone());
+    let searched = search.settle(statistics, request)?;
     let plan = requests::plan(checkpoint, statistics, &searched)?;
     let stability = requests::stability(checkpoint, (statistics, &folds), &searched, &plan)?;
     drop(folds);
@@ -159,7 +161,7 @@ fn make(
             RecoverArg::LeastSquares => recovery::least_squares(args.recover, &sequences),
         },
         place,
-        spill: &args.hidden.spill(&args.output.output),
+        spill: &spill,
     };
     let outcome = super::apply::write(checkpoint, &plan, &args.output, making)?;
     Ok((plan, outcome))
@@ -227,12 +229,14 @@ fn dry_run(
     let names = domains.iter().map(|(name, _)| name.as_str());
     let rehearsed = requests::rehearse(model.checkpoint(), names, request)?;
     forecast.planning(&domains, request, &rehearsed)?;
+    let writing = apply::options(&args.output);
     if args.recover.recover == RecoverArg::LeastSquares {
         let sequences = recovery::sequences(&domains, &request.domain_weights);
-        forecast.fits(&sequences, &rehearsed)?;
+        forecast.fits(&sequences, &rehearsed, writing.dtype)?;
     }
-    forecast.merging(&rehearsed)?;
-    forecast.writing(&rehearsed, &apply::options(&args.output), bytes_after)?;
+    forecast.merging(&rehearsed, writing.dtype)?;
+    let recovers = args.recover.recover != RecoverArg::None;
+    forecast.writing(&rehearsed, &writing, bytes_after, recovers)?;
     let sizes = Sizes {
         tokens: models::num_tokens(&domains),
         output: bytes_after,

@@ -66,7 +66,7 @@ impl Forecast<'_> {
     }
 
     fn disk_bytes(&self, sizes: Sizes) -> u64 {
-        sizes.output + self.spilled_bytes as u64
+        sizes.output + (self.spilled_bytes + self.rewritten_bytes) as u64
     }
 
     fn json(&self, sizes: Sizes, rate: f64) -> Value {

@@ -1,6 +1,6 @@
 //! Merging within experts: the neurons that a narrow expert loses, into those it keeps.
 
-use tenp_checkpoint::{LayerPlan, OutputDtype, RewrittenLayer};
+use tenp_checkpoint::{LayerPlan, OutputDtype, RewrittenLayer, Room};
 use tenp_kernels::KernelError;
 use tenp_kernels::cpu::moe::ExpertWeights;
 use tenp_kernels::cpu::segments::Segments;
@@ -25,29 +25,24 @@ impl Dern<'_> {
         &self,
         plan: &LayerPlan,
         dtype: OutputDtype,
+        room: &Room,
     ) -> Result<(RewrittenLayer, LayerOutcome), ModelError> {
         let layer = plan.layer;
         let config = self.checkpoint.config();
         let index = config.moe_index(layer).unwrap_or_default();
-        let folded = plan
-            .experts
-            .iter()
-            .filter_map(|plan| Some((plan.id, plan.neurons.as_deref()?)))
-            .map(|(id, kept)| {
-                let weights = expert(&self.checkpoint.expert(layer, id)?).at(layer)?;
-                let start = Start::new(self.settings, index * config.moe.num_experts + id);
-                let energies = self.settings.weights.get(index).map(|layer| &layer[id]);
-                let weigh = |neuron: usize| energies.map_or(1.0, |energies| energies[neuron]);
-                let folded = self.fold_expert(&weights, kept, &weigh, start).at(layer)?;
-                Ok((id, folded))
-            })
-            .collect::<Result<Vec<_>, ModelError>>()?;
+        let narrow = plan.experts.iter();
+        let narrow = narrow.filter_map(|plan| Some((plan.id, plan.neurons.as_deref()?)));
         let mut outcome = LayerOutcome {
             layer,
             ..LayerOutcome::default()
         };
         let mut new = RewrittenLayer::default();
-        for (id, folded) in folded {
+        for (id, kept) in narrow {
+            let weights = expert(&self.checkpoint.expert(layer, id)?).at(layer)?;
+            let start = Start::new(self.settings, index * config.moe.num_experts + id);
+            let energies = self.settings.weights.get(index).map(|layer| &layer[id]);
+            let weigh = |neuron: usize| energies.map_or(1.0, |energies| energies[neuron]);
+            let folded = self.fold_expert(&weights, kept, &weigh, start).at(layer)?;
             outcome.moved += folded.moved;
             outcome.discarded += folded.discarded;
             if let Some(merged) = folded.merged {
@@ -55,7 +50,7 @@ impl Dern<'_> {
                 outcome.rounds = outcome.rounds.max(merged.rounds);
                 let place = (layer, id);
                 new.experts
-                    .push(self.encode(place, &merged.centres, dtype)?);
+                    .push(self.encode(room, place, (&merged.centres, dtype))?);
             }
         }
         Ok((new, outcome))

@@ -10,6 +10,8 @@ use crate::moments::ExpertMoments;
 const RIDGES: [f64; 6] = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0];
 /// How often a ridge is raised tenfold where the system is singular.
 const RAISES: usize = 6;
+/// Rows of W' that are made at once, about.
+const ROWS: usize = 1024;
 /// Rounding that the comparison of two errors allows for.
 const SLACK: f64 = 1e-9;
 
@@ -127,12 +129,44 @@ pub(super) fn solve(problem: &Problem<'_>) -> Solution {
         "least squares is never worse than cutting: {error} and {}",
         solution.cut[0]
     );
-    let new = columns(&kept) + lost * fit.transpose();
+    solution.down = Some(moved(problem, &kept, &lost, &fit.transpose()));
     solution.recovered = [error, held_error];
     solution.ridge = Some(ridge);
     solution.raised = ridge > chosen;
-    solution.down = Some(new.transpose().iter().map(|v| *v as f32).collect());
     solution
+}
+
+/// W' = W_S + W_R Zᵀ, `[H, S]` by rows, some of them at a time.
+fn moved(
+    problem: &Problem<'_>,
+    kept: &[usize],
+    lost: &DMatrix<f64>,
+    fit: &DMatrix<f64>,
+) -> Vec<f32> {
+    let hidden = problem.hidden;
+    let width = problem.down.len() / hidden.max(1);
+    // Parts of about the same size: a product of very few rows would be summed in another order.
+    let rows = hidden.div_ceil(hidden.div_ceil(ROWS).max(1));
+    let mut new = Vec::with_capacity(hidden * kept.len());
+    for first in (0..hidden).step_by(rows.max(1)) {
+        let part = lost.rows(first, rows.min(hidden - first)) * fit;
+        for (row, moved) in part.row_iter().enumerate() {
+            let old = &problem.down[(first + row) * width..][..width];
+            let own = kept.iter().map(|&id| f64::from(old[id]));
+            new.extend(own.zip(moved.iter()).map(|(own, more)| (own + more) as f32));
+        }
+    }
+    new
+}
+
+/// Bytes that a fit holds beside the moments it is given: W in f32, the removed columns of W and a part of W' in f64, W' in
+/// f32, the parts of the moments (fitted, held out, both), the system and its factor, the solution and its products.
+pub(crate) fn held_bytes(hidden: usize, width: usize, kept: usize) -> usize {
+    let removed = width - kept;
+    let moments = kept * kept + kept * removed + removed * removed;
+    let system = 2 * kept * kept + 3 * kept * removed + removed * removed;
+    let weights = hidden * removed + hidden.min(ROWS) * kept;
+    size_of::<f32>() * hidden * (width + kept) + size_of::<f64>() * (3 * moments + system + weights)
 }
 
 /// Operations of a fit, about: for every ridge a factor, a solution and its error, and once for all tokens; the columns of W.
@@ -332,6 +366,38 @@ mod tests {
             assert!((new[r * 7 + 1] - expected).abs() < 1e-3);
             assert!((new[r * 7] - down[r * width]).abs() < 1e-3);
         }
+    }
+
+    #[test]
+    fn a_fit_holds_its_moments_in_three_parts() {
+        // H 3, K 5, two kept: 2·2 + 2·3 + 3·3 moments thrice; system and factor, three S × R, one R × R; columns of W.
+        let f64s = 3 * 19 + (8 + 18 + 9) + 3 * (3 + 2);
+        assert_eq!(held_bytes(3, 5, 2), 4 * 3 * 7 + 8 * f64s);
+        // Of many rows, a part at a time.
+        let more = held_bytes(5 * ROWS, 5, 2) - held_bytes(ROWS, 5, 2);
+        assert_eq!(more, 4 * ROWS * (4 * 7 + 8 * 3));
+    }
+
+    #[test]
+    fn rows_in_parts_are_rows_of_the_whole() {
+        let (width, hidden, kept) = (24, 2 * ROWS + 3, [0, 3, 4, 8, 11, 12, 15, 16, 19, 20]);
+        let removed: Vec<usize> = (0..width).filter(|id| !kept.contains(id)).collect();
+        let down = narrow(3, width * hidden);
+        let columns = |ids: &[usize]| {
+            DMatrix::from_fn(hidden, ids.len(), |r, c| {
+                f64::from(down[r * width + ids[c]])
+            })
+        };
+        let fit = DMatrix::from_row_slice(removed.len(), kept.len(), &numbers(5, 140));
+        let whole = columns(&kept) + columns(&removed) * &fit;
+        let whole: Vec<f32> = whole.transpose().iter().map(|v| *v as f32).collect();
+        let problem = Problem {
+            moments: &ExpertMoments::default(),
+            kept: &[],
+            down: &down,
+            hidden,
+        };
+        assert_eq!(moved(&problem, &kept, &columns(&removed), &fit), whole);
     }
 
     #[test]

@@ -8,9 +8,10 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tenp_checkpoint::{Accounting, Checkpoint, Statistics, replace_file};
-use tenp_model::Model;
+
 use tenp_model::evaluate::{Comparison, TaskScore, TextScore, compare, score_tasks, score_text};
 use tenp_model::text::Task;
+use tenp_model::{Model, Spill};
 
 use super::grid::Key;
 use crate::cli::RecoverArg;
@@ -32,6 +33,8 @@ pub(super) struct Bench<'a> {
     pub(super) tasks: Vec<Task>,
     pub(super) texts: Domains,
     pub(super) folder: &'a Path,
+    /// Of hidden states and of plans that are tried.
+    pub(super) spill: &'a Spill,
     pub(super) min_tokens: u32,
 }
 
@@ -290,7 +293,7 @@ impl Bench<'_> {
             plan: &plan,
             recovery,
             place: self.place,
-            spill: None,
+            spill: self.spill,
         };
         rewriting.write(&out, &OnceLock::new())?;
         let prune_seconds = started.elapsed().as_secs_f64();
