@@ -74,7 +74,10 @@ pub fn calibration(
 pub fn cut_errors(model: &Model<'_>, sequences: &Sequences) -> Step {
     let pass = PassMemory::new(model, sequences);
     let mut parts = pass.parts(false);
-    parts.push(("experts being cut", pass.cutting()));
+    parts.extend([
+        ("activations of many blocks", pass.held_activations()),
+        ("experts being cut", pass.cutting()),
+    ]);
     Step::new("measure errors", parts)
 }
 

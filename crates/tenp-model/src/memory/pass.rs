@@ -7,7 +7,7 @@ use tenp_kernels::cpu::{attention, linear};
 
 use crate::attention::buffer_bytes as attention_bytes;
 use crate::cpu::CpuModel;
-use crate::{Model, Sequences};
+use crate::{Model, Sequences, sensitivity};
 
 /// A pass over some sequences on the CPU.
 pub(super) struct PassMemory<'m> {
@@ -81,14 +81,21 @@ impl<'m> PassMemory<'m> {
     }
 
     /// What the threads hold that measure the cuts of an expert each: its down projection, the outputs gone and going, and
-    /// its activations twice, transposed and by the neurons at hand. Rows as many as an expert has on average.
+    /// its activations of the neurons at hand. Rows as many as an expert has on average.
     pub(super) fn cutting(&self) -> usize {
         let config = self.cpu.checkpoint.config();
         let moe = &config.moe;
         let (hidden, width) = (config.hidden_size, moe.expert_width);
         let rows = (self.rows * moe.top_k).div_ceil(moe.num_experts);
-        let values = hidden * width + rows * (2 * hidden + 2 * width);
+        let values = hidden * width + rows * (2 * hidden + width);
         rayon::current_num_threads() * size_of::<f32>() * values
+    }
+
+    /// Activations that are held until the cuts of many blocks are measured together.
+    pub(super) fn held_activations(&self) -> usize {
+        let moe = &self.cpu.checkpoint.config().moe;
+        let of = |tokens| size_of::<f32>() * tokens * moe.top_k * moe.expert_width;
+        sensitivity::held_bytes(of(self.tokens), of(self.rows))
     }
 }
 
