@@ -2,10 +2,14 @@
 
 use super::ahead::PLACE_BYTES;
 use super::layout::{self, OutputTensor, Recipe};
+use super::tensors::WAITING_PIECES;
 use super::{ApplyOptions, OutputDtype, form, gather, mtp, mtp_plans};
 use crate::atomic::BUFFER_BYTES;
 use crate::plan::{ExpertPlan, Plan};
 use crate::{Checkpoint, CheckpointError, Dtype, Part};
+
+/// Those that wait, and one that is being written.
+const PIECES_AT_ONCE: usize = WAITING_PIECES + 1;
 
 /// Parts of the memory that [`super::apply`] takes, by name. Rewritten weights lie in files, and are of the same sizes.
 ///
@@ -33,7 +37,7 @@ pub fn writing_memory(
     let norms = mtp_plans.len() * size_of::<f64>() * moe.num_experts * moe.expert_width;
     Ok(vec![
         ("a tensor being made", making.max().unwrap_or(0)),
-        ("the tensor before it", made),
+        ("tensors that are made", made * PIECES_AT_ONCE),
         ("names and places of tensors", list_bytes(&tensors)),
         ("the plan as text", plan.to_json(checkpoint.dir())?.len()),
         ("neurons of MTP layers", norms),

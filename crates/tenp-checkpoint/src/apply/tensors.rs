@@ -61,6 +61,9 @@ impl<'a> Copying<'a> {
     }
 }
 
+/// Pieces that are made and wait for the writer: so many are made while it lets the system copy a whole expert.
+pub(super) const WAITING_PIECES: usize = 3;
+
 /// What the writer takes next.
 enum Piece<'a> {
     Bytes(Vec<u8>),
@@ -85,8 +88,7 @@ pub(super) fn write<'a>(
         let _end = EndOf(&ahead);
         scope.spawn(|| ahead.read());
         let (orders, ordered) = mpsc::channel();
-        // From hand to hand: one is made while one is written, and none waits in memory.
-        let (made, pieces) = mpsc::sync_channel(0);
+        let (made, pieces) = mpsc::sync_channel(WAITING_PIECES);
         let making = Making { source, made };
         scope.spawn(move || making.run(tensors, &ordered));
         let mut writing = Writing {
