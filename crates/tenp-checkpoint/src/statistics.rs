@@ -80,6 +80,22 @@ pub struct Statistics {
     pub domains: BTreeMap<String, BTreeMap<usize, LayerStatistics>>,
 }
 
+impl Statistics {
+    /// Lets go of the `[N,K]` tables that are not `wanted`, by name, as [`Self::read_tables`] does. They cannot be written
+    /// any more.
+    pub fn keep_tables(&mut self, wanted: &[&str]) {
+        let gone = || {
+            let tables = fields::FIELDS.iter().filter(|field| field.per_neuron);
+            tables.filter(|field| !wanted.contains(&field.name))
+        };
+        for layer in self.domains.values_mut().flat_map(BTreeMap::values_mut) {
+            for field in gone() {
+                *(field.get_mut)(layer) = Vec::new();
+            }
+        }
+    }
+}
+
 /// Statistics of groups of samples kept apart, by domain: the groups, each with its layers by the model's own index.
 ///
 /// Only the `[N,K]` tables that were asked for are there; the others are empty.

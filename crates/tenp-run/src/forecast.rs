@@ -37,6 +37,8 @@ pub(crate) struct Forecast<'m> {
     held: usize,
     /// What the steps so far leave behind.
     statistics: usize,
+    /// Of that, sums of groups of samples.
+    groups: usize,
     speed: Option<(Speed, Sequences)>,
     steps: Vec<Step>,
     work: Vec<Work>,
@@ -54,6 +56,7 @@ impl<'m> Forecast<'m> {
             model,
             held: anonymous_bytes(),
             statistics: 0,
+            groups: 0,
             speed: None,
             steps: Vec::new(),
             work: Vec::new(),
@@ -126,9 +129,21 @@ impl<'m> Forecast<'m> {
         let groups = folds.num_folds.unwrap_or(1) * domains.len();
         let memory = StatisticsMemory::new(self.model.config(), domains.len());
         self.statistics = memory.with_groups(groups, folds.tables.len()).all();
+        self.groups = self.statistics - memory.all();
         let tokens = sequences.num_tokens();
         self.kept_bytes = Keep::most_bytes(&self.model, tokens, domains.len(), folds);
         Ok(())
+    }
+
+    /// Only `tables` tables are left of the statistics, beside the groups'.
+    pub(crate) fn keep_tables(&mut self, domains: &Domains, tables: usize) {
+        let memory = StatisticsMemory::new(self.model.config(), domains.len());
+        self.statistics = self.groups + memory.drawn(tables);
+    }
+
+    /// The plan is made, and nothing else needs statistics.
+    pub(crate) fn drop_statistics(&mut self) {
+        (self.statistics, self.groups) = (0, 0);
     }
 
     /// What is tried and measured before planning, and the planning; `plan` is one of the size that comes out.
@@ -151,7 +166,8 @@ impl<'m> Forecast<'m> {
             ));
             let computing = speed.pass(&self.model, &fit_text, 1.0, true);
             self.pass("calibrate on three quarters", 1, computing);
-            let memory = StatisticsMemory::new(self.model.config(), domains.len()).all();
+            let memory = StatisticsMemory::new(self.model.config(), domains.len());
+            let memory = memory.drawn(request.tables()?.len());
             let trials = memory::plan_trials(&self.model, &held_text, plan, plans);
             self.step(trials.beside("statistics of three quarters", memory));
             let [_, in_files] = memory::narrowed(self.checkpoint(), plan, OutputDtype::Same);
@@ -175,8 +191,8 @@ impl<'m> Forecast<'m> {
             parts.push(("scores of all neurons", global_bytes(neurons, quantum)));
         }
         let memory = StatisticsMemory::new(config, domains.len());
-        if self.statistics > memory.all() {
-            let drawn = memory.drawn(request.tables()?.len());
+        let drawn = memory.drawn(request.tables()?.len());
+        if self.groups > 0 {
             parts.push(("statistics drawn anew, and their plan", drawn + plans));
         }
         self.step(Step::new("plan", parts));

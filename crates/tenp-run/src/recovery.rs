@@ -6,7 +6,7 @@ use anyhow::Result;
 use tenp_checkpoint::{Checkpoint, Plan, Statistics};
 use tenp_model::Sequences;
 use tenp_model::rewrite::RecoverOptions;
-use tenp_prune::rescale_factors;
+use tenp_prune::{NeuronScore, PlanRequest, rescale_factors};
 
 use crate::cli::{GatesArg, InputsArg, RecoverArg, RecoverArgs};
 use crate::failure::usage;
@@ -69,6 +69,17 @@ pub(crate) fn least_squares(args: RecoverArgs, sequences: &Sequences) -> Recover
             on_pruned: args.recover_inputs != Some(InputsArg::Original),
         },
     }
+}
+
+/// Names of the tables of statistics that a plan and its recovery are made from.
+pub(crate) fn tables(request: &PlanRequest, args: RecoverArgs) -> Result<Vec<&'static str>> {
+    let mut tables = request.tables()?;
+    if args.recover == RecoverArg::Rescale {
+        tables.extend(NeuronScore::Contribution.tables());
+    }
+    tables.sort_unstable();
+    tables.dedup();
+    Ok(tables)
 }
 
 /// Projection rescale from statistics.

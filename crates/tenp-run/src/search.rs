@@ -27,6 +27,8 @@ pub(crate) struct Search<'a> {
     place: Place,
     /// Of what should not be in memory.
     spill: Spill,
+    /// Names of the tables of statistics that plans are made from.
+    tables: Vec<&'static str>,
     /// By what they depend on, as plans of several budgets share them.
     curves: RefCell<BTreeMap<String, ErrorCurves>>,
     /// Of the samples that α is not tried on.
@@ -100,13 +102,14 @@ impl<'a> Search<'a> {
         checkpoint: &'a Checkpoint,
         domains: &'a Domains,
         place: &Place,
-        spill: Spill,
+        (spill, tables): (Spill, Vec<&'static str>),
     ) -> Self {
         Self {
             checkpoint,
             domains,
             place: place.clone(),
             spill,
+            tables,
             curves: RefCell::default(),
             fitted: OnceCell::new(),
         }
@@ -136,7 +139,8 @@ impl<'a> Search<'a> {
         let statistics = if let Some(fitted) = self.fitted.get() {
             fitted
         } else {
-            let fitted = calibrate::run_domains(self.checkpoint, &fit, &self.place)?;
+            let mut fitted = calibrate::run_domains(self.checkpoint, &fit, &self.place)?;
+            fitted.keep_tables(&self.tables);
             self.fitted.get_or_init(|| fitted)
         };
         request.search_alpha = false;

@@ -70,6 +70,10 @@ fn tables_that_nobody_wants_stay_empty() {
     assert_eq!((&some.peak, &some.direction), (&all.peak, &all.direction));
     assert_eq!((some.num_experts, some.width), (2, 3));
     assert!(some.contribution.is_empty() && some.down_norm_sq.is_empty());
+    // The same of what is in memory.
+    let mut left = statistics.clone();
+    left.keep_tables(&["peak"]);
+    assert_eq!(left, read);
 }
 
 #[test]

@@ -176,6 +176,7 @@ fn dry_run(
     if let Some((domains, weights)) = text {
         if args.recover.recover == RecoverArg::Rescale {
             forecast.calibration(&domains, &FoldOptions::default())?;
+            forecast.drop_statistics();
             tokens = models::num_tokens(&domains);
         } else {
             let sequences = recovery::sequences(&domains, &weights);

@@ -140,15 +140,18 @@ fn run_cells(bench: &Bench<'_>, grid: &Grid, draws: &[Domains]) -> Result<Vec<Ce
     let total = grid.methods.len() * grid.keeps.len() * draws.len();
     let (mut cells, mut done, mut ran) = (Vec::with_capacity(total), 0, 0);
     let started = Instant::now();
+    let tables = grid.tables()?;
     for (seed, domains) in draws.iter().enumerate() {
         let missing = grid.cells(seed).any(|key| !bench.cell_path(&key).exists());
         let statistics = if missing {
-            Some(bench.statistics(seed, domains)?)
+            let mut statistics = bench.statistics(seed, domains)?;
+            statistics.keep_tables(&tables);
+            Some(statistics)
         } else {
             None
         };
         let spill = bench.spill.clone();
-        let search = Search::new(bench.checkpoint, domains, bench.place, spill);
+        let search = Search::new(bench.checkpoint, domains, bench.place, (spill, tables.clone()));
         for key in grid.cells(seed) {
             done += 1;
             if let Some(cell) = bench.read_cell(&key)? {

@@ -107,7 +107,12 @@ fn make(
         ..args.run
     };
     let spill = HiddenArgs::default().spill(&args.output);
-    let search = Search::new(checkpoint, &domains, &Place::new(run)?, spill);
+    let search = Search::new(
+        checkpoint,
+        &domains,
+        &Place::new(run)?,
+        (spill, request.tables()?),
+    );
     requests::plan(checkpoint, statistics, &search.settle(statistics, request)?)
 }
 

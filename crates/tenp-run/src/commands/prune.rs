@@ -83,7 +83,7 @@ pub(super) fn run(args: &Prune) -> Result<()> {
     let (answered, (mut statistics, folds)) = calibrated?;
     statistics.run = run;
     unfinished::tell_trouble(&keep);
-    let calibrated = (&answered, &statistics, folds);
+    let calibrated = (&answered, statistics, folds);
     let made = make(args, (&checkpoint, &place), &request, calibrated, &inputs);
     if made.is_err() {
         keep = unfinished::unchanged(&checkpoint, keep)?;
@@ -127,24 +127,31 @@ fn make(
     args: &Prune,
     (checkpoint, place): (&Checkpoint, &Place),
     request: &PlanRequest,
-    (answered, statistics, folds): (&Answered, &Statistics, Folds),
+    (answered, mut statistics, folds): (&Answered, Statistics, Folds),
     inputs: &str,
 ) -> Result<(Plan, ApplyOutcome)> {
     let domains = &answered.domains;
-    let coverage = Coverage::of(statistics);
+    let coverage = Coverage::of(&statistics);
     coverage.warn(args.data.min_tokens);
     if let Some(path) = &args.save_stats {
         statistics.write(path)?;
         console::note(&format!("wrote {}", path.display()));
     }
+    statistics.keep_tables(&recovery::tables(request, args.recover)?);
     let spill = args.hidden.spill(&args.output.output);
-    let search = Search::new(checkpoint, domains, place, spill.clone());
-    let searched = search.settle(statistics, request)?;
-    let plan = requests::plan(checkpoint, statistics, &searched)?;
-    let stability = requests::stability(checkpoint, (statistics, &folds), &searched, &plan)?;
+    let search = Search::new(
+        checkpoint,
+        domains,
+        place,
+        (spill.clone(), request.tables()?),
+    );
+    let searched = search.settle(&statistics, request)?;
+    drop(search);
+    let plan = requests::plan(checkpoint, &statistics, &searched)?;
+    let stability = requests::stability(checkpoint, (&statistics, &folds), &searched, &plan)?;
     drop(folds);
     let mut calibration = Map::new();
-    let about = about(answered, statistics, inputs);
+    let about = about(answered, &statistics, inputs);
     calibration.insert("calibration".to_owned(), about);
     let few = coverage.json(args.data.min_tokens);
     calibration.insert("coverage".to_owned(), few);
@@ -157,12 +164,13 @@ fn make(
         calibration,
         recovery: match args.recover.recover {
             RecoverArg::None => Recovery::None,
-            RecoverArg::Rescale => recovery::rescale(checkpoint, &plan, statistics, weights)?,
+            RecoverArg::Rescale => recovery::rescale(checkpoint, &plan, &statistics, weights)?,
             RecoverArg::LeastSquares => recovery::least_squares(args.recover, &sequences),
         },
         place,
         spill: &spill,
     };
+    drop(statistics);
     let outcome = super::apply::write(checkpoint, &plan, &args.output, making)?;
     Ok((plan, outcome))
 }
@@ -228,7 +236,9 @@ fn dry_run(
     forecast.calibration(&domains, folds)?;
     let names = domains.iter().map(|(name, _)| name.as_str());
     let rehearsed = requests::rehearse(model.checkpoint(), names, request)?;
+    forecast.keep_tables(&domains, recovery::tables(request, args.recover)?.len());
     forecast.planning(&domains, request, &rehearsed)?;
+    forecast.drop_statistics();
     let writing = apply::options(&args.output);
     if args.recover.recover == RecoverArg::LeastSquares {
         let sequences = recovery::sequences(&domains, &request.domain_weights);

@@ -106,6 +106,18 @@ impl Grid {
         Ok(grid)
     }
 
+    /// Names of the tables of statistics that the cells of a draw are made from.
+    pub(super) fn tables(&self) -> Result<Vec<&'static str>> {
+        let tables = self.cells(0).map(|key| {
+            let (request, recover) = key.request()?;
+            recovery::tables(&request, recover)
+        });
+        let mut tables = tables.collect::<Result<Vec<_>>>()?.concat();
+        tables.sort_unstable();
+        tables.dedup();
+        Ok(tables)
+    }
+
     pub(super) fn cells(&self, seed: usize) -> impl Iterator<Item = Key> + '_ {
         self.methods.iter().flat_map(move |method| {
             self.keeps.iter().map(move |&keep| Key {
