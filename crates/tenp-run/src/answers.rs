@@ -52,6 +52,17 @@ pub(crate) fn check(args: AnswersArgs) -> Result<()> {
     Ok(())
 }
 
+/// What decides the statistics of text that is there, by name, for people.
+pub(crate) fn text_inputs(domains: &Domains) -> Inputs {
+    let texts = domains.iter().enumerate();
+    texts
+        .map(|(place, (name, samples))| {
+            let text = format!("{} in place {place}", tokens_fingerprint(samples));
+            (format!("text of domain {name}"), text)
+        })
+        .collect()
+}
+
 impl Samples {
     /// Reads the files as far as they are needed.
     ///
@@ -103,13 +114,7 @@ impl Samples {
 
     /// The same by name, for people.
     pub(crate) fn named_inputs(&self) -> Inputs {
-        let texts = self.domains.iter().enumerate();
-        let mut inputs: Inputs = texts
-            .map(|(place, (name, samples))| {
-                let text = format!("{} in place {place}", tokens_fingerprint(samples));
-                (format!("text of domain {name}"), text)
-            })
-            .collect();
+        let mut inputs = text_inputs(&self.domains);
         let answers = match self.limits {
             None => "given".to_owned(),
             Some(limits) => format!("generated, {} of {} tokens", limits.new_tokens, limits.len),

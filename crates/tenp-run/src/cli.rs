@@ -384,6 +384,8 @@ pub(crate) struct Apply {
     pub(crate) hidden: HiddenArgs,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
+    #[command(flatten)]
+    pub(crate) keep: KeepArgs,
     /// Only say what it would take: sizes, memory, passes, time.
     #[arg(long)]
     pub(crate) dry_run: bool,
@@ -487,6 +489,8 @@ pub(crate) struct Compare {
     /// Folder for results; one that was begun with the same inputs is gone on with.
     #[arg(short, long, value_name = "FOLDER")]
     pub(crate) output: PathBuf,
+    #[command(flatten)]
+    pub(crate) keep_work: KeepArgs,
     /// Print all results as JSON.
     #[arg(long)]
     pub(crate) json: bool,

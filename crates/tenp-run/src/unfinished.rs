@@ -7,7 +7,6 @@ use anyhow::Result;
 use tenp_checkpoint::{Checkpoint, CheckpointError, Inputs, Work};
 use tenp_model::calibrate::{FoldOptions, Keep};
 
-use crate::answers::Samples;
 use crate::place::Place;
 use crate::{console, interrupt};
 
@@ -17,13 +16,12 @@ pub(crate) const OUTPUT: &str = Work::OUTPUT;
 /// The folder of a calibration whose statistics go into a plan.
 pub(crate) const CALIBRATION: &str = "calibration";
 
-/// What decides the statistics of a calibration.
+/// What decides the statistics of a calibration on a text of these inputs.
 pub(crate) fn calibration_inputs(
     checkpoint: &Checkpoint,
-    samples: &Samples,
+    mut inputs: Inputs,
     place: &Place,
 ) -> Inputs {
-    let mut inputs = samples.named_inputs();
     for (name, value) in [
         ("checkpoint", checkpoint.fingerprint().to_owned()),
         ("device and precision", place.name()),

@@ -8,13 +8,14 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use tenp_checkpoint::{
     ApplyOptions, ApplyOutcome, Checkpoint, LayerRewriter, Mtp, OutputDtype, OutputForm, Plan,
-    apply_rewritten, check_form, check_output, check_unfinished, output_bytes,
+    Statistics, apply_rewritten, check_form, check_output, check_unfinished, output_bytes,
 };
 use tenp_kernels::Compute;
-use tenp_model::calibrate::FoldOptions;
+use tenp_model::calibrate::{FoldOptions, Keep};
 use tenp_model::rewrite::{Dern, LeastSquares, Rescale};
 use tenp_model::{Model, Spill};
 
+use super::calibrate::{Keeping, run_kept};
 use crate::cli::{
     Apply, ComputeArg, DataArgs, DeviceArg, DtypeArg, FormArg, MIN_TOKENS, MtpArg, OutputArgs,
     RecoverArg,
@@ -55,17 +56,19 @@ pub(super) fn run(args: &Apply) -> Result<()> {
         RecoverArg::None => None,
         _ => Some(calibration(args, &checkpoint, &plan)?),
     };
+    let spill = args.hidden.spill(&args.output.output);
     if args.dry_run {
-        let spill = args.hidden.spill(&args.output.output);
         return place.with_model(&checkpoint, |model| {
             dry_run(&model.spilling(&spill), args, &plan, text)
         });
     }
     let sequences;
+    let mut keep = None;
     let recovery = match text {
         None => Recovery::None,
         Some((domains, weights)) if args.recover.recover == RecoverArg::Rescale => {
-            let statistics = super::calibrate::run_domains(&checkpoint, &domains, &place)?;
+            let (statistics, kept) = calibrated(args, &checkpoint, &domains, (&place, &spill))?;
+            keep = Some(kept);
             recovery::rescale(&checkpoint, &plan, &statistics, &weights)?
         }
         Some((domains, weights)) => {
@@ -77,9 +80,16 @@ pub(super) fn run(args: &Apply) -> Result<()> {
         calibration: Map::new(),
         recovery,
         place: &place,
-        spill: &args.hidden.spill(&args.output.output),
+        spill: &spill,
     };
-    let outcome = write(&checkpoint, &plan, &args.output, making)?;
+    let written = write(&checkpoint, &plan, &args.output, making);
+    if let Some(kept) = keep {
+        match &written {
+            Ok(_) => kept.finish(),
+            Err(_) => drop(unfinished::unchanged(&checkpoint, kept)?),
+        }
+    }
+    let outcome = written?;
     if args.json {
         console::json(&outcome_json(&plan, outcome));
     }
@@ -156,6 +166,25 @@ fn calibration(
     Ok((domains, weights))
 }
 
+/// Statistics of the text, and where they are kept until the output is written.
+fn calibrated(
+    args: &Apply,
+    checkpoint: &Checkpoint,
+    domains: &Domains,
+    (place, spill): (&Place, &Spill),
+) -> Result<(Statistics, Keep)> {
+    let output = &args.output.output;
+    let keeping = Keeping {
+        output,
+        restart: args.output.restart,
+        every: args.keep.every(),
+    };
+    let calibrated = place.with_model(checkpoint, |model| {
+        run_kept(&model.spilling(spill), domains, place, &keeping)
+    });
+    calibrated.map_err(|error| unfinished::explain(error, output, &[CALIBRATION]))
+}
+
 /// What the run would take.
 fn dry_run(
     model: &Model<'_>,
@@ -204,11 +233,9 @@ fn check_data(args: &Apply) -> Result<()> {
         (RecoverArg::Rescale | RecoverArg::LeastSquares, true) => {
             Err(usage("--recover needs calibration text: give --data"))
         }
-        _ if args.hidden.hidden_memory.is_some()
-            && args.recover.recover != RecoverArg::LeastSquares =>
-        {
+        _ if args.hidden.hidden_memory.is_some() && args.recover.recover == RecoverArg::None => {
             Err(usage(
-                "--hidden-memory has no effect without --recover least-squares, which runs text layer by layer",
+                "--hidden-memory has no effect without --recover, which runs text layer by layer",
             ))
         }
         _ => Ok(()),

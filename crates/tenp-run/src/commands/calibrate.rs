@@ -1,6 +1,7 @@
 //! `calibrate`: every statistic in one pass.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tenp_checkpoint::{Checkpoint, Folds, Statistics, Work};
@@ -12,9 +13,10 @@ use crate::answers::Samples;
 use crate::cli::Calibrate;
 use crate::coverage::Coverage;
 use crate::forecast::{Forecast, Sizes};
+use crate::models::Domains;
 use crate::place::Place;
 use crate::progress::{Progress, Unit};
-use crate::unfinished::{self, OUTPUT};
+use crate::unfinished::{self, CALIBRATION, OUTPUT};
 use crate::{answers, console, models};
 
 pub(super) fn run(args: &Calibrate) -> Result<()> {
@@ -33,7 +35,7 @@ pub(super) fn run(args: &Calibrate) -> Result<()> {
             dry_run(&model.spilling(&spill), &samples, args.json)
         });
     }
-    let mut inputs = unfinished::calibration_inputs(&checkpoint, &samples, &place);
+    let mut inputs = unfinished::calibration_inputs(&checkpoint, samples.named_inputs(), &place);
     if let Some(share) = &share {
         inputs.insert("share of the samples".to_owned(), share.to_string());
     }
@@ -101,18 +103,41 @@ pub(crate) fn run_domains(
     domains: &[(String, Vec<Vec<u32>>)],
     place: &Place,
 ) -> Result<Statistics> {
-    place.with_model(checkpoint, |model| run_domains_on(&model, domains))
+    place.with_model(checkpoint, |model| {
+        Ok(run_in_folds(&model, domains, &FoldOptions::default(), None)?.0)
+    })
 }
 
-/// The same with a model that is there.
-pub(super) fn run_domains_on(
+/// Where a calibration that is part of something else keeps what it has done.
+pub(super) struct Keeping<'a> {
+    /// The file or folder that is being made, beside which it is kept.
+    pub(super) output: &'a Path,
+    pub(super) restart: bool,
+    /// Time that is worth keeping.
+    pub(super) every: Duration,
+}
+
+/// Runs samples that are already token ids, and goes on where an earlier run of the same inputs stopped. What is kept stays
+/// until the caller is done with the statistics.
+pub(super) fn run_kept(
     model: &Model<'_>,
-    domains: &[(String, Vec<Vec<u32>>)],
-) -> Result<Statistics> {
-    Ok(run_in_folds(model, domains, &FoldOptions::default(), None)?.0)
+    domains: &Domains,
+    place: &Place,
+    keeping: &Keeping<'_>,
+) -> Result<(Statistics, Keep)> {
+    let checkpoint = model.checkpoint();
+    let text = answers::text_inputs(domains);
+    let inputs = unfinished::calibration_inputs(checkpoint, text, place);
+    let (folds, beside) = (FoldOptions::default(), (keeping.output, CALIBRATION));
+    let mut keep = unfinished::keep(beside, inputs, &folds, keeping.restart, keeping.every)?;
+    let calibrated = run_in_folds(model, domains, &folds, Some(&mut keep));
+    let keep = unfinished::unchanged(checkpoint, keep)?;
+    let (statistics, _) = calibrated?;
+    unfinished::tell_trouble(&keep);
+    Ok((statistics, keep))
 }
 
-/// The same, and the sums of groups of samples.
+/// Runs samples, and sums groups of them.
 pub(super) fn run_in_folds(
     model: &Model<'_>,
     domains: &[(String, Vec<Vec<u32>>)],

@@ -9,10 +9,10 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use tenp_checkpoint::Checkpoint;
+use tenp_checkpoint::{Checkpoint, CheckpointError};
 
 use crate::cli::{Compare, HiddenArgs};
-use crate::failure::usage;
+use crate::failure::{UsageError, usage};
 use crate::models::Domains;
 use crate::place::Place;
 use crate::search::{self, Search};
@@ -20,6 +20,9 @@ use crate::{console, models};
 
 use cell::{Bench, Cell};
 use grid::Grid;
+
+/// In the folder of results: what they were measured with.
+const INPUTS: &str = "inputs.json";
 
 pub(super) fn run(args: &Compare) -> Result<()> {
     if args.tasks.is_empty() && args.text.is_empty() {
@@ -45,7 +48,7 @@ pub(super) fn run(args: &Compare) -> Result<()> {
     );
     let place = Place::new(args.run)?;
     let spill = HiddenArgs::default().spill(&args.output.join("model"));
-    let results = place.with_model(&checkpoint, |model| {
+    let measured = place.with_model(&checkpoint, |model| {
         let bench = Bench {
             checkpoint: &checkpoint,
             model: model.spilling(&spill),
@@ -55,12 +58,16 @@ pub(super) fn run(args: &Compare) -> Result<()> {
             folder: &args.output,
             spill: &spill,
             min_tokens: args.data.min_tokens,
+            every: args.keep_work.every(),
         };
         prepare(args, &checkpoint, &bench, &draws)?;
         let full = bench.full()?;
         let cells = run_cells(&bench, &grid, &draws)?;
         Ok(results::Results::new(&checkpoint, full, cells))
-    })?;
+    });
+    let unchanged = checkpoint.check_unchanged().map_err(anyhow::Error::from);
+    let measured = unchanged.and(measured);
+    let results = measured.map_err(|error| unfinished(error, &args.output))?;
     results.write(&args.output)?;
     if args.json {
         console::json(&results.json());
@@ -72,6 +79,19 @@ pub(super) fn run(args: &Compare) -> Result<()> {
         args.output.join("index.html").display()
     ));
     Ok(())
+}
+
+/// Adds to an error how to go on. A refused output says itself what helps.
+fn unfinished(error: anyhow::Error, output: &Path) -> anyhow::Error {
+    let refused = matches!(error.downcast_ref(), Some(CheckpointError::Output { .. }));
+    if refused || error.is::<UsageError>() || !output.join(INPUTS).exists() {
+        return error;
+    }
+    error.context(format!(
+        "{} is unfinished (the same command goes on with the cells and the calibration that it has; delete it if the model is \
+         to be another now)",
+        output.display()
+    ))
 }
 
 fn check_output(output: &Path, model: &Path) -> Result<()> {
@@ -103,7 +123,7 @@ fn prepare(
     draws: &[Domains],
 ) -> Result<()> {
     let inputs = bench.inputs(checkpoint, draws);
-    let path = args.output.join("inputs.json");
+    let path = args.output.join(INPUTS);
     if let Ok(before) = std::fs::read(&path) {
         let before: serde_json::Value = serde_json::from_slice(&before)
             .with_context(|| format!("{} is damaged; use another --output", path.display()))?;
@@ -151,7 +171,12 @@ fn run_cells(bench: &Bench<'_>, grid: &Grid, draws: &[Domains]) -> Result<Vec<Ce
             None
         };
         let spill = bench.spill.clone();
-        let search = Search::new(bench.checkpoint, domains, bench.place, (spill, tables.clone()));
+        let search = Search::new(
+            bench.checkpoint,
+            domains,
+            bench.place,
+            (spill, tables.clone()),
+        );
         for key in grid.cells(seed) {
             done += 1;
             if let Some(cell) = bench.read_cell(&key)? {

@@ -67,7 +67,7 @@ pub(super) fn run(args: &Prune) -> Result<()> {
         report(&checkpoint, args, &plan, ApplyOutcome::AlreadyFinished);
         return Ok(());
     }
-    let decisive = unfinished::calibration_inputs(&checkpoint, &samples, &place);
+    let decisive = unfinished::calibration_inputs(&checkpoint, samples.named_inputs(), &place);
     let run = models::fingerprint(&decisive);
     let (restart, every) = (args.output.restart, args.keep.every());
     let mut keep = unfinished::keep((out, CALIBRATION), decisive, &folds, restart, every)?;

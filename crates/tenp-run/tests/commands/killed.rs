@@ -9,7 +9,7 @@ use rand::{RngExt as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 
 use crate::plans::demo_statistics;
-use crate::support::fixtures::{DOMAINS, assert_same_files, demo, demo_file, names};
+use crate::support::fixtures::{DOMAINS, assert_same_files, demo, demo_file, names, read_json};
 use crate::support::{Outcome, Scratch, command, tenp, words};
 
 /// A command that makes something.
@@ -297,4 +297,71 @@ fn an_unfinished_output_is_not_mixed_with_another() {
     other.refused(2, &["differ: plan", "--restart"]);
     changed("--keep 0.6", "--keep 0.5 --restart").ok();
     assert_eq!(names(scratch.path()), ["out"]);
+}
+
+/// A job that calibrates on its way to something else, killed behind the first layers: the next run goes on there.
+fn goes_on_at_a_layer(job: &Job<'_>, out: &Path, kept: &Path) {
+    let mut child = job.start(out);
+    wait_for(&kept.join("layer-1.safetensors"));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(kept.join("journal.json").exists());
+    let run = job.run(out).ok();
+    let next = run.stderr.find("going on with the calibration at layer ");
+    run.check(next.is_some(), "it goes on");
+    assert!(!kept.exists());
+}
+
+#[test]
+fn a_killed_calibration_for_rescaling_goes_on() {
+    let (scratch, calm) = (Scratch::new(), Scratch::new());
+    let (demo, files, plan) = (demo(), everything(), calm.join("plan.json"));
+    let paths: [&Path; 3] = [&demo, demo_statistics(), &plan];
+    tenp("plan {} --stats {} --keep 0.6 -o {}", &paths).ok();
+    let inputs = [demo.as_path(), &plan].into_iter();
+    let twice = files.iter().chain(&files).map(PathBuf::as_path);
+    let job = Job {
+        line: "apply {} --plan {} --recover rescale --data a={} b={} c={} d={} e={} f={} g={} h={} --samples 100 \
+               --threads 1 --keep-every 0 -o {}",
+        paths: inputs.chain(twice).collect(),
+    };
+    let (out, whole) = (scratch.join("out"), calm.join("out"));
+    job.run(&out).ok();
+    std::fs::rename(&out, &whole).unwrap();
+    goes_on_at_a_layer(&job, &out, &scratch.join(".out.tenp-calibration"));
+    assert_same(&whole, &out);
+    assert_eq!(names(scratch.path()), ["out"]);
+}
+
+#[test]
+fn a_killed_comparison_goes_on_in_its_calibration() {
+    let scratch = Scratch::new();
+    let (demo, files, tasks) = (demo(), everything(), demo_file("tasks", "arith"));
+    let twice = files.iter().chain(&files).map(PathBuf::as_path);
+    let job = Job {
+        line: "compare {} --tasks {} --data a={} b={} c={} d={} e={} f={} g={} h={} --samples 100 --methods tenp --keep 0.6 \
+               --seeds 1 --threads 1 --device cpu --keep-every 0 -o {}",
+        paths: [demo.as_path(), &tasks].into_iter().chain(twice).collect(),
+    };
+    let (out, calm) = (scratch.join("out"), scratch.join("calm"));
+    job.run(&calm).ok();
+    let statistics = "statistics-0.safetensors";
+    goes_on_at_a_layer(
+        &job,
+        &out,
+        &out.join(format!(".{statistics}.tenp-calibration")),
+    );
+    assert_eq!(names(&out), names(&calm));
+    let same = |name: &str| {
+        std::fs::read(out.join(name)).unwrap() == std::fs::read(calm.join(name)).unwrap()
+    };
+    assert!(same(statistics) && same("full.json"));
+    let cell = |folder: &Path| {
+        let mut cell = read_json(&folder.join("cells/tenp-0.6-0.json"));
+        for seconds in ["prune_seconds", "measure_seconds"] {
+            cell[seconds].take();
+        }
+        cell
+    };
+    assert_eq!(cell(&out), cell(&calm));
 }

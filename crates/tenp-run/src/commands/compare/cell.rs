@@ -2,12 +2,12 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tenp_checkpoint::{Accounting, Checkpoint, Statistics, replace_file};
+use tenp_checkpoint::{Accounting, Checkpoint, Statistics, Work, replace_file};
 
 use tenp_model::evaluate::{Comparison, TaskScore, TextScore, compare, score_tasks, score_text};
 use tenp_model::text::Task;
@@ -16,13 +16,15 @@ use tenp_model::{Model, Spill};
 use super::grid::Key;
 use crate::cli::RecoverArg;
 use crate::commands::apply::Rewriting;
-use crate::commands::{calibrate, eval};
+use crate::commands::calibrate::{Keeping, run_kept};
+use crate::commands::eval;
 use crate::coverage::Coverage;
 use crate::models::{self, Domains};
 use crate::place::Place;
 use crate::recovery::{self, Recovery};
 use crate::requests;
 use crate::search::Search;
+use crate::unfinished::CALIBRATION;
 
 /// What every cell is measured with.
 pub(super) struct Bench<'a> {
@@ -36,6 +38,8 @@ pub(super) struct Bench<'a> {
     /// Of hidden states and of plans that are tried.
     pub(super) spill: &'a Spill,
     pub(super) min_tokens: u32,
+    /// Time of a calibration that is worth keeping.
+    pub(super) every: Duration,
 }
 
 /// Figures of one model.
@@ -211,18 +215,21 @@ impl Bench<'_> {
     }
 
     /// Statistics of a draw, calibrated once.
-    pub(super) fn statistics(
-        &self,
-        seed: usize,
-        domains: &[(String, Vec<Vec<u32>>)],
-    ) -> Result<Statistics> {
+    pub(super) fn statistics(&self, seed: usize, domains: &Domains) -> Result<Statistics> {
         let path = self.folder.join(format!("statistics-{seed}.safetensors"));
         if path.exists() {
+            Work::remove_leftover(Work::place(&path, CALIBRATION), &path);
             return Ok(Statistics::read(&path)?);
         }
-        let statistics = calibrate::run_domains_on(&self.model, domains)?;
+        let keeping = Keeping {
+            output: &path,
+            restart: false,
+            every: self.every,
+        };
+        let (statistics, kept) = run_kept(&self.model, domains, self.place, &keeping)?;
         Coverage::of(&statistics).warn(self.min_tokens);
         statistics.write(&path)?;
+        kept.finish();
         Ok(statistics)
     }
 
@@ -234,8 +241,14 @@ impl Bench<'_> {
                 .with_context(|| format!("{} is damaged; delete it", path.display()));
         }
         let figures = self.measure(&self.model)?;
-        write_json(&path, &figures)?;
+        self.write(&path, &figures)?;
         Ok(figures)
+    }
+
+    /// Writes figures, if what they were measured on is still the same.
+    fn write(&self, path: &Path, figures: &impl Serialize) -> Result<()> {
+        self.checkpoint.check_unchanged()?;
+        write_json(path, figures)
     }
 
     fn measure(&self, model: &Model<'_>) -> Result<Figures> {
@@ -322,7 +335,7 @@ impl Bench<'_> {
             prune_seconds,
             measure_seconds: started.elapsed().as_secs_f64(),
         };
-        write_json(&self.cell_path(key), &cell)?;
+        self.write(&self.cell_path(key), &cell)?;
         Ok(cell)
     }
 }
