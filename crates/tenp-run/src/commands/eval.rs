@@ -62,7 +62,7 @@ pub(super) fn run(args: &Eval) -> Result<()> {
     }
     let place = Place::new(args.run)?;
     // One model for everything, so that a GPU keeps its weights from one part to the next.
-    let measures = place.with_model(&checkpoint, |model| {
+    let measured = place.with_model(&checkpoint, |model| {
         let mut measures = Measures {
             tasks: run_tasks(&model, &tasks, "tasks")?,
             ..Measures::default()
@@ -79,7 +79,14 @@ pub(super) fn run(args: &Eval) -> Result<()> {
             })?);
         }
         Ok(measures)
-    })?;
+    });
+    for read in [Some(&checkpoint), reference.as_ref()]
+        .into_iter()
+        .flatten()
+    {
+        read.check_unchanged()?;
+    }
+    let measures = measured?;
     if args.json {
         console::json(&as_json(&measures));
     } else {

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use super::options::statistics;
 use super::{FAILED, Place};
-use crate::support::fixtures::{DOMAINS, assert_same_files, demo_file, names, snapshot, write_ids};
+use crate::support::fixtures::{
+    DOMAINS, assert_same_files, copy, demo_file, names, snapshot, write_ids,
+};
 use crate::support::{command, tenp, words};
 
 pub(crate) fn signal(child: &mut Child, name: &str) {
@@ -121,8 +123,8 @@ fn a_shard_that_is_replaced_while_it_is_read() {
 
 /// Writes to every shard in its place while the command stands still, which then fails and names one.
 #[track_caller]
-fn assert_written_shards_are_noticed(place: &Place, child: Child) {
-    for shard in shards(&place.model) {
+fn assert_written_shards_are_noticed(model: &Path, child: Child) -> String {
+    for shard in shards(model) {
         let bytes = std::fs::read(&shard).unwrap();
         std::fs::write(&shard, &bytes).unwrap();
     }
@@ -131,6 +133,7 @@ fn assert_written_shards_are_noticed(place: &Place, child: Child) {
     for needle in ["model-0000", "while it was read", "same command again"] {
         assert!(text.contains(needle), "{text}");
     }
+    text
 }
 
 pub(crate) fn planned(place: &Place) -> PathBuf {
@@ -148,7 +151,7 @@ fn a_shard_that_is_written_to_while_it_is_copied() {
     let line = "apply {} --plan {} --shard-size 20kB -o {}";
     let partial = place.join(".out.tenp-work/journal.json");
     let child = stopped_at(line, &paths, &partial);
-    assert_written_shards_are_noticed(&place, child);
+    assert_written_shards_are_noticed(&place.model, child);
     assert_eq!(names(place.scratch.path()), ["model", "plan.json"]);
     tenp(line, &paths).ok();
 }
@@ -195,7 +198,7 @@ fn a_shard_that_is_written_to_while_it_is_calibrated() {
     let place = Place::demo();
     let (calm, out) = (place.join("calm"), place.join("out"));
     let (line, mut paths, child) = stopped_calibration(&place, &out);
-    assert_written_shards_are_noticed(&place, child);
+    assert_written_shards_are_noticed(&place.model, child);
     // Nor is what was kept of it gone on with.
     assert_eq!(names(place.scratch.path()), ["model"]);
     for out in [calm, out] {
@@ -216,6 +219,51 @@ fn a_shard_that_is_written_to_while_logits_are_computed() {
     let paths = [place.model.as_path(), &ids, &out];
     let line = "logits {} --input {} --output {} --threads 1";
     let child = stopped_at(line, &paths, &place.join(".out.tenp.tmp"));
-    assert_written_shards_are_noticed(&place, child);
+    assert_written_shards_are_noticed(&place.model, child);
     assert_eq!(names(place.scratch.path()), ["ids.safetensors", "model"]);
+}
+
+#[test]
+fn a_shard_that_is_written_to_while_a_model_is_evaluated() {
+    let place = Place::demo();
+    let reference = copy(&place.model, &place.join("reference"));
+    let tasks = demo_file("tasks", "arith");
+    let text = demo_file("calibration", "facts");
+    let paths = [place.model.as_path(), &reference, &tasks, &text];
+    let line = "eval {} --reference {} --tasks {} --text {} --threads 1 --device cpu";
+    for written in [&place.model, &reference] {
+        let mut command = command(&words(line, &paths));
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = child.spawn().unwrap();
+        // The first thing that is said: the tasks are done, and the texts are not.
+        let mut byte = [0];
+        child
+            .stderr
+            .as_mut()
+            .unwrap()
+            .read_exact(&mut byte)
+            .unwrap();
+        signal(&mut child, "-STOP");
+        let mut stdout = child.stdout.take().unwrap();
+        assert_written_shards_are_noticed(written, child);
+        let mut figures = String::new();
+        stdout.read_to_string(&mut figures).unwrap();
+        assert_eq!(figures, "");
+    }
+}
+
+#[test]
+fn a_shard_that_is_written_to_while_methods_are_compared() {
+    let place = Place::demo();
+    let (tasks, out) = (demo_file("tasks", "arith"), place.join("out"));
+    let data = demo_file("calibration", "arith");
+    let paths = [place.model.as_path(), &data, &tasks, &out];
+    let line = "compare {} --data {} --tasks {} --methods enp --keep 0.5,0.6 --seeds 1 --threads 1 --device cpu -o {}";
+    let child = stopped_at(line, &paths, &out.join("cells/enp-0.5-0.json"));
+    let text = assert_written_shards_are_noticed(&place.model, child);
+    assert!(text.contains("goes on with the cells"), "{text}");
+    assert_eq!(names(&out.join("cells")), ["enp-0.5-0.json"]);
+    assert!(!out.join("results.json").exists());
+    let run = tenp(line, &paths).ok();
+    run.check(!run.stderr.contains("1/2"), "the first cell is read");
 }
