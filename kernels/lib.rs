@@ -12,9 +12,9 @@
 //! # What runs where
 //!
 //! On the CPU weights are read as they are stored (f32, f16, bf16, fp8), products are f32 or bf16 as [`Compute`] says,
-//! sums f32, statistics f64; vectors are AVX-512, AVX2 or what the compiler's target has, chosen at run time, and bf16
-//! products are the processor's own where it has AVX-512 BF16 ([`cpu::isa`]). On a GPU products are bf16 with sums in
-//! f32, from sm_80 on with `mma`, on sm_90 also with `wgmma`; a letter and the rows of a tile end an entry's name, and
+//! sums f32, statistics f64; vectors are AVX-512, AVX2, NEON or what the compiler's target has, chosen at run time, and
+//! bf16 products are the processor's own where it has AVX-512 BF16 or Arm's BF16 ([`cpu::isa`]). On a GPU products are
+//! bf16 with sums in f32, from sm_80 on with `mma`, on sm_90 also with `wgmma`; a letter and the rows of a tile end an entry's name, and
 //! [`Tile::choose`](device::Tile::choose) says which one is taken.
 //!
 //! | operation | CPU | GPU: sources in `kernels/cuda` | input → output there | sm_80 and later | sm_90a besides |
