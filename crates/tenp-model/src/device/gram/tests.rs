@@ -24,6 +24,9 @@ fn calibrating_deepseek_v3_takes_it_and_v2_lite_does_not() {
     // At half their width.
     assert!(wins(&layout(704, 64), 2048, 6, text, text / 16_384));
     assert!(!wins(&layout(0, 0), 2048, 6, text, 1));
+    // The demo model, by bytes: all its calibration text, and two samples a domain.
+    assert!(wins(&layout(96, 16), 128, 4, 10_245, 1));
+    assert!(!wins(&layout(96, 16), 128, 4, 160, 1));
 }
 
 /// A model whose experts are a quarter as wide as its hidden states.
