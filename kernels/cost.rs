@@ -302,13 +302,11 @@ mod tests {
         }
     }
 
-    const H200: Ceilings = Ceilings::H200;
-
     #[test]
     fn a_decoded_token_of_qwen3_is_bound_by_its_experts_weights() {
         let work = qwen3(1, 8, 1);
         assert_eq!(work.weight_bytes(), 8.0 * 3.0 * 2.0 * 768.0 * 2048.0);
-        let floor = work.forward_floor(H200);
+        let floor = work.forward_floor(Ceilings::H200);
         assert_eq!(floor.bound, Bound::Bytes);
         // 8 experts of 9.44 MB at 4.3 TB/s.
         assert!((floor.seconds * 1e6 - 17.6).abs() < 0.1, "{floor:?}");
@@ -318,7 +316,7 @@ mod tests {
     fn a_long_prefill_is_bound_by_arithmetic() {
         // 65,536 tokens, eight experts each.
         let work = qwen3(4096, 128, 65_536);
-        let floor = work.forward_floor(H200);
+        let floor = work.forward_floor(Ceilings::H200);
         assert_eq!(floor.bound, Bound::Flops);
         assert!((floor.seconds * 1e6 - 6279.0).abs() < 1.0, "{floor:?}");
         assert_eq!(work.scored_flops() * 3.0, work.forward_flops() * 4.0);
@@ -397,7 +395,7 @@ mod tests {
 
     #[test]
     fn the_gram_form_wins_where_experts_are_narrow_and_rows_are_many() {
-        let wins = |work: MoeWork| work.gram_wins(work.tokens.div_ceil(16_384), H200);
+        let wins = |work: MoeWork| work.gram_wins(work.tokens.div_ceil(16_384), Ceilings::H200);
         let (v2_lite, v3) = ((64, 6), (256, 8));
         for tokens in [1, 512, 16_384, 262_144, 1 << 24] {
             assert!(!wins(even(2048, 1408, v2_lite, tokens)));

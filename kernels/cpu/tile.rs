@@ -2,7 +2,35 @@
 //!
 //! Operands are packed (see `pack.rs`): `a` holds, for each step of the inner dimension, one element of each row; `b`
 //! holds one element of each of the 32 outputs. A step is one f32 product, or a pair of bf16 products. 14 × 2 vectors of
-//! accumulators fill the AVX-512 register file, narrower units take a tile in blocks; nothing is reloaded before the end, so outputs are single FMA chains.
+//! accumulators fill the AVX-512 register file, narrower units take a tile in blocks; nothing is reloaded before the end,
+//! so outputs in f32 are single FMA chains.
+
+/// Calls a kernel for blocks of up to six rows by 16 columns over a tile's rows and both halves of its columns.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! by_blocks {
+    ($block:ident, $steps:expr, $a:expr, $rows:expr, $b:expr, $tile:expr) => {{
+        let (a, b): (*const f32, *const f32) = ($a.cast(), $b.cast());
+        let mut first = 0;
+        while first < $rows {
+            let count = ($rows - first).min(6);
+            for half in 0..2 {
+                // SAFETY: rows first..first+count are among the rows; the half starts at column 0 or 16.
+                unsafe {
+                    let (a, b) = (a.add(first), b.add(16 * half));
+                    match count {
+                        1 => $block::<1>($steps, a, $rows, b, $tile, first, half),
+                        2 => $block::<2>($steps, a, $rows, b, $tile, first, half),
+                        3 => $block::<3>($steps, a, $rows, b, $tile, first, half),
+                        4 => $block::<4>($steps, a, $rows, b, $tile, first, half),
+                        5 => $block::<5>($steps, a, $rows, b, $tile, first, half),
+                        _ => $block::<6>($steps, a, $rows, b, $tile, first, half),
+                    }
+                }
+            }
+            first += count;
+        }
+    }};
+}
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -46,9 +74,11 @@ pub(crate) fn multiply(packing: Packing, a: &[u32], rows: usize, b: &[u32], tile
     assert!(
         (1..=TILE_ROWS).contains(&rows) && b.len() == steps * TILE_COLS && a.len() == steps * rows
     );
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     let (a_start, b_start) = (a.as_ptr(), b.as_ptr());
     // SAFETY: `isa()` reports what was detected, `Packing::Pairs` is only chosen where it has bf16 dot products, and lengths
-    // are asserted above.
+    // are asserted above. Other processors have the safe path alone.
+    #[allow(unused_unsafe)]
     unsafe {
         match (packing, isa()) {
             #[cfg(target_arch = "x86_64")]

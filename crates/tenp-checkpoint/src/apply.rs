@@ -405,6 +405,9 @@ fn mtp_plans(
     mtp::plan(checkpoint, plan, norms)
 }
 
+/// Part of a run's inputs: shards of different orders do not go together.
+const ORDER_OF_TENSORS: &str = "scales behind their matrix";
+
 /// What decides the output's bytes: two runs of the same inputs write the same checkpoint.
 fn inputs(
     checkpoint: &Checkpoint,
@@ -428,6 +431,7 @@ fn inputs_beside_plan(checkpoint: &Checkpoint, options: &ApplyOptions) -> Inputs
         ("dtype", options.dtype.name().to_owned()),
         ("shard size", options.shard_bytes.to_string()),
         ("program version", env!("CARGO_PKG_VERSION").to_owned()),
+        ("order of tensors", ORDER_OF_TENSORS.to_owned()),
     ];
     pairs.map(|(name, value)| (name.to_owned(), value)).into()
 }

@@ -93,7 +93,8 @@ pub(crate) fn write_from(
                 let (partial, file) = create_partial(&path, total)?;
                 source.begins(group);
                 let sink = Sink::new(&file, &path, total);
-                fill(sink, &header, group.iter().zip(&planned), source)?;
+                let shard = group.iter().zip(&planned);
+                fill(sink, &header, shard, source, &mut naming)?;
                 naming.add(file, partial, path, &mut || source.completed())?;
             }
             for tensor in planned {
@@ -120,6 +121,7 @@ fn fill<'t>(
     header: &[u8],
     tensors: impl Iterator<Item = (&'t usize, &'t &'t PlannedTensor)>,
     source: &mut dyn Source,
+    naming: &mut Naming<'_, '_>,
 ) -> Result<(), CheckpointError> {
     sink.write(header)?;
     for (index, tensor) in tensors {
@@ -128,11 +130,12 @@ fn fill<'t>(
         if sink.written() != end {
             return Err(wrong_length(sink.path(), tensor, end, sink.written()));
         }
+        naming.name_synced(&mut || source.completed())?;
     }
     sink.flush()
 }
 
-/// Gives whole shards their names, each when it is on the disk; meanwhile the next one is written.
+/// Gives whole shards their names, each when it is on the disk, while the next one is written.
 pub(crate) struct Naming<'scope, 'env> {
     scope: &'scope Scope<'scope, 'env>,
     /// Bytes of all shards, for the error of a full disk.
@@ -156,7 +159,8 @@ impl<'scope, 'env> Naming<'scope, 'env> {
         }
     }
 
-    /// Takes a shard over, and names the one before. `completed` is called before a shard gets its name.
+    /// Takes a shard over, and names the one before once it is on the disk. `completed` is called before a shard gets its
+    /// name.
     pub(crate) fn add(
         &mut self,
         file: File,
@@ -174,6 +178,15 @@ impl<'scope, 'env> Naming<'scope, 'env> {
         };
         let before = self.last.replace(next);
         before.map_or(Ok(()), |shard| shard.name(completed))
+    }
+
+    /// Names a shard that is on the disk by now, so that a run which is killed later need not write it again.
+    pub(crate) fn name_synced(
+        &mut self,
+        completed: &mut dyn FnMut() -> Result<(), CheckpointError>,
+    ) -> Result<(), CheckpointError> {
+        let synced = self.last.take_if(|shard| shard.synced.is_finished());
+        synced.map_or(Ok(()), |shard| shard.name(completed))
     }
 
     /// Names the last one. To be called whatever became of the next: it is whole.

@@ -139,12 +139,12 @@ struct Rows {
     weight: f64,
 }
 
-/// Activations that are held at once: for many blocks together a down projection is widened once.
+/// Activations that are held before a block's come to them: for many blocks together a down projection is widened once.
 const HELD_BYTES: usize = 512 << 20;
 
 /// Bytes of the activations held where the layer's are `all` and a block's are `block`.
 pub(crate) fn held_bytes(all: usize, block: usize) -> usize {
-    all.min(HELD_BYTES.max(block))
+    all.min(HELD_BYTES + block)
 }
 
 impl Collected {

@@ -2,8 +2,7 @@
 
 use half::bf16;
 
-use super::rows::round_in_place;
-use super::rows::to_pairs;
+use super::rows::{round_in_place, to_pairs};
 use super::transpose;
 use super::{Packing, bf16_bits};
 use crate::cpu::dispatch::multiversion;

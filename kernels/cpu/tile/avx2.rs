@@ -16,26 +16,7 @@ pub(super) unsafe fn multiply_f32(
     b: *const u32,
     tile: &mut Tile,
 ) {
-    let (a, b): (*const f32, *const f32) = (a.cast(), b.cast());
-    let mut first = 0;
-    while first < rows {
-        let count = (rows - first).min(6);
-        for half in 0..2 {
-            // SAFETY: rows first..first+count are among `rows`; the half starts at column 0 or 16.
-            unsafe {
-                let (a, b) = (a.add(first), b.add(16 * half));
-                match count {
-                    1 => block::<1>(steps, a, rows, b, tile, first, half),
-                    2 => block::<2>(steps, a, rows, b, tile, first, half),
-                    3 => block::<3>(steps, a, rows, b, tile, first, half),
-                    4 => block::<4>(steps, a, rows, b, tile, first, half),
-                    5 => block::<5>(steps, a, rows, b, tile, first, half),
-                    _ => block::<6>(steps, a, rows, b, tile, first, half),
-                }
-            }
-        }
-        first += count;
-    }
+    by_blocks!(block, steps, a, rows, b, tile);
 }
 
 #[target_feature(enable = "avx2,fma")]

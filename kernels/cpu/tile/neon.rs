@@ -7,32 +7,6 @@ use std::arch::asm;
 
 use super::{TILE_COLS, Tile};
 
-/// Calls the block kernel over all rows and both halves of the columns.
-macro_rules! by_blocks {
-    ($block:ident, $steps:expr, $a:expr, $rows:expr, $b:expr, $tile:expr) => {{
-        let (a, b): (*const f32, *const f32) = ($a.cast(), $b.cast());
-        let mut first = 0;
-        while first < $rows {
-            let count = ($rows - first).min(6);
-            for half in 0..2 {
-                // SAFETY: rows first..first+count are among `rows`; the half starts at column 0 or 16.
-                unsafe {
-                    let (a, b) = (a.add(first), b.add(16 * half));
-                    match count {
-                        1 => $block::<1>($steps, a, $rows, b, $tile, first, half),
-                        2 => $block::<2>($steps, a, $rows, b, $tile, first, half),
-                        3 => $block::<3>($steps, a, $rows, b, $tile, first, half),
-                        4 => $block::<4>($steps, a, $rows, b, $tile, first, half),
-                        5 => $block::<5>($steps, a, $rows, b, $tile, first, half),
-                        _ => $block::<6>($steps, a, $rows, b, $tile, first, half),
-                    }
-                }
-            }
-            first += count;
-        }
-    }};
-}
-
 /// # Safety
 /// `a` has `steps · rows` elements, `b` has `steps · 32`, 1 ≤ rows ≤ 14.
 #[target_feature(enable = "neon")]

@@ -103,6 +103,7 @@ pub(super) fn copy_checkpoint(
                 copying.advance(range.len() as u64);
                 ahead.passed(chunk);
                 chunk += 1;
+                naming.name_synced(&mut || copying.completed())?;
             }
             sink.flush()?;
             naming.add(file, partial, path, &mut || copying.completed())

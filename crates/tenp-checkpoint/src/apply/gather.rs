@@ -189,6 +189,13 @@ impl<'a> Source<'a> {
                 let Some(new) = self.new_matrix(*layer, plan, *part) else {
                     return checkpoint.narrowed(*layer, plan, *part, *width, self.dtype);
                 };
+                let own = match part {
+                    Part::Gate | Part::Up => new.rows,
+                    Part::Down => new.cols,
+                };
+                if own == *width {
+                    return Ok(new);
+                }
                 let name = || checkpoint.spelling().expert(*layer, plan.id, *part);
                 let padded = new.view().neurons(*part, None, *width);
                 padded.map_err(|error| checkpoint.damaged(&name(), error))

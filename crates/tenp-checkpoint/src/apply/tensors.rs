@@ -69,8 +69,8 @@ enum Piece<'a> {
     Bytes(Vec<u8>),
     /// A tensor of the source as it is, which the system copies.
     Tensor(TensorView<'a>),
-    /// The end of a tensor.
-    End(Result<(), CheckpointError>),
+    /// There is no next one.
+    Failed(CheckpointError),
 }
 
 pub(super) fn write<'a>(
@@ -112,11 +112,11 @@ struct Making<'a> {
 impl<'a> Making<'a> {
     fn run(mut self, tensors: &[OutputTensor<'a>], ordered: &mpsc::Receiver<Vec<usize>>) {
         for index in ordered.iter().flatten() {
-            let made = self
-                .source
-                .make(&tensors[index].recipe, &mut Waiting(&self.made));
-            if self.made.send(Piece::End(made)).is_err() {
-                break;
+            let recipe = &tensors[index].recipe;
+            if let Err(error) = self.source.make(recipe, &mut Waiting(&self.made)) {
+                // Nobody to tell is a writer that has an error of its own.
+                let _ = self.made.send(Piece::Failed(error));
+                return;
             }
         }
     }
@@ -160,11 +160,12 @@ impl Source for Writing<'_, '_> {
 
     fn fill(&mut self, index: usize, sink: &mut Sink<'_>) -> Result<(), CheckpointError> {
         self.checkpoint.check_stop()?;
-        loop {
+        let end = sink.written() + self.tensors[index].tensor.num_bytes();
+        while sink.written() < end {
             match self.pieces.recv() {
                 Ok(Piece::Bytes(bytes)) => sink.write(&bytes)?,
                 Ok(Piece::Tensor(tensor)) => self.checkpoint.copy(&tensor, sink)?,
-                Ok(Piece::End(made)) => break made?,
+                Ok(Piece::Failed(error)) => return Err(error),
                 Err(mpsc::RecvError) => return Err(CheckpointError::Interrupted),
             }
         }
