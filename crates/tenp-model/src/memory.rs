@@ -8,6 +8,7 @@ mod statistics;
 use tenp_checkpoint::{OutputDtype, Plan};
 
 use crate::calibrate::{FoldOptions, Keep, grouped};
+use crate::evaluate::{logit_bytes, output_bytes};
 use crate::{Model, Sequences};
 
 use pass::PassMemory;
@@ -107,6 +108,51 @@ pub fn plan_trials(
         ("plans", num_plans * plan_bytes(plan)),
     ]);
     Step::new("try plans", parts)
+}
+
+/// Figures of a model, from passes over these sequences. Logits are made when a pass is over.
+pub fn evaluation(model: &Model<'_>, passes: &[Sequences]) -> Step {
+    let steps = |sequences: &Sequences| {
+        let tokens = sequences.num_tokens();
+        let logits = ("logits", crate::head::batch_bytes(model.config(), tokens));
+        measuring("measure", model, (sequences, 1), [], [logits])
+    };
+    largest(passes.iter().flat_map(steps))
+}
+
+/// A model and its reference side by side, in passes over these sequences.
+pub fn comparison(model: &Model<'_>, passes: &[Sequences]) -> Step {
+    let steps = |sequences: &Sequences| {
+        let (config, tokens) = (model.config(), sequences.num_tokens());
+        let outputs = [("outputs of a layer", output_bytes(config, tokens))];
+        let logits = [("logits", logit_bytes(config, tokens))];
+        let name = "compare with the full model";
+        measuring(name, model, (sequences, 2), outputs, logits)
+    };
+    largest(passes.iter().flat_map(steps))
+}
+
+/// The layers run over a pass's sequences by `models` models in turn, and what is made of the hidden states behind them.
+fn measuring<const N: usize>(
+    name: &'static str,
+    model: &Model<'_>,
+    (sequences, models): (&Sequences, usize),
+    beside: [(&'static str, usize); N],
+    behind: [(&'static str, usize); 1],
+) -> [Step; 2] {
+    let (running, hidden) = match engine_bytes(model, sequences.num_tokens()) {
+        Some(host) => {
+            let parts = vec![("the GPU's counterparts here", models * host)];
+            (parts.clone(), parts)
+        }
+        None => PassMemory::new(model, sequences).measuring(models),
+    };
+    let step = |parts: Vec<_>, more: &[_]| Step::new(name, [&parts[..], more].concat());
+    [step(running, &beside), step(hidden, &behind)]
+}
+
+fn largest(steps: impl Iterator<Item = Step>) -> Step {
+    steps.max_by_key(Step::bytes).unwrap_or_default()
 }
 
 /// Answers of up to `new_tokens` more tokens behind the samples.

@@ -68,6 +68,12 @@ impl Speed {
             + kept * operations.experts / self.experts[usize::from(with_statistics)]
     }
 
+    /// Seconds of the logits of `rows` rows.
+    pub fn logits(&self, model: &Model<'_>, rows: usize) -> f64 {
+        let config = model.config();
+        2.0 * rows as f64 * (config.vocab_size * config.hidden_size) as f64 / self.dense
+    }
+
     /// Seconds of measuring what cuts cost: a pass, and the down projections once more, in parts.
     pub fn cuts(&self, model: &Model<'_>, sequences: &Sequences) -> f64 {
         let again = operations(model, sequences).experts / 3.0;

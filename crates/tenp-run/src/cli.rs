@@ -491,7 +491,10 @@ pub(crate) struct Compare {
     pub(crate) output: PathBuf,
     #[command(flatten)]
     pub(crate) keep_work: KeepArgs,
-    /// Print all results as JSON.
+    /// Only say what it would take: memory, passes, disk, time; of the whole comparison, whatever is done of it.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Print all results, or what --dry-run says, as JSON.
     #[arg(long)]
     pub(crate) json: bool,
 }

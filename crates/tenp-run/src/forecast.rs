@@ -1,9 +1,10 @@
 //! What a run would take, without running it: memory step by step, passes over the model, disk and time.
 
 mod disk;
+mod measuring;
 mod show;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 use tenp_checkpoint::{ApplyOptions, Checkpoint, OutputDtype, Plan, writing_memory};
@@ -16,6 +17,7 @@ use tenp_prune::{Allocation, PlanRequest, alpha_candidates};
 use crate::models::Domains;
 use crate::{recovery, search};
 
+pub(crate) use measuring::{Measuring, Pruned};
 pub(crate) use show::Sizes;
 
 /// Passes over the model, or over its output.
@@ -42,6 +44,8 @@ pub(crate) struct Forecast<'m> {
     speed: Option<(Speed, Sequences)>,
     steps: Vec<Step>,
     work: Vec<Work>,
+    /// What is measured once, whatever is planned from it.
+    measured: BTreeSet<String>,
     kept_bytes: usize,
     /// Most that lies in files without names at once.
     spilled_bytes: usize,
@@ -60,6 +64,7 @@ impl<'m> Forecast<'m> {
             speed: None,
             steps: Vec::new(),
             work: Vec::new(),
+            measured: BTreeSet::new(),
             kept_bytes: 0,
             spilled_bytes: 0,
             rewritten_bytes: 0,
@@ -164,8 +169,10 @@ impl<'m> Forecast<'m> {
                 &fit,
                 &FoldOptions::default(),
             ));
-            let computing = speed.pass(&self.model, &fit_text, 1.0, true);
-            self.pass("calibrate on three quarters", 1, computing);
+            if self.measured.insert("three quarters".to_owned()) {
+                let computing = speed.pass(&self.model, &fit_text, 1.0, true);
+                self.pass("calibrate on three quarters", 1, computing);
+            }
             let memory = StatisticsMemory::new(self.model.config(), domains.len());
             let memory = memory.drawn(request.tables()?.len());
             let trials = memory::plan_trials(&self.model, &held_text, plan, plans);
@@ -178,7 +185,12 @@ impl<'m> Forecast<'m> {
         }
         if matches!(request.allocation, Some(Allocation::Sensitivity(_))) {
             self.step(memory::cut_errors(&self.model, &sequences));
-            self.pass("measure errors", 1, speed.cuts(&self.model, &sequences));
+            if self
+                .measured
+                .insert(search::curves_key(self.model.config(), request)?)
+            {
+                self.pass("measure errors", 1, speed.cuts(&self.model, &sequences));
+            }
         }
         let config = self.model.config();
         let plans = memory::plan_bytes(plan);
@@ -206,7 +218,10 @@ impl<'m> Forecast<'m> {
         plan: &Plan,
         dtype: OutputDtype,
     ) -> Result<()> {
-        let speed = Speed::measure(&self.model, sequences)?;
+        let speed = match &self.speed {
+            Some((speed, _)) => *speed,
+            None => Speed::measure(&self.model, sequences)?,
+        };
         for step in memory::fit(&self.model, sequences, plan, dtype) {
             self.step(step);
         }
@@ -244,7 +259,8 @@ impl<'m> Forecast<'m> {
         new: bool,
     ) -> Result<()> {
         if new || plan.dern.is_some() {
-            self.rewritten_bytes = memory::rewritten(self.checkpoint(), plan, options.dtype);
+            let rewritten = memory::rewritten(self.checkpoint(), plan, options.dtype);
+            self.rewritten_bytes = self.rewritten_bytes.max(rewritten);
         }
         let parts = writing_memory(self.checkpoint(), plan, options)?;
         self.step(Step::new("write", parts).beside("kept neurons", memory::plan_bytes(plan)));

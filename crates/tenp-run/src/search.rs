@@ -89,6 +89,23 @@ pub(crate) fn rehearsed(request: &PlanRequest, config: &ModelConfig) -> Result<P
     Ok(request)
 }
 
+/// What the errors of cuts depend on: the budget and the scale have no part in them.
+pub(crate) fn curves_key(config: &ModelConfig, request: &PlanRequest) -> Result<String> {
+    let width = config.moe.expert_width;
+    let widths = measured_widths(width, quantum(request.width_multiple, width)?);
+    Ok(format!(
+        "{:?}",
+        (
+            widths,
+            request.method,
+            request.neuron_score,
+            request.normalise_domains,
+            &request.domain_weights,
+            request.seed
+        )
+    ))
+}
+
 /// The samples of the domains that count, and the weight of each label.
 fn weighted(domains: &Domains, request: &PlanRequest) -> (Sequences, Vec<f64>) {
     let sequences = recovery::sequences(domains, &request.domain_weights);
@@ -184,18 +201,7 @@ impl<'a> Search<'a> {
         let config = self.checkpoint.config();
         let width = config.moe.expert_width;
         let widths = measured_widths(width, quantum(request.width_multiple, width)?);
-        // The budget and the scale have no part in the errors.
-        let key = format!(
-            "{:?}",
-            (
-                &widths,
-                request.method,
-                request.neuron_score,
-                request.normalise_domains,
-                &request.domain_weights,
-                request.seed
-            )
-        );
+        let key = curves_key(config, request)?;
         if let Some(curves) = self.curves.borrow().get(&key) {
             return Ok(curves.clone());
         }

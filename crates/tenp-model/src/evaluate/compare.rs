@@ -101,16 +101,8 @@ pub fn compare(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Comparison, ModelError> {
     check_comparable(model.config(), reference.config())?;
-    let max_tokens = super::score::PASS_BYTES / 4 / model.hidden_bytes_per_token();
     let mut total = Sums::default();
-    let mut first = 0;
-    while first < samples.len() {
-        let mut sequences = Sequences::default();
-        let mut last = first;
-        while last < samples.len() && (last == first || sequences.num_tokens() < max_tokens) {
-            sequences.push(&samples[last], 0);
-            last += 1;
-        }
+    for sequences in comparison_passes(model, samples) {
         one_pass(
             model,
             reference,
@@ -119,9 +111,30 @@ pub fn compare(
             &mut total,
             progress,
         )?;
-        first = last;
     }
     Ok(total.into_comparison())
+}
+
+/// The sequences of every pass of [`compare`] on samples.
+pub fn comparison_passes(model: &Model<'_>, samples: &[Vec<u32>]) -> Vec<Sequences> {
+    let max_tokens = super::score::PASS_BYTES / 4 / model.hidden_bytes_per_token();
+    super::score::sample_passes(samples, max_tokens)
+}
+
+/// Rows whose logits are made at once on both sides: 64 MiB of each.
+fn logit_rows(vocab_size: usize) -> usize {
+    ((64 << 20) / 4 / vocab_size.max(1)).clamp(14, 4096)
+}
+
+/// Bytes of the MoE outputs of a layer over `tokens` tokens: both sides', and one once more while its blocks are put together.
+pub(crate) fn output_bytes(config: &ModelConfig, tokens: usize) -> usize {
+    size_of::<f32>() * 3 * config.hidden_size * tokens
+}
+
+/// Bytes of the logits of both sides that are there at once, of `tokens` tokens.
+pub(crate) fn logit_bytes(config: &ModelConfig, tokens: usize) -> usize {
+    let rows = logit_rows(config.vocab_size).min(tokens);
+    size_of::<f32>() * 2 * config.vocab_size * rows
 }
 
 /// Whether two models can be compared.
@@ -264,8 +277,7 @@ fn divergence(
     width: usize,
 ) -> Result<(f64, usize), ModelError> {
     let vocab = head.vocab_size();
-    // Two sets of logits, 64 MiB each.
-    let batch = ((64 << 20) / 4 / vocab.max(1)).clamp(14, 4096) * width;
+    let batch = logit_rows(vocab) * width;
     let (mut kl, mut same) = (0f64, 0usize);
     for (ours, theirs) in hidden.chunks(batch).zip(reference_hidden.chunks(batch)) {
         let (ours, theirs) = (head.logits(ours)?, reference_head.logits(theirs)?);

@@ -63,6 +63,90 @@ fn score_targets(
     Ok(results)
 }
 
+/// Questions that go through the model in one pass.
+struct QuestionPass {
+    sequences: Sequences,
+    targets: Vec<Target>,
+    /// (question, choice).
+    owners: Vec<(usize, usize)>,
+    /// The first question of the next pass.
+    next: usize,
+}
+
+/// Tokens of a pass, up to a sample's more.
+fn pass_tokens(model: &Model<'_>) -> usize {
+    PASS_BYTES / model.hidden_bytes_per_token()
+}
+
+fn question_pass(task: &Task, first: usize, max_tokens: usize) -> QuestionPass {
+    let mut sequences = Sequences::default();
+    let mut targets = Vec::new();
+    let mut owners: Vec<(usize, usize)> = Vec::new();
+    let mut last = first;
+    while last < task.items.len() && (last == first || sequences.num_tokens() < max_tokens) {
+        let item = &task.items[last];
+        let stem = sequences.push(&item.prompt, 0);
+        let stem_end = sequences.num_tokens() - 1;
+        for (c, choice) in item.choices.iter().enumerate() {
+            let owner = owners.len();
+            owners.push((last, c));
+            targets.push(Target {
+                row: stem_end,
+                id: choice[0],
+                owner,
+            });
+            if choice.len() > 1 {
+                let branch = sequences.push_branch(&choice[..choice.len() - 1], stem);
+                let rows = sequences.spans()[branch].rows.clone();
+                targets.extend(
+                    rows.zip(&choice[1..])
+                        .map(|(row, &id)| Target { row, id, owner }),
+                );
+            }
+        }
+        last += 1;
+    }
+    QuestionPass {
+        sequences,
+        targets,
+        owners,
+        next: last,
+    }
+}
+
+/// The sequences of every pass of [`score_tasks`] on a task.
+pub fn task_passes(model: &Model<'_>, task: &Task) -> Vec<Sequences> {
+    let (mut passes, mut first) = (Vec::new(), 0);
+    while first < task.items.len() {
+        let pass = question_pass(task, first, pass_tokens(model));
+        first = pass.next;
+        passes.push(pass.sequences);
+    }
+    passes
+}
+
+/// Samples in passes of `max_tokens` tokens, up to a sample more.
+pub(super) fn sample_passes(samples: &[Vec<u32>], max_tokens: usize) -> Vec<Sequences> {
+    let mut passes: Vec<Sequences> = Vec::new();
+    for sample in samples {
+        if passes
+            .last()
+            .is_none_or(|pass| pass.num_tokens() >= max_tokens)
+        {
+            passes.push(Sequences::default());
+        }
+        if let Some(pass) = passes.last_mut() {
+            pass.push(sample, 0);
+        }
+    }
+    passes
+}
+
+/// The sequences of every pass of [`score_text`] on samples.
+pub fn text_passes(model: &Model<'_>, samples: &[Vec<u32>]) -> Vec<Sequences> {
+    sample_passes(samples, pass_tokens(model))
+}
+
 /// Scores every question of a task. `observer` sees the passes.
 ///
 /// # Errors
@@ -72,38 +156,16 @@ pub fn score_tasks(
     task: &Task,
     observer: &dyn Observer,
 ) -> Result<TaskScore, ModelError> {
-    let max_tokens = PASS_BYTES / model.hidden_bytes_per_token();
     let (mut right, mut exact, mut nll, mut nll_tokens) = (0usize, 0usize, 0f64, 0usize);
     let mut first = 0;
     while first < task.items.len() {
-        let mut sequences = Sequences::default();
-        let mut targets = Vec::new();
-        let mut owners: Vec<(usize, usize)> = Vec::new();
-        let mut last = first;
-        while last < task.items.len() && (last == first || sequences.num_tokens() < max_tokens) {
-            let item = &task.items[last];
-            let stem = sequences.push(&item.prompt, 0);
-            let stem_end = sequences.num_tokens() - 1;
-            for (c, choice) in item.choices.iter().enumerate() {
-                let owner = owners.len();
-                owners.push((last, c));
-                targets.push(Target {
-                    row: stem_end,
-                    id: choice[0],
-                    owner,
-                });
-                if choice.len() > 1 {
-                    let branch = sequences.push_branch(&choice[..choice.len() - 1], stem);
-                    let rows = sequences.spans()[branch].rows.clone();
-                    targets.extend(rows.zip(&choice[1..]).map(|(row, &id)| Target {
-                        row,
-                        id,
-                        owner,
-                    }));
-                }
-            }
-            last += 1;
-        }
+        let pass = question_pass(task, first, pass_tokens(model));
+        let QuestionPass {
+            sequences,
+            targets,
+            owners,
+            next: last,
+        } = pass;
         let scores = score_targets(model, &sequences, &targets, observer)?;
         let mut likelihoods = vec![(0f64, true); owners.len()];
         for (target, (log_probability, top)) in targets.iter().zip(scores) {
@@ -155,28 +217,20 @@ pub fn score_text(
     samples: &[Vec<u32>],
     observer: &dyn Observer,
 ) -> Result<TextScore, ModelError> {
-    let max_tokens = PASS_BYTES / model.hidden_bytes_per_token();
     let (mut nll, mut tokens) = (0f64, 0usize);
-    let mut first = 0;
-    while first < samples.len() {
-        let mut sequences = Sequences::default();
-        let mut targets = Vec::new();
-        let mut last = first;
-        while last < samples.len() && (last == first || sequences.num_tokens() < max_tokens) {
-            let index = sequences.push(&samples[last], 0);
-            let rows = sequences.spans()[index].rows.clone();
-            targets.extend(rows.zip(&samples[last][1..]).map(|(row, &id)| Target {
-                row,
-                id,
-                owner: 0,
-            }));
-            last += 1;
-        }
+    for sequences in text_passes(model, samples) {
+        let spans = sequences.spans().iter();
+        let rows = spans.flat_map(|span| span.rows.start..span.rows.end.saturating_sub(1));
+        let targets = rows.map(|row| Target {
+            row,
+            id: sequences.ids()[row + 1],
+            owner: 0,
+        });
+        let targets: Vec<Target> = targets.collect();
         for (log_probability, _) in score_targets(model, &sequences, &targets, observer)? {
             nll -= log_probability;
         }
         tokens += targets.len();
-        first = last;
     }
     let nll = nll / tokens.max(1) as f64;
     Ok(TextScore {

@@ -9,6 +9,12 @@ use crate::attention::buffer_bytes as attention_bytes;
 use crate::cpu::CpuModel;
 use crate::{Model, Sequences, sensitivity};
 
+/// Names and bytes.
+type Parts = Vec<(&'static str, usize)>;
+
+const HIDDEN: &str = "hidden states";
+const ACTIVATIONS: &str = "activations";
+
 /// A pass over some sequences on the CPU.
 pub(super) struct PassMemory<'m> {
     cpu: CpuModel<'m>,
@@ -46,18 +52,31 @@ impl<'m> PassMemory<'m> {
     }
 
     /// With y kept packed where statistics are made.
-    pub(super) fn parts(&self, with_statistics: bool) -> Vec<(&'static str, usize)> {
+    pub(super) fn parts(&self, with_statistics: bool) -> Parts {
         let block = block_bytes(&self.cpu, self.rows, with_statistics);
         vec![
-            ("hidden states", self.hidden),
+            (HIDDEN, self.hidden),
             // An id, a position, and the calibration text's own copy of the id.
             ("token ids", 3 * size_of::<u32>() * self.tokens),
-            ("activations", self.in_flight * block),
+            (ACTIVATIONS, self.in_flight * block),
             (
                 "weights and keys at the threads",
                 rayon::current_num_threads() * self.thread_bytes(),
             ),
         ]
+    }
+
+    /// So many passes in turn, each with its own hidden states and buffers; and when they are over, what they leave.
+    pub(super) fn measuring(&self, passes: usize) -> (Parts, Parts) {
+        let mut running = self.parts(false);
+        for (what, bytes) in &mut running {
+            if matches!(*what, HIDDEN | ACTIVATIONS) {
+                *bytes *= passes;
+            }
+        }
+        let behind = |(what, _): &&(_, _)| *what != ACTIVATIONS;
+        let left = running.iter().filter(behind).copied().collect();
+        (running, left)
     }
 
     /// A thread's blocks of weights, for the widest inner dimension, and its keys and values.

@@ -9,14 +9,20 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use tenp_checkpoint::{Checkpoint, CheckpointError};
+use tenp_checkpoint::{ApplyOptions, Checkpoint, CheckpointError, output_bytes};
+use tenp_model::Model;
+use tenp_model::calibrate::FoldOptions;
+use tenp_model::memory::StatisticsMemory;
+use tenp_model::text::Task;
 
-use crate::cli::{Compare, HiddenArgs};
+use super::eval;
+use crate::cli::{Compare, HiddenArgs, RecoverArg};
 use crate::failure::{UsageError, usage};
+use crate::forecast::{Forecast, Measuring, Pruned, Sizes};
 use crate::models::Domains;
 use crate::place::Place;
 use crate::search::{self, Search};
-use crate::{console, models};
+use crate::{console, models, recovery, requests};
 
 use cell::{Bench, Cell};
 use grid::Grid;
@@ -48,6 +54,12 @@ pub(super) fn run(args: &Compare) -> Result<()> {
     );
     let place = Place::new(args.run)?;
     let spill = HiddenArgs::default().spill(&args.output.join("model"));
+    if args.dry_run {
+        return place.with_model(&checkpoint, |model| {
+            let model = model.spilling(&spill);
+            dry_run(args, &model, &grid, &draws, (&tasks, &samples))
+        });
+    }
     let measured = place.with_model(&checkpoint, |model| {
         let bench = Bench {
             checkpoint: &checkpoint,
@@ -92,6 +104,53 @@ fn unfinished(error: anyhow::Error, output: &Path) -> anyhow::Error {
          to be another now)",
         output.display()
     ))
+}
+
+/// What the run would take. Draws are taken to be as large as the first.
+fn dry_run(
+    args: &Compare,
+    model: &Model<'_>,
+    grid: &Grid,
+    draws: &[Domains],
+    (tasks, texts): (&[Task], &Domains),
+) -> Result<()> {
+    let checkpoint = model.checkpoint();
+    let samples = eval::reference_samples(tasks, texts);
+    let measuring = Measuring::new(model, (tasks, texts), &samples)?;
+    let mut forecast = Forecast::new(*model);
+    let domains = &draws[0];
+    forecast.calibration(domains, &FoldOptions::default())?;
+    forecast.keep_tables(domains, grid.tables()?.len());
+    let names = || domains.iter().map(|(name, _)| name.as_str());
+    let options = ApplyOptions::default();
+    let mut largest = 0;
+    for key in grid.cells(0) {
+        let (request, recover) = key.request()?;
+        let plan = requests::rehearse(checkpoint, names(), &request)?;
+        forecast.planning(domains, &request, &plan)?;
+        if recover.recover == RecoverArg::LeastSquares {
+            let sequences = recovery::sequences(domains, &request.domain_weights);
+            forecast.fits(&sequences, &plan, options.dtype)?;
+        }
+        forecast.merging(&plan, options.dtype)?;
+        let bytes = output_bytes(checkpoint, &plan, &options)?;
+        let recovers = recover.recover != RecoverArg::None;
+        forecast.writing(&plan, &options, bytes, recovers)?;
+        let kept = plan.accounting.E;
+        forecast.figures(&measuring, Pruned { kept, bytes });
+        largest = largest.max(bytes);
+    }
+    forecast.repeated(draws.len());
+    forecast.full_figures(&measuring);
+    let statistics = StatisticsMemory::new(model.config(), domains.len()).all();
+    let sizes = Sizes {
+        tokens: models::num_tokens(domains),
+        // A pruned checkpoint at a time.
+        output: largest + (draws.len() * statistics) as u64,
+        is_checkpoint: false,
+    };
+    forecast.show(sizes, args.json);
+    Ok(())
 }
 
 fn check_output(output: &Path, model: &Path) -> Result<()> {

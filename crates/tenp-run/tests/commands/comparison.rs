@@ -161,3 +161,56 @@ fn errors_are_measured_once_for_all_budgets_of_a_draw() {
         assert!((e - keep).abs() < 0.005, "{cell}");
     }
 }
+
+#[test]
+fn what_a_comparison_takes_is_said_before_it() {
+    let scratch = Scratch::new();
+    let (tasks, out) = (few_questions(&scratch), scratch.join("out"));
+    let (demo, data) = (demo(), demo_file("calibration", "arith"));
+    let line = "compare {} --data {} --samples 8 --tasks {} --methods tenp:alpha=search,enp:recover=least-squares,dern \
+                --keep 0.75,0.5 --seeds 2 --device cpu --dry-run --json -o {}";
+    let run = tenp(line, &[&demo, &data, &tasks, &out]).ok();
+    let said = run.json();
+    let steps = list(&said["steps"]).iter();
+    let steps: Vec<&str> = steps.map(|of| of["name"].as_str().unwrap()).collect();
+    let expected = [
+        "calibrate",
+        "try plans",
+        "plan",
+        "write",
+        "measure",
+        "compare with the full model",
+        "fit a layer",
+        "run the pruned layer",
+        "merge a layer",
+    ];
+    assert_eq!(steps, expected);
+    // By draw, by draw and budget, or by cell: two draws, two budgets, three methods.
+    let passes = list(&said["passes"]).iter();
+    let passes = passes.map(|of| (of["name"].as_str().unwrap(), number(&of["passes"])));
+    let expected = [
+        ("measure the full model", 1.0),
+        ("calibrate", 2.0),
+        ("calibrate on three quarters", 2.0),
+        ("try α", 4.0),
+        ("write", 12.0),
+        ("measure pruned models", 12.0),
+        ("compare with the full model", 12.0),
+        ("fit, and run what was fitted", 8.0),
+        ("merge", 4.0),
+    ];
+    assert_eq!(passes.collect::<Vec<_>>(), expected);
+    assert!(number(&said["memory_bytes"]) > 1e6 && number(&said["seconds"]) > 0.0);
+    assert!(!out.exists());
+    // Of one pruned model at a time and the statistics of both draws.
+    let [one, two] = [1, 2].map(|seeds| {
+        let line = line.replace("--seeds 2", &format!("--seeds {seeds}"));
+        let run = tenp(&line, &[&demo, &data, &tasks, &out]).ok();
+        number(&run.json()["disk_bytes"])
+    });
+    // 7 layers, 16 experts, 9 tables of f64; the file has a little more.
+    let config = read_json(&demo.join("config.json"));
+    let width = number(&config["moe_intermediate_size"]);
+    let experts = number(&config["n_routed_experts"]);
+    assert_eq!(two - one, 7.0 * experts * width * 9.0 * 8.0);
+}
