@@ -245,7 +245,9 @@ impl<'m> Forecast<'m> {
             Some((speed, _)) => *speed,
             None => Speed::measure(&self.model, &one)?,
         };
-        self.step(memory::merging(self.checkpoint(), plan, dtype));
+        let (step, in_files) = memory::merging(self.checkpoint(), plan, dtype);
+        self.step(step);
+        self.spills(in_files);
         self.pass("merge", 1, speed.comparisons(&self.model, plan));
         Ok(())
     }

@@ -121,13 +121,13 @@ impl Rewritten {
         for layer in &plan.layers {
             checkpoint.check_stop()?;
             let (file, room) = (file(layer), Room::new(&dir));
-            if file.path.exists() {
+            if all_made {
+                outcomes.push(file.outcome(&file.open()?)?);
+            } else if file.path.exists() {
                 let made = file.read(&room)?;
-                if !all_made {
-                    rewriter
-                        .made_before(layer, &made, dtype, &room)
-                        .map_err(failed)?;
-                }
+                rewriter
+                    .made_before(layer, &made, dtype, &room)
+                    .map_err(failed)?;
                 outcomes.push(made.outcome);
             } else {
                 let made = rewriter.layer(layer, dtype, &room).map_err(failed)?;
@@ -212,13 +212,9 @@ impl LayerFile<'_> {
 
     fn read(&self, room: &Room) -> Result<RewrittenLayer, CheckpointError> {
         let file = self.open()?;
-        let outcome = file.metadata.get(OUTCOME).map_or("null", String::as_str);
         let mut made = RewrittenLayer {
             router: bytes_of(&file, ROUTER),
-            outcome: serde_json::from_str(outcome).map_err(|source| CheckpointError::Json {
-                path: self.path.clone(),
-                source,
-            })?,
+            outcome: self.outcome(&file)?,
             experts: Vec::new(),
         };
         for plan in self.layer.kept() {
@@ -237,6 +233,15 @@ impl LayerFile<'_> {
             }
         }
         Ok(made)
+    }
+
+    /// What the rewriter noted of the layer.
+    fn outcome(&self, file: &Shard) -> Result<Value, CheckpointError> {
+        let outcome = file.metadata.get(OUTCOME).map_or("null", String::as_str);
+        serde_json::from_str(outcome).map_err(|source| CheckpointError::Json {
+            path: self.path.clone(),
+            source,
+        })
     }
 
     fn write(&self, made: &RewrittenLayer, needed: u64) -> Result<(), CheckpointError> {

@@ -88,8 +88,9 @@ pub(super) fn fit(
     ]
 }
 
-/// Merging the neurons of a layer: the new experts, and the neurons of the one at hand with their centres in f32.
-pub fn merging(checkpoint: &Checkpoint, plan: &Plan, dtype: OutputDtype) -> Step {
+/// Merging the neurons of a layer: the new experts, and the neurons of the one at hand with their centres in f32; and the
+/// bytes of new experts that go to files.
+pub fn merging(checkpoint: &Checkpoint, plan: &Plan, dtype: OutputDtype) -> (Step, usize) {
     let config = checkpoint.config();
     let (hidden, width) = (config.hidden_size, config.moe.expert_width);
     let experts = |layer: &LayerPlan| {
@@ -99,17 +100,16 @@ pub fn merging(checkpoint: &Checkpoint, plan: &Plan, dtype: OutputDtype) -> Step
     };
     let largest = plan.layers.iter().map(experts).max();
     let (neurons, points) = largest.unwrap_or_default();
-    Step::new(
+    let [new, in_files] = Room::split(3 * element_bytes(checkpoint, dtype) * hidden * neurons);
+    let step = Step::new(
         "merge a layer",
         vec![
-            (
-                "new experts of a layer",
-                Room::split(3 * element_bytes(checkpoint, dtype) * hidden * neurons)[0],
-            ),
+            ("new experts of a layer", new),
             (
                 "neurons being merged, and their centres",
                 3 * size_of::<f32>() * hidden * (points + width),
             ),
         ],
-    )
+    );
+    (step, in_files)
 }
