@@ -8,9 +8,6 @@ use crate::atomic::BUFFER_BYTES;
 use crate::plan::{ExpertPlan, Plan};
 use crate::{Checkpoint, CheckpointError, Dtype, Part};
 
-/// Those that wait, and one that is being written.
-const PIECES_AT_ONCE: usize = WAITING_PIECES + 1;
-
 /// Parts of the memory that [`super::apply`] takes, by name. Rewritten weights lie in files, and are of the same sizes.
 ///
 /// # Errors
@@ -33,11 +30,18 @@ pub fn writing_memory(
     let changed = || tensors.iter().filter(|output| !copied(output));
     let making = changed().map(|tensor| making_bytes(checkpoint, &tensor.recipe, options.dtype));
     let made = changed().map(piece_bytes).max().unwrap_or(0);
+    // Every second piece is the scales of the one before.
+    let scales = changed().any(|output| matches!(output.recipe, Recipe::Scales(..)));
+    let waiting = if scales {
+        WAITING_PIECES.div_ceil(2)
+    } else {
+        WAITING_PIECES
+    };
     let moe = &checkpoint.config().moe;
     let norms = mtp_plans.len() * size_of::<f64>() * moe.num_experts * moe.expert_width;
     Ok(vec![
         ("a tensor being made", making.max().unwrap_or(0)),
-        ("tensors that are made", made * PIECES_AT_ONCE),
+        ("tensors that are made", made * (waiting + 1)),
         ("names and places of tensors", list_bytes(&tensors)),
         ("the plan as text", plan.to_json(checkpoint.dir())?.len()),
         ("neurons of MTP layers", norms),

@@ -62,7 +62,7 @@ impl<'a> Copying<'a> {
 }
 
 /// Pieces that are made and wait for the writer: so many are made while it lets the system copy a whole expert.
-pub(super) const WAITING_PIECES: usize = 3;
+pub(super) const WAITING_PIECES: usize = 2;
 
 /// What the writer takes next.
 enum Piece<'a> {
