@@ -303,6 +303,7 @@ fn fit(
     moments: &ExpertMoments,
     (dtype, room): (OutputDtype, &Room),
 ) -> Result<Fitted, ModelError> {
+    checkpoint.check_stop()?;
     let old = checkpoint.expert(layer, plan.id)?.down;
     let solution = solve(&Problem {
         moments,
