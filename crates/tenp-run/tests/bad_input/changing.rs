@@ -5,21 +5,20 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
+
 use super::options::statistics;
 use super::{FAILED, Place};
 use crate::support::fixtures::{
     DOMAINS, assert_same_files, copy, demo_file, names, snapshot, write_ids,
 };
-use crate::support::{command, tenp, words};
+use crate::support::{self, command, tenp, words};
 
-pub(crate) fn signal(child: &mut Child, name: &str) {
-    if child.try_wait().unwrap().is_some() {
-        return;
+/// Sends a signal to a process that may have ended.
+pub(crate) fn signal(child: &mut Child, name: Signal) {
+    if child.try_wait().unwrap().is_none() {
+        support::signal(child, name);
     }
-    let sent = Command::new("kill")
-        .args([name, &child.id().to_string()])
-        .status();
-    assert!(sent.unwrap().success());
 }
 
 /// Starts a command, and stops it once a file is there.
@@ -41,13 +40,13 @@ pub(crate) fn stopped_near(line: &str, paths: &[&Path], file: &Path) -> Child {
         assert!(started.elapsed() < Duration::from_mins(1));
         std::thread::sleep(Duration::from_millis(1));
     }
-    signal(&mut child, "-STOP");
+    signal(&mut child, Signal::STOP);
     child
 }
 
 /// Lets it go on, and gives its exit code and what it said.
 pub(crate) fn end(mut child: Child) -> (Option<i32>, String) {
-    signal(&mut child, "-CONT");
+    signal(&mut child, Signal::CONT);
     let mut text = String::new();
     let stderr = child.stderr.as_mut().unwrap();
     stderr.read_to_string(&mut text).unwrap();
@@ -246,7 +245,7 @@ fn a_shard_that_is_written_to_while_a_model_is_evaluated() {
             .unwrap()
             .read_exact(&mut byte)
             .unwrap();
-        signal(&mut child, "-STOP");
+        signal(&mut child, Signal::STOP);
         let mut stdout = child.stdout.take().unwrap();
         assert_written_shards_are_noticed(written, child);
         let mut figures = String::new();

@@ -3,6 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
+use rustix::process::Signal;
+
 use super::changing::{end, planned, signal, stopped_at, stopped_near};
 use super::options::statistics;
 use super::outputs::Disk;
@@ -55,7 +57,7 @@ fn sigterm_while_the_output_is_put_in_its_place() {
     ] {
         for line in [line.to_owned(), line.replace("-o", "--force -o")] {
             let mut child = stopped_near(&line, &paths, &moment);
-            signal(&mut child, "-TERM");
+            signal(&mut child, Signal::TERM);
             let (code, text) = end(child);
             match code {
                 Some(0) => assert!(!place.join(".out.tenp-work").exists()),

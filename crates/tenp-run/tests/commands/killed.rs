@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use rand::{RngExt as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
+use rustix::process::Signal;
 
 use crate::plans::demo_statistics;
 use crate::support::fixtures::{DOMAINS, assert_same_files, demo, demo_file, names, read_json};
-use crate::support::{Outcome, Scratch, command, tenp, words};
+use crate::support::{Outcome, Scratch, command, signal, tenp, words};
 
 /// A command that makes something.
 struct Job<'a> {
@@ -159,12 +160,6 @@ fn wait_for(path: &Path) {
     }
 }
 
-fn signal(child: &Child, name: &str) {
-    let mut kill = std::process::Command::new("kill");
-    let sent = kill.args([name, &child.id().to_string()]).status();
-    assert!(sent.unwrap().success());
-}
-
 /// A calibration of a second or more: slow enough to be met on its way on a busy machine.
 fn long_calibration<'a>(demo: &'a Path, files: &'a [PathBuf; 4]) -> Job<'a> {
     let twice = files.iter().chain(files).map(PathBuf::as_path);
@@ -175,7 +170,7 @@ fn long_calibration<'a>(demo: &'a Path, files: &'a [PathBuf; 4]) -> Job<'a> {
 }
 
 /// Ends a run with a signal, and says what it wrote to stderr since.
-fn ended_by(mut child: Child, name: &str, code: i32) -> String {
+fn ended_by(mut child: Child, name: Signal, code: i32) -> String {
     signal(&child, name);
     let mut text = String::new();
     let stderr = child.stderr.as_mut().unwrap();
@@ -194,7 +189,7 @@ fn a_signal_ends_a_calibration_that_goes_on_later() {
     let kept = "the same command goes on";
     let child = job.start(&out);
     wait_for(&scratch.join(".out.tenp-work/layer-1.safetensors"));
-    let text = ended_by(child, "-TERM", 143);
+    let text = ended_by(child, Signal::TERM, 143);
     assert!(
         text.contains(kept) && text.contains("interrupted"),
         "{text}"
@@ -208,7 +203,7 @@ fn a_signal_ends_a_calibration_that_goes_on_later() {
         .unwrap()
         .read_exact(&mut byte)
         .unwrap();
-    let text = ended_by(child, "-INT", 130);
+    let text = ended_by(child, Signal::INT, 130);
     assert!(
         text.contains("oing on with") && text.contains(kept),
         "{text}"
@@ -234,7 +229,7 @@ fn two_calibrations_of_one_file() {
     let job = long_calibration(&demo, &files);
     let mut first = job.start(&out);
     wait_for(&scratch.join(".out.tenp-work/layer-1.safetensors"));
-    signal(&first, "-STOP");
+    signal(&first, Signal::STOP);
     job.run(&out)
         .refused(2, &["out", "another run is writing it"]);
     first.kill().unwrap();
@@ -257,10 +252,10 @@ fn a_short_calibration_that_is_killed_leaves_nothing_to_go_on_with() {
     let work = scratch.join(".out.tenp-work");
     wait_for(&work.join("lock"));
     std::thread::sleep(Duration::from_millis(200));
-    signal(&child, "-STOP");
+    signal(&child, Signal::STOP);
     assert_eq!(names(&work), ["lock"]);
-    signal(&child, "-CONT");
-    let text = ended_by(child, "-TERM", 143);
+    signal(&child, Signal::CONT);
+    let text = ended_by(child, Signal::TERM, 143);
     assert!(text.contains("nothing is kept of"), "{text}");
     assert_eq!(names(scratch.path()), [""; 0]);
 }

@@ -8,9 +8,15 @@ pub(crate) mod fixtures;
 pub(crate) mod json;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+
+/// Sends a signal without a program for it: on a busy machine that takes as long as a run.
+pub(crate) fn signal(child: &Child, signal: Signal) {
+    kill_process(Pid::from_child(child), signal).expect("sent");
+}
 
 /// A finished run of the program.
 #[derive(Debug)]
