@@ -12,14 +12,7 @@ use super::{FAILED, Place};
 use crate::support::fixtures::{
     DOMAINS, assert_same_files, copy, demo_file, names, snapshot, write_ids,
 };
-use crate::support::{self, command, tenp, words};
-
-/// Sends a signal to a process that may have ended.
-pub(crate) fn signal(child: &mut Child, name: Signal) {
-    if child.try_wait().unwrap().is_none() {
-        support::signal(child, name);
-    }
-}
+use crate::support::{command, signal, stop, tenp, wait_for_stderr, words};
 
 /// Starts a command, and stops it once a file is there.
 #[track_caller]
@@ -40,7 +33,7 @@ pub(crate) fn stopped_near(line: &str, paths: &[&Path], file: &Path) -> Child {
         assert!(started.elapsed() < Duration::from_mins(1));
         std::thread::sleep(Duration::from_millis(1));
     }
-    signal(&mut child, Signal::STOP);
+    stop(&mut child);
     child
 }
 
@@ -238,14 +231,8 @@ fn a_shard_that_is_written_to_while_a_model_is_evaluated() {
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = child.spawn().unwrap();
         // The first thing that is said: the tasks are done, and the texts are not.
-        let mut byte = [0];
-        child
-            .stderr
-            .as_mut()
-            .unwrap()
-            .read_exact(&mut byte)
-            .unwrap();
-        signal(&mut child, Signal::STOP);
+        wait_for_stderr(&mut child);
+        stop(&mut child);
         let mut stdout = child.stdout.take().unwrap();
         assert_written_shards_are_noticed(written, child);
         let mut figures = String::new();

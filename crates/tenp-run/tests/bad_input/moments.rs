@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::Signal;
 
-use super::changing::{end, planned, signal, stopped_at, stopped_near};
+use super::changing::{end, planned, stopped_at, stopped_near};
 use super::options::statistics;
 use super::outputs::Disk;
 use super::{FAILED, Place, USAGE};
 use crate::support::fixtures::{assert_same_files, demo_file, golden, names, read_json, snapshot};
-use crate::support::tenp;
+use crate::support::{signal, tenp};
 
 const APPLY: &str = "apply {} --plan {} --shard-size 20kB -o {}";
 

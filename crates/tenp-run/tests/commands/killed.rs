@@ -11,7 +11,7 @@ use rustix::process::Signal;
 
 use crate::plans::demo_statistics;
 use crate::support::fixtures::{DOMAINS, assert_same_files, demo, demo_file, names, read_json};
-use crate::support::{Outcome, Scratch, command, signal, tenp, words};
+use crate::support::{Outcome, Scratch, command, signal, stop, tenp, wait_for_stderr, words};
 
 /// A command that makes something.
 struct Job<'a> {
@@ -171,7 +171,7 @@ fn long_calibration<'a>(demo: &'a Path, files: &'a [PathBuf; 4]) -> Job<'a> {
 
 /// Ends a run with a signal, and says what it wrote to stderr since.
 fn ended_by(mut child: Child, name: Signal, code: i32) -> String {
-    signal(&child, name);
+    signal(&mut child, name);
     let mut text = String::new();
     let stderr = child.stderr.as_mut().unwrap();
     stderr.read_to_string(&mut text).unwrap();
@@ -196,13 +196,7 @@ fn a_signal_ends_a_calibration_that_goes_on_later() {
     );
     let mut child = job.start(&out);
     // The first thing that is said.
-    let mut byte = [0];
-    child
-        .stderr
-        .as_mut()
-        .unwrap()
-        .read_exact(&mut byte)
-        .unwrap();
+    wait_for_stderr(&mut child);
     let text = ended_by(child, Signal::INT, 130);
     assert!(
         text.contains("oing on with") && text.contains(kept),
@@ -229,7 +223,7 @@ fn two_calibrations_of_one_file() {
     let job = long_calibration(&demo, &files);
     let mut first = job.start(&out);
     wait_for(&scratch.join(".out.tenp-work/layer-1.safetensors"));
-    signal(&first, Signal::STOP);
+    stop(&mut first);
     job.run(&out)
         .refused(2, &["out", "another run is writing it"]);
     first.kill().unwrap();
@@ -248,13 +242,13 @@ fn a_short_calibration_that_is_killed_leaves_nothing_to_go_on_with() {
     let mut job = long_calibration(&demo, &files);
     let line = job.line.replace("--keep-every 0 ", "");
     job.line = &line;
-    let child = job.start(&out);
+    let mut child = job.start(&out);
     let work = scratch.join(".out.tenp-work");
     wait_for(&work.join("lock"));
     std::thread::sleep(Duration::from_millis(200));
-    signal(&child, Signal::STOP);
+    stop(&mut child);
     assert_eq!(names(&work), ["lock"]);
-    signal(&child, Signal::CONT);
+    signal(&mut child, Signal::CONT);
     let text = ended_by(child, Signal::TERM, 143);
     assert!(text.contains("nothing is kept of"), "{text}");
     assert_eq!(names(scratch.path()), [""; 0]);

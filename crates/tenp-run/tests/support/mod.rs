@@ -7,15 +7,36 @@
 pub(crate) mod fixtures;
 pub(crate) mod json;
 
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use serde_json::Value;
 
-/// Sends a signal without a program for it: on a busy machine that takes as long as a run.
-pub(crate) fn signal(child: &Child, signal: Signal) {
-    kill_process(Pid::from_child(child), signal).expect("sent");
+/// Sends a signal to a process that may have ended, without a program for it: on a busy machine that takes as long as
+/// a run.
+pub(crate) fn signal(child: &mut Child, signal: Signal) {
+    if child.try_wait().expect("asked").is_none() {
+        kill_process(Pid::from_child(child), signal).expect("sent");
+    }
+}
+
+/// Stops a process that may have ended, and waits until each of its threads stands still: a signal that was sent has
+/// not yet arrived.
+pub(crate) fn stop(child: &mut Child) {
+    signal(child, Signal::STOP);
+    if child.try_wait().expect("asked").is_none() {
+        let options = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        waitid(WaitId::Pid(Pid::from_child(child)), options).expect("it stops or ends");
+    }
+}
+
+/// Waits until something is said on a piped stderr.
+pub(crate) fn wait_for_stderr(child: &mut Child) {
+    let mut byte = [0];
+    let stderr = child.stderr.as_mut().expect("piped");
+    stderr.read_exact(&mut byte).expect("something is said");
 }
 
 /// A finished run of the program.
