@@ -19,9 +19,9 @@ pub(crate) struct Sizes {
 }
 
 impl Work {
-    /// Reading, computing and writing overlap; writing is taken to be as fast as reading.
+    /// Computing overlaps with reading and writing, which share one disk; writing is taken to be as fast as reading.
     fn seconds(&self, rate: f64) -> f64 {
-        let moved = self.read.max(self.written) as f64;
+        let moved = (self.read + self.written) as f64;
         self.computing.max(moved / rate)
     }
 
@@ -198,7 +198,7 @@ mod tests {
             ..Work::default()
         };
         assert_eq!(work(3.0, 10, 0).seconds(10.0), 3.0);
-        assert_eq!(work(0.5, 10, 40).seconds(10.0), 4.0);
+        assert_eq!(work(0.5, 10, 40).seconds(10.0), 5.0);
         assert_eq!(work(0.5, 10, 40).seconds(f64::INFINITY), 0.5);
     }
 
