@@ -9,6 +9,8 @@
 //! | `TENP_GPU_BENCH` | `short` (the default), `full`, the beginning of a shape's name, or `tiles`: every tile at every row count |
 //! | `TENP_GPU_BENCH_JSON` | where the figures go, `gpu_moe.json` without it; for `scripts/gpu-report.py bench` |
 
+#[path = "gpu/baseline.rs"]
+mod baseline;
 #[allow(unreachable_pub, reason = "a test uses it too")]
 #[path = "gpu/cases.rs"]
 mod cases;
@@ -28,12 +30,9 @@ use half::bf16;
 use serde_json::{Value, json};
 use tenp_kernels::KernelError;
 use tenp_kernels::cost::{Ceilings, MoeWork, dense_flops};
-use tenp_kernels::device::moe_group::{GatherRows, gather_rows};
-use tenp_kernels::device::{
-    DenseShape, Device, DeviceBuffer, GroupedDense, GroupedProduct, Runner as _, Tile, Timer,
-    WeightLayout,
-};
+use tenp_kernels::device::{DenseShape, Device, DeviceBuffer, Tile, Timer};
 
+use baseline::Baseline;
 use cases::{Case, Routing, SHAPES, Shape, Widths};
 use inputs::{Noise, Weights};
 use layer::{Layer, chosen_tile};
@@ -132,125 +131,6 @@ fn ceilings(bench: &Bench<'_>, noise: &Noise) -> Result<Ceilings, KernelError> {
         flops: flops / seconds,
         bytes: bytes / copy,
     })
-}
-
-/// Both products of every expert through cuBLAS: gate and up as one, over the same weights that our kernels read.
-struct Baseline {
-    gathered: DeviceBuffer<bf16>,
-    gate_up_out: DeviceBuffer<bf16>,
-    y: DeviceBuffer<bf16>,
-    gate_up: Vec<GroupedProduct>,
-    down: Vec<GroupedProduct>,
-}
-
-impl Baseline {
-    fn new(
-        layer: &Layer<'_, Device>,
-        work: &MoeWork,
-        device: &Device,
-    ) -> Result<Self, KernelError> {
-        let (shape, pitch, rows) = (
-            layer.case.shape,
-            layer.layout.hidden_pitch(),
-            layer.num_rows(),
-        );
-        let mut gathered = device.alloc::<bf16>("gathered tokens", rows * shape.hidden)?;
-        let ids = device.upload("tokens of rows", &layer.tokens_of_rows()?)?;
-        let args = GatherRows {
-            input: layer.x[0].view(),
-            row_ids: ids.view(),
-            out: gathered.view_mut(),
-            num_live_rows: None,
-            input_rows: layer.case.tokens,
-            rows,
-            cols: shape.hidden,
-        };
-        // SAFETY: the ids are tokens.
-        device.run(&unsafe { gather_rows(args) }?)?;
-        let (mut gate_up, mut down, mut first) = (Vec::new(), Vec::new(), 0);
-        for (e, expert) in work.experts.iter().enumerate() {
-            let (range, rows) = (layer.layout.range(e), expert.rows);
-            let padded = range.len();
-            let live = if padded == 0 { 0 } else { rows };
-            gate_up.push(GroupedProduct {
-                shape: DenseShape {
-                    out_pitch: 2 * pitch,
-                    ..DenseShape::new(live, shape.hidden, 2 * padded)
-                },
-                x: first * shape.hidden,
-                weight: 2 * range.start * shape.hidden,
-                out: first * 2 * pitch,
-            });
-            down.push(GroupedProduct {
-                shape: DenseShape {
-                    x_pitch: pitch,
-                    weight_pitch: shape.hidden,
-                    layout: WeightLayout::InnerRows,
-                    ..DenseShape::new(live, padded, shape.hidden)
-                },
-                x: first * pitch,
-                weight: range.start * shape.hidden,
-                out: first * shape.hidden,
-            });
-            first += rows;
-        }
-        Ok(Self {
-            gathered,
-            gate_up_out: device.alloc("gate and up", rows * 2 * pitch)?,
-            y: device.alloc("y", rows * shape.hidden)?,
-            gate_up,
-            down,
-        })
-    }
-
-    /// A product after another.
-    fn one_by_one(
-        &mut self,
-        device: &Device,
-        (gate_up, down_t, h): (
-            &DeviceBuffer<bf16>,
-            &DeviceBuffer<bf16>,
-            &DeviceBuffer<bf16>,
-        ),
-    ) -> Result<(), KernelError> {
-        for (products, x, weight, out) in [
-            (
-                &self.gate_up,
-                &self.gathered,
-                gate_up,
-                &mut self.gate_up_out,
-            ),
-            (&self.down, h, down_t, &mut self.y),
-        ] {
-            for p in products.iter().filter(|p| p.shape.rows > 0) {
-                let [x_len, weight_len, out_len] = p.shape.extents()?;
-                let x = x.view().slice(p.x..p.x + x_len)?;
-                let weight = weight.view().slice(p.weight..p.weight + weight_len)?;
-                let out = out.view_mut().slice(p.out..p.out + out_len)?;
-                device.dense(&p.shape, x, weight, out)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The same in two library calls, prepared for every set of weights.
-    fn grouped(
-        &mut self,
-        device: &Device,
-        weights: &Weights<Device>,
-        h: &DeviceBuffer<bf16>,
-    ) -> Result<Vec<[GroupedDense; 2]>, KernelError> {
-        let sets = weights.gate_up.iter().zip(&weights.down_t);
-        sets.map(|(gate_up, down_t)| {
-            let (x, weight) = (self.gathered.view(), gate_up.view());
-            let mut out = self.gate_up_out.view_mut();
-            let first = GroupedDense::new(device, &self.gate_up, x, weight, &mut out)?;
-            let mut out = self.y.view_mut();
-            let second = GroupedDense::new(device, &self.down, h.view(), down_t.view(), &mut out)?;
-            Ok([first, second])
-        })
-        .collect()
-    }
 }
 
 /// One of our own figures as a row of the report.

@@ -120,6 +120,27 @@ fn check_norms(batch: &Batch, forward: &Forward) {
     assert_eq!(forward.norms.non_finite.to_vec(), clean);
 }
 
+/// Both sums of a neuron over a tile's rows.
+struct Sums {
+    sum: f64,
+    /// Of magnitudes.
+    size: f64,
+    tolerance: f64,
+}
+
+impl Sums {
+    fn check(&self, got: impl Fn(u32) -> f64, place: impl Fn() -> String) {
+        for (which, want) in [
+            (TENP_SUM_CONTRIBUTION, self.sum),
+            (TENP_SUM_CONTRIBUTION_ABS, self.size),
+        ] {
+            assert_close(got(which), want, self.tolerance * 1.01, || {
+                format!("sum {which}, {}", place())
+            });
+        }
+    }
+}
+
 /// The partials of every neuron and tile, against h, y and 1/|y| as the kernel read them.
 fn check_contribution(batch: &Batch, forward: &Forward, tile: Tile, partials: &Partials) {
     let (h, inverse) = (forward.h.to_vec(), forward.norms.inverse.to_vec());
@@ -140,16 +161,15 @@ fn check_contribution(batch: &Batch, forward: &Forward, tile: Tile, partials: &P
                     size += (scale * product).abs();
                     error += scale.abs() * off;
                 }
-                let tolerance = error + (rows.len() as f64 + 4.0) * F32_ROUNDING * size;
-                for (which, want) in [
-                    (TENP_SUM_CONTRIBUTION, sum),
-                    (TENP_SUM_CONTRIBUTION_ABS, size),
-                ] {
-                    let got = got.get(batch, which, e, t, j);
-                    assert_close(got, want, tolerance * 1.01, || {
-                        format!("{tile:?} sum {which} expert {e} tile {t} neuron {j}")
-                    });
-                }
+                let want = Sums {
+                    sum,
+                    size,
+                    tolerance: error + (rows.len() as f64 + 4.0) * F32_ROUNDING * size,
+                };
+                want.check(
+                    |which| got.get(batch, which, e, t, j),
+                    || format!("{tile:?}, expert {e} tile {t} neuron {j}"),
+                );
             }
         }
     }
@@ -195,16 +215,15 @@ fn check_gram_contribution(batch: &Batch, forward: &Forward, tile: Tile, partial
                     let added = (2.0 * width as f64 + 1.0) * F32_ROUNDING * sizes * 1.01;
                     error += scale.abs() * (off + added);
                 }
-                let tolerance = error + (rows.len() as f64 + 4.0) * F32_ROUNDING * size;
-                for (which, want) in [
-                    (TENP_SUM_CONTRIBUTION, sum),
-                    (TENP_SUM_CONTRIBUTION_ABS, size),
-                ] {
-                    let got = got.get(batch, which, e, t, j);
-                    assert_close(got, want, tolerance * 1.01, || {
-                        format!("Gram {tile:?} sum {which} expert {e} tile {t} neuron {j}")
-                    });
-                }
+                let want = Sums {
+                    sum,
+                    size,
+                    tolerance: error + (rows.len() as f64 + 4.0) * F32_ROUNDING * size,
+                };
+                want.check(
+                    |which| got.get(batch, which, e, t, j),
+                    || format!("Gram {tile:?}, expert {e} tile {t} neuron {j}"),
+                );
             }
         }
     }

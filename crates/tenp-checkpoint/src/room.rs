@@ -37,7 +37,11 @@ impl Room {
 
     /// Bytes in memory, and in files, of matrices that have `bytes` together.
     pub fn split(bytes: usize) -> [usize; 2] {
-        let in_memory = bytes.min(MEMORY_BYTES);
+        Self::split_at(bytes, MEMORY_BYTES)
+    }
+
+    fn split_at(bytes: usize, memory: usize) -> [usize; 2] {
+        let in_memory = bytes.min(memory);
         [in_memory, bytes - in_memory]
     }
 
@@ -162,8 +166,17 @@ mod tests {
     }
 
     #[test]
-    fn memory_takes_so_much_and_files_the_rest() {
-        assert_eq!(Room::split(10), [10, 0]);
+    fn what_is_foreseen_is_what_equal_matrices_take() {
+        let dir = tempfile::tempdir().unwrap();
+        for count in 0..9 {
+            let room = Room::with_memory(dir.path(), 60);
+            let kept = (0..count).map(|_| room.keep(matrix(5, 1)).unwrap());
+            let mut taken = [0; 2];
+            for matrix in kept {
+                taken[usize::from(matches!(matrix.bytes, Bytes::File(_)))] += 15;
+            }
+            assert_eq!(taken, Room::split_at(15 * count, 60));
+        }
         assert_eq!(Room::split(6 << 30), [512 << 20, (6 << 30) - (512 << 20)]);
     }
 }

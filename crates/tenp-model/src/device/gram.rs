@@ -22,7 +22,7 @@ fn wins(layout: &PaddedLayout, hidden: usize, top_k: usize, tokens: usize, block
         tokens,
         experts: experts.collect(),
     };
-    // Which GPU it is matters little: the ratio of its ceilings decides, and only where experts are very narrow.
+    // Of whichever GPU it is: only the ratio of its ceilings decides, and only where a floor is one of bytes.
     work.gram_wins(blocks, Ceilings::H200)
 }
 

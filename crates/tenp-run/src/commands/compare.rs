@@ -223,9 +223,7 @@ fn run_cells(bench: &Bench<'_>, grid: &Grid, draws: &[Domains]) -> Result<Vec<Ce
     for (seed, domains) in draws.iter().enumerate() {
         let missing = grid.cells(seed).any(|key| !bench.cell_path(&key).exists());
         let statistics = if missing {
-            let mut statistics = bench.statistics(seed, domains)?;
-            statistics.keep_tables(&tables);
-            Some(statistics)
+            Some(bench.statistics(seed, domains, &tables)?)
         } else {
             None
         };

@@ -100,6 +100,25 @@ fn the_bytes_foreseen_are_those_of_the_buffers() {
     );
     assert_eq!(plain.device_bytes(), 2 * sizes.arena);
     assert!(packed.device_bytes() < plain.device_bytes());
+    // What there is when layers came and went, but for the room, which is there while one is unpacked.
+    let backend = Simulated::new(Schedule::UNLIKE[0]);
+    let buffers = |store: &Store<Simulated>| {
+        let arenas = store.arenas.iter().map(|arena| arena.view().len());
+        let sent = store.packed.as_ref().map_or(0, |sent| sent.view().len());
+        arenas.sum::<usize>() + sent
+    };
+    let mut packed = packed;
+    for layer in 0..fp8.config().num_layers {
+        let loaded = packed.load(&backend, &fp8, layer).expect("uploaded");
+        packed.release(loaded);
+    }
+    assert_eq!(packed.device_bytes(), buffers(&packed) + packed.sizes.room);
+    let mut plain = plain;
+    let both = [0, 1].map(|layer| plain.load(&backend, &wide, layer).expect("uploaded"));
+    for loaded in both {
+        plain.release(loaded);
+    }
+    assert_eq!(plain.device_bytes(), buffers(&plain));
     assert_eq!(packed.host_bytes(), 2 * sizes.packed);
     let kept = store(&fp8, u64::MAX);
     assert!(kept.device_bytes() > kept.total_bytes as usize);

@@ -214,22 +214,30 @@ impl Bench<'_> {
         Ok(Some(cell))
     }
 
-    /// Statistics of a draw, calibrated once.
-    pub(super) fn statistics(&self, seed: usize, domains: &Domains) -> Result<Statistics> {
+    /// Statistics of a draw, calibrated once, with the `[N,K]` tables of these names.
+    pub(super) fn statistics(
+        &self,
+        seed: usize,
+        domains: &Domains,
+        tables: &[&str],
+    ) -> Result<Statistics> {
         let path = self.folder.join(format!("statistics-{seed}.safetensors"));
         if path.exists() {
             Work::remove_leftover(Work::place(&path, CALIBRATION), &path);
-            return Ok(Statistics::read(&path)?);
+            return Ok(Statistics::read_tables(&path, &|name| {
+                tables.contains(&name)
+            })?);
         }
         let keeping = Keeping {
             output: &path,
             restart: false,
             every: self.every,
         };
-        let (statistics, kept) = run_kept(&self.model, domains, self.place, &keeping)?;
+        let (mut statistics, kept) = run_kept(&self.model, domains, self.place, &keeping)?;
         Coverage::of(&statistics).warn(self.min_tokens);
         statistics.write(&path)?;
         kept.finish();
+        statistics.keep_tables(tables);
         Ok(statistics)
     }
 
