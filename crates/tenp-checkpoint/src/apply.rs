@@ -18,7 +18,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::checkpoint::hex;
+use crate::fingerprint::hex;
 use crate::plan::{LayerPlan, Plan};
 use crate::shard::Shard;
 use crate::work::Inputs;

@@ -1,16 +1,15 @@
 //! Opening a checkpoint folder: config, shards, and the check that every tensor the model needs is there.
 
 use std::collections::HashMap;
-use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use serde_json::{Map, Value};
-use sha2::{Digest, Sha256};
 
 use crate::config::{ConfigFile, ModelConfig};
 use crate::expected::{ExpectedTensor, Role, expected_tensors};
+use crate::fingerprint;
 use crate::header::Entry;
 use crate::index::{self, INDEX_FILE, ShardList};
 use crate::names::{Spelling, layer_of};
@@ -18,7 +17,7 @@ use crate::residency::LayerRanges;
 use crate::shard::Shard;
 use crate::{CheckpointError, Dtype};
 
-/// A checkpoint folder, memory-mapped. Nothing but headers is read until a tensor's bytes are touched.
+/// A checkpoint folder, memory-mapped. Nothing but headers, and samples for the fingerprint, is read until a tensor's bytes are touched.
 #[derive(Debug)]
 pub struct Checkpoint {
     dir: PathBuf,
@@ -99,7 +98,7 @@ impl Checkpoint {
         let spelling = Spelling::detect(config.family, config.moe_layers[0], |name| {
             by_name.contains_key(name) || promised.contains_key(name)
         });
-        let fingerprint = fingerprint(&text, &shards);
+        let fingerprint = fingerprint::of(&text, &shards)?;
         let ranges = LayerRanges::new(&shards);
         let mut checkpoint = Self {
             dir: dir.to_path_buf(),
@@ -221,7 +220,8 @@ impl Checkpoint {
         self.is_fp8
     }
 
-    /// SHA-256, in hex, over `config.json` and every shard's name, length and header.
+    /// SHA-256, in hex, over `config.json`, every shard's name, length and header, and a few bytes of up to 4,096 tensors:
+    /// weights that were trained further differ, of whatever size and names they are.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
@@ -379,22 +379,4 @@ fn check_index(
         }
     }
     Ok(())
-}
-
-fn fingerprint(config: &[u8], shards: &[Shard]) -> String {
-    let mut hash = Sha256::new();
-    hash.update((config.len() as u64).to_le_bytes());
-    hash.update(config);
-    for shard in shards {
-        shard.fingerprint(&mut hash);
-    }
-    hex(&hash.finalize())
-}
-
-/// Lower-case hexadecimal.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }

@@ -23,6 +23,7 @@ pub mod config;
 mod dtype;
 mod error;
 mod expected;
+mod fingerprint;
 mod fp8;
 mod header;
 mod heap;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Seek as _, SeekFrom};
+use std::io::{Read as _, Seek as _, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -12,9 +12,13 @@ use sha2::{Digest, Sha256};
 
 use crate::CheckpointError;
 use crate::atomic::Sink;
+use crate::fingerprint;
 use crate::header::{self, Entry};
 #[cfg(unix)]
 use crate::mapped::Named;
+
+/// Bytes of a tensor that a fingerprint has.
+const SAMPLE_BYTES: usize = 64;
 
 /// A shard: mapped, its header checked.
 #[derive(Debug)]
@@ -109,12 +113,28 @@ impl Shard {
         self.map.len() as u64
     }
 
-    /// Adds name, length and header to a checkpoint's fingerprint.
-    pub(crate) fn fingerprint(&self, hash: &mut Sha256) {
+    /// Adds name, length, header, and the middle of up to `samples` tensors to a checkpoint's fingerprint.
+    pub(crate) fn fingerprint(
+        &self,
+        samples: usize,
+        hash: &mut Sha256,
+    ) -> Result<(), CheckpointError> {
         hash.update((self.name.len() as u64).to_le_bytes());
         hash.update(self.name.as_bytes());
         hash.update(self.num_bytes().to_le_bytes());
         hash.update(&self.map[..self.data_start]);
+        for place in fingerprint::spread(samples, self.entries.len()) {
+            let Entry { start, end, .. } = self.entries[place];
+            let middle = start + (end - start) / 2;
+            let bytes = &mut [0; SAMPLE_BYTES][..SAMPLE_BYTES.min(end - middle)];
+            // A mapped page would bring its neighbours from the disk.
+            let mut file = &self.file;
+            file.seek(SeekFrom::Start(middle as u64))
+                .and_then(|_| file.read_exact(bytes))
+                .map_err(CheckpointError::io("read", &self.path))?;
+            hash.update(bytes);
+        }
+        Ok(())
     }
 
     /// Asks the system to read a byte range ahead. Advice only: a refusal changes nothing.

@@ -135,6 +135,33 @@ fn tensors_come_in_a_fixed_order() {
     assert_eq!(checkpoint.fingerprint().len(), 64);
 }
 
+/// A model that was trained further has the headers of its origin.
+#[test]
+fn other_weights_have_another_fingerprint() {
+    let fixture = Fixture::new("deepseek_v3");
+    let checkpoint = fixture.open();
+    let whole = std::fs::read(fixture.shard()).unwrap();
+    for name in [
+        "model.embed_tokens.weight",
+        "model.layers.1.mlp.experts.3.down_proj.weight",
+        "model.norm.weight",
+    ] {
+        let weight = checkpoint.tensor(name).unwrap().bytes;
+        let start = whole
+            .windows(weight.len())
+            .position(|bytes| bytes == weight);
+        let start = start.expect("it is in the file");
+        let mut other = whole.clone();
+        for byte in &mut other[start..start + weight.len()] {
+            *byte ^= 1;
+        }
+        let changed = Fixture::new("deepseek_v3");
+        std::fs::write(changed.shard(), other).unwrap();
+        let changed = changed.open();
+        assert_ne!(changed.fingerprint(), checkpoint.fingerprint(), "{name}");
+    }
+}
+
 #[test]
 fn layers_are_let_go_and_read_again() {
     let fixture = Fixture::sharded("qwen2_moe");
