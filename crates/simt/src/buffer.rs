@@ -1,5 +1,7 @@
 //! Memory that kernels may touch.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::ffi::{CString, c_void};
 use std::marker::PhantomData;
 use std::ptr::NonNull;
@@ -8,6 +10,25 @@ use bytemuck::{AnyBitPattern, NoUninit};
 
 use crate::fault::{Fault, FaultKind};
 use crate::ffi;
+
+/// Bytes of buffers, by name.
+pub type Held = BTreeMap<String, usize>;
+
+thread_local! {
+    /// What this thread's buffers hold now, and held when they held most.
+    static MEMORY: RefCell<(Held, Held)> = const { RefCell::new((BTreeMap::new(), BTreeMap::new())) };
+}
+
+fn sum(held: &Held) -> usize {
+    held.values().sum()
+}
+
+/// What this thread's buffers held when they held most while something ran, those from before included.
+pub fn most_held(run: impl FnOnce()) -> Held {
+    MEMORY.with_borrow_mut(|(now, most)| most.clone_from(now));
+    run();
+    MEMORY.with_borrow(|(_, most)| most.clone())
+}
 
 /// An array in the executor's global memory, with a name for reports.
 ///
@@ -70,6 +91,12 @@ impl<T: NoUninit + AnyBitPattern> Buffer<T> {
                 &raw mut data,
             )
         };
+        MEMORY.with_borrow_mut(|(now, most)| {
+            *now.entry(name.to_owned()).or_default() += len * size_of::<T>();
+            if sum(now) > sum(most) {
+                most.clone_from(now);
+            }
+        });
         Self {
             name: name.to_string(),
             region: NonNull::new(region).expect("the executor gives a region or ends the process"),
@@ -145,5 +172,12 @@ impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
         // SAFETY: made by `simt_buffer_new` on this thread, and freed once.
         unsafe { ffi::simt_buffer_free(self.region.as_ptr()) };
+        let bytes = self.len * size_of::<T>();
+        // A buffer may outlive what its thread counts in.
+        let _ = MEMORY.try_with(|memory| {
+            if let Some(held) = memory.borrow_mut().0.get_mut(&self.name) {
+                *held -= bytes;
+            }
+        });
     }
 }

@@ -77,6 +77,6 @@ mod ffi;
 pub mod tensor_map;
 
 pub use backend::Simulated;
-pub use buffer::Buffer;
+pub use buffer::{Buffer, Held, most_held};
 pub use executor::{Executor, Report, Schedule, entries, launch};
 pub use fault::{Fault, FaultKind};

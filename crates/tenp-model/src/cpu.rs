@@ -246,9 +246,14 @@ impl<'s> CpuPass<'s> {
         if self.model.blocks_in_flight() == 1 || observer.wants_activations() {
             return blocks.into_iter().try_for_each(run);
         }
-        // Collected first, so that of several errors the first block's is reported.
-        let results: Vec<_> = blocks.into_par_iter().with_max_len(1).map(run).collect();
-        results.into_iter().collect()
+        // Each thread takes the next block: sums are added in that order, and those that came early would have to wait.
+        let blocks = blocks.into_iter().enumerate().par_bridge();
+        let failed = blocks.filter_map(|(place, block)| Some((place, run(block).err()?)));
+        // Of several errors the first block's, whoever was first.
+        match failed.min_by_key(|(place, _)| *place) {
+            Some((_, error)) => Err(error),
+            None => Ok(()),
+        }
     }
 }
 

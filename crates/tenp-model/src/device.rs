@@ -10,6 +10,7 @@
 //! | calibration sums, and what contributions are made of | `sums`, `gram` |
 //! | second moments for least squares | `moments` |
 //! | keys and values of finished tokens | `cache` |
+//! | what a block's buffers hold | `memory` |
 
 mod arena;
 mod attention;
@@ -19,6 +20,7 @@ mod cache;
 mod fp8_folders;
 mod gram;
 mod layer;
+mod memory;
 mod moe;
 mod moments;
 mod pass;
@@ -33,7 +35,7 @@ use std::time::Instant;
 
 use bytemuck::Pod;
 use half::bf16;
-use tenp_checkpoint::{Checkpoint, ModelConfig};
+use tenp_checkpoint::Checkpoint;
 use tenp_kernels::KernelError;
 use tenp_kernels::device::attention::Pitches;
 use tenp_kernels::device::elementwise::{Add, SiluMul, add, silu_mul};
@@ -44,6 +46,7 @@ use tenp_kernels::device::{
 
 use self::cache::DeviceCache;
 use self::layer::{Mlp, Projection};
+use self::memory::block_bytes;
 use self::pass::DevicePass;
 use self::store::Store;
 use crate::attention::attention_shape;
@@ -83,13 +86,13 @@ impl<'c, B: Backend + 'static> DeviceModel<'c, B> {
     pub fn new(checkpoint: &'c Checkpoint, backend: B) -> Result<Self, ModelError> {
         layer::check(checkpoint).at(0)?;
         let free = backend.free_bytes().at(0)?;
-        let config = checkpoint.config();
+        let full = block_bytes(checkpoint.config(), BLOCK_TOKENS, true);
         Ok(Self {
             checkpoint,
             store: RefCell::new(Store::new(checkpoint, free / 2)?),
             backend,
             head: OnceCell::new(),
-            block_tokens: (BLOCK_BYTES / block_bytes_per_token(config)).clamp(64, BLOCK_TOKENS),
+            block_tokens: (BLOCK_BYTES / full.div_ceil(BLOCK_TOKENS)).clamp(64, BLOCK_TOKENS),
         })
     }
 
@@ -135,15 +138,6 @@ impl<'c, B: Backend + 'static> DeviceModel<'c, B> {
         let buffer = upload().at(config.num_layers)?;
         Ok(self.head.get_or_init(|| buffer))
     }
-}
-
-/// Bytes of activations per token of a block: the routed rows' y in f32 and bf16 and their h, the residual stream's
-/// forms, the widest dense product.
-fn block_bytes_per_token(config: &ModelConfig) -> usize {
-    let moe = &config.moe;
-    moe.top_k * (6 * config.hidden_size + 2 * moe.expert_width)
-        + 24 * config.hidden_size
-        + 10 * moe.shared_width.max(config.dense_width)
 }
 
 impl<B: Backend> DeviceModel<'_, B> {
@@ -262,18 +256,24 @@ impl<B: Backend + 'static> Engine for DeviceModel<'_, B> {
         Ok(Box::new(DevicePass::new(self, sequences, cache)?))
     }
 
-    fn working_bytes(&self, tokens: usize) -> WorkingBytes {
+    fn working_bytes(&self, sequences: &Sequences, with_sums: bool) -> WorkingBytes {
         let (config, store) = (self.checkpoint.config(), self.store.borrow());
-        let moe = &config.moe;
-        let hidden = 4 * tokens * config.hidden_size;
-        let sums = 8 * 7 * moe.num_experts * moe.expert_width;
-        let block = self.block_tokens.min(tokens) * block_bytes_per_token(config);
-        let gram = self.gram_bytes(tokens);
-        // The statistics of all layers, two layers being packed, the hidden states that come back.
-        let host = store.host_bytes() + hidden + sums * 9 / 7 * config.moe_layers.len();
+        let (vocab, width) = (config.vocab_size, config.hidden_size);
+        let tokens = sequences.num_tokens();
+        let blocks = sequences.blocks(self.block_tokens);
+        let rows = blocks.iter().map(|block| sequences.rows(block).len());
+        let block = block_bytes(config, rows.max().unwrap_or(0), with_sums);
+        let gram = if with_sums {
+            self.gram_bytes(tokens, blocks.len())
+        } else {
+            0
+        };
         WorkingBytes {
-            host,
-            device: Some(store.device_bytes() + hidden + block + 2 * sums + gram),
+            host: store.host_bytes(),
+            // Hidden states and positions.
+            device: store.device_bytes() + 4 * tokens * (width + 1) + block + gram,
+            head: 2 * vocab * width,
+            logits: tokens.min(HEAD_ROWS) * (2 * width + 4 * vocab),
         }
     }
 

@@ -15,8 +15,8 @@ pub(crate) trait Engine {
         cache: Option<&'s mut KvCache>,
     ) -> Result<Box<dyn Pass + 's>, ModelError>;
 
-    /// What a calibration pass over `tokens` tokens takes at most, about.
-    fn working_bytes(&self, tokens: usize) -> WorkingBytes;
+    /// What a pass over `sequences` takes at most, with a calibration's sums of a block or without.
+    fn working_bytes(&self, sequences: &Sequences, with_sums: bool) -> WorkingBytes;
 
     /// FLOP/s of a dense product, measured for a fraction of a second.
     fn measured_rate(&self) -> Result<f64, ModelError>;

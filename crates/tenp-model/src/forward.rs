@@ -29,13 +29,17 @@ pub struct Model<'c> {
     spill: Option<&'c Spill>,
 }
 
-/// Memory that a pass takes.
+/// Memory that a pass takes on a GPU, without the sums of its samples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct WorkingBytes {
     /// On the host, beside the mapped file.
     pub(crate) host: usize,
-    /// On the GPU, where there is one.
-    pub(crate) device: Option<usize>,
+    /// On the GPU.
+    pub(crate) device: usize,
+    /// There too, from the first logits on.
+    pub(crate) head: usize,
+    /// There, when the pass is over: logits, and what they are made of.
+    pub(crate) logits: usize,
 }
 
 /// A pass in progress: hidden states of all tokens after some layers.
@@ -241,14 +245,14 @@ impl<'c> Model<'c> {
         }
     }
 
-    /// What a pass over `tokens` tokens takes at most, about, where an engine runs it.
-    pub(crate) fn engine_bytes(&self, tokens: usize) -> Option<WorkingBytes> {
-        self.engine.map(|engine| engine.working_bytes(tokens))
-    }
-
-    /// Of that, on the GPU.
-    pub fn device_bytes(&self, tokens: usize) -> Option<usize> {
-        self.engine_bytes(tokens)?.device
+    /// What a pass takes at most where an engine runs it.
+    pub(crate) fn engine_bytes(
+        &self,
+        sequences: &Sequences,
+        with_sums: bool,
+    ) -> Option<WorkingBytes> {
+        let engine = self.engine?;
+        Some(engine.working_bytes(sequences, with_sums))
     }
 
     /// FLOP/s of a dense product on the GPU, where one runs the model.

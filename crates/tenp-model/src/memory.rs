@@ -15,6 +15,12 @@ use pass::PassMemory;
 pub use recovery::{merging, narrowed, rewritten};
 pub use statistics::StatisticsMemory;
 
+/// Layers that are packed here, and sent to the GPU from here.
+const STAGED: &str = "layers on their way to the GPU";
+
+/// At the end of a pass there.
+const BACK: &str = "hidden states that come back";
+
 /// A step of a run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Step {
@@ -22,13 +28,25 @@ pub struct Step {
     pub name: &'static str,
     /// What it holds at once.
     pub parts: Vec<(&'static str, usize)>,
+    /// Bytes on the GPU, where one runs the model.
+    pub device: Option<usize>,
 }
 
 impl Step {
     /// A step that holds some parts; those of no size are left out.
     pub fn new(name: &'static str, parts: Vec<(&'static str, usize)>) -> Self {
         let parts = parts.into_iter().filter(|(_, bytes)| *bytes > 0).collect();
-        Self { name, parts }
+        Self {
+            name,
+            parts,
+            device: None,
+        }
+    }
+
+    /// The step with so much on the GPU.
+    #[must_use]
+    fn on_device(self, device: Option<usize>) -> Self {
+        Self { device, ..self }
     }
 
     /// All parts.
@@ -55,20 +73,36 @@ pub fn calibration(
     let (sequences, labels) = grouped(model, domains, options);
     let memory = StatisticsMemory::new(model.config(), domains.len())
         .with_groups(labels.len(), options.tables.len());
-    if let Some(host) = engine_bytes(model, sequences.num_tokens()) {
-        return Step::new("calibrate", vec![("the GPU's counterpart here", host)]);
-    }
-    let pass = PassMemory::new(model, &sequences);
-    let mut parts = pass.parts(true);
+    let tokens = sequences.num_tokens();
+    // On a GPU the blocks of a label are added up there, and those of all labels come back at once.
+    let (mut parts, sums, device) = if let Some(bytes) = model.engine_bytes(&sequences, true) {
+        let there = bytes.device + memory.label() * labels.len();
+        let parts = vec![(STAGED, bytes.host)];
+        (parts, memory.sums(labels.len()), Some(there))
+    } else {
+        let pass = PassMemory::new(model, &sequences);
+        let blocks = pass.in_flight();
+        // One waits for its turn where there are several.
+        let sums = memory.sums(blocks + usize::from(blocks > 1));
+        (pass.parts(true), sums, None)
+    };
     parts.extend([
         ("statistics of the layers done", memory.layers_before_last()),
-        ("sums of a layer", memory.sums(pass.in_flight())),
-        (
-            "hidden states being kept",
-            Keep::chunk_bytes(model, sequences.num_tokens()),
-        ),
+        ("sums of a layer", sums),
+        ("hidden states being kept", Keep::chunk_bytes(model, tokens)),
     ]);
-    Step::new("calibrate", parts)
+    Step::new("calibrate", parts).on_device(device)
+}
+
+/// What a pass holds here, and on the GPU where one runs it.
+fn passing(
+    model: &Model<'_>,
+    sequences: &Sequences,
+) -> (Vec<(&'static str, usize)>, Option<usize>) {
+    match model.engine_bytes(sequences, false) {
+        Some(bytes) => (vec![(STAGED, bytes.host)], Some(bytes.device)),
+        None => (PassMemory::new(model, sequences).parts(false), None),
+    }
 }
 
 /// Errors of cut experts, measured in one pass.
@@ -140,46 +174,50 @@ fn measuring<const N: usize>(
     beside: [(&'static str, usize); N],
     behind: [(&'static str, usize); 1],
 ) -> [Step; 2] {
-    let (running, hidden) = match engine_bytes(model, sequences.num_tokens()) {
-        Some(host) => {
-            let parts = vec![("the GPU's counterparts here", models * host)];
-            (parts.clone(), parts)
-        }
-        None => PassMemory::new(model, sequences).measuring(models),
+    let tokens = sequences.num_tokens();
+    let (running, hidden, device) = if let Some(bytes) = model.engine_bytes(sequences, false) {
+        let parts = vec![(STAGED, models * bytes.host)];
+        let back = models * tokens * model.hidden_bytes_per_token();
+        let behind = [&parts[..], &[(BACK, back)]].concat();
+        let device = bytes.device.max(bytes.logits) + bytes.head;
+        (parts, behind, Some(models * device))
+    } else {
+        let (running, hidden) = PassMemory::new(model, sequences).measuring(models);
+        (running, hidden, None)
     };
-    let step = |parts: Vec<_>, more: &[_]| Step::new(name, [&parts[..], more].concat());
+    let step =
+        |parts: Vec<_>, more: &[_]| Step::new(name, [&parts[..], more].concat()).on_device(device);
     [step(running, &beside), step(hidden, &behind)]
 }
 
 fn largest(steps: impl Iterator<Item = Step>) -> Step {
-    steps.max_by_key(Step::bytes).unwrap_or_default()
+    let steps: Vec<Step> = steps.collect();
+    // The largest on the GPU may be another.
+    let device = steps.iter().filter_map(|step| step.device).max();
+    let largest = steps.into_iter().max_by_key(Step::bytes);
+    largest.unwrap_or_default().on_device(device)
 }
 
 /// Answers of up to `new_tokens` more tokens behind the samples.
 pub fn generation(model: &Model<'_>, sequences: &Sequences, new_tokens: usize) -> Step {
     let cached = crate::generate::most_cached_bytes(model.config(), sequences, new_tokens);
-    if let Some(host) = engine_bytes(model, sequences.num_tokens()) {
-        return Step::new("generate", vec![("the GPU's counterpart here", host)]);
+    let (mut parts, device) = passing(model, sequences);
+    if device.is_some() {
+        let back = sequences.num_tokens() * model.hidden_bytes_per_token();
+        parts.push((BACK, back));
+    } else {
+        parts.push(("keys and values", cached));
     }
-    let pass = PassMemory::new(model, sequences);
-    let mut parts = pass.parts(false);
-    parts.extend([
-        ("keys and values", cached),
-        (
-            "logits",
-            crate::head::batch_bytes(model.config(), sequences.spans().len()),
-        ),
-    ]);
-    Step::new("generate", parts)
+    parts.push((
+        "logits",
+        crate::head::batch_bytes(model.config(), sequences.spans().len()),
+    ));
+    Step::new("generate", parts).on_device(device.map(|device| device + cached))
 }
 
 /// Least squares: the fit of a layer, and the pruned layer run for those behind it.
 pub fn fit(model: &Model<'_>, sequences: &Sequences, plan: &Plan, dtype: OutputDtype) -> [Step; 2] {
-    let pass = match engine_bytes(model, sequences.num_tokens()) {
-        Some(host) => vec![("the GPU's counterpart here", host)],
-        None => PassMemory::new(model, sequences).parts(false),
-    };
-    recovery::fit(model, sequences, (plan, dtype), &pass)
+    recovery::fit(model, sequences, (plan, dtype), &passing(model, sequences))
 }
 
 /// Ids of the kept neurons. They are sorted in place, so there is room for all of an expert's.
@@ -187,8 +225,4 @@ pub fn plan_bytes(plan: &Plan) -> usize {
     let experts = plan.layers.iter().flat_map(|layer| &layer.experts);
     let neurons = experts.filter_map(|expert| expert.neurons.as_ref());
     neurons.map(|ids| size_of::<u32>() * ids.capacity()).sum()
-}
-
-fn engine_bytes(model: &Model<'_>, tokens: usize) -> Option<usize> {
-    model.engine_bytes(tokens).map(|bytes| bytes.host)
 }

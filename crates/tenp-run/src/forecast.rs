@@ -87,12 +87,16 @@ impl<'m> Forecast<'m> {
 
     fn pass(&mut self, name: &'static str, passes: usize, computing: f64) {
         let size = self.checkpoint().size().bytes_total;
+        // Hidden states in a file are read and written by every layer.
+        let tokens = self.speed.as_ref().map_or(0, |(_, text)| text.num_tokens());
+        let layers = self.model.config().num_layers;
+        let spilled = (passes * layers * self.model.spilled_bytes(tokens)) as u64;
         self.work.push(Work {
             name,
             passes,
             computing,
-            read: passes as u64 * size,
-            written: 0,
+            read: passes as u64 * size + spilled,
+            written: spilled,
         });
     }
 

@@ -42,10 +42,9 @@ impl<B: Backend> DeviceModel<'_, B> {
         gram_matrices(&self.backend, &moe.layout, down_t, hidden).map(Some)
     }
 
-    /// Bytes of the largest layer's in a pass over `tokens` tokens.
-    pub(super) fn gram_bytes(&self, tokens: usize) -> usize {
+    /// Bytes of the largest layer's in a pass over `tokens` tokens in `blocks` blocks.
+    pub(super) fn gram_bytes(&self, tokens: usize, blocks: usize) -> usize {
         let top_k = self.checkpoint.config().moe.top_k;
-        let blocks = tokens.div_ceil(self.block_tokens);
         let store = self.store.borrow();
         let layouts = store.layouts().iter();
         layouts

@@ -55,36 +55,41 @@ pub(super) fn fit(
     model: &Model<'_>,
     sequences: &Sequences,
     (plan, dtype): (&Plan, OutputDtype),
-    pass: &[(&'static str, usize)],
+    (pass, device): &(Vec<(&'static str, usize)>, Option<usize>),
 ) -> [Step; 2] {
     let (checkpoint, config) = (model.checkpoint(), model.config());
-    let (hidden, width) = (config.hidden_size, config.moe.expert_width);
+    let width = config.moe.expert_width;
     let threads = rayon::current_num_threads();
     let tokens = sequences.num_tokens();
-    let column = element_bytes(checkpoint, dtype) * hidden;
+    let column = element_bytes(checkpoint, dtype) * config.hidden_size;
     let down = |layer: &LayerPlan| of_layer(layer, |expert| column * expert.width);
     let [new, _] = Room::split(of_layers(plan, down));
     let fits = of_layers(plan, |layer| fits_at_once(config, layer).1);
-    let copied = tokens * model.hidden_bytes_per_token() - model.spilled_bytes(tokens);
-    let mut fitting = pass.to_vec();
+    let hidden = tokens * model.hidden_bytes_per_token();
+    let moments = held_moments(of_layers(plan, |layer| of_layer(layer, |_| 1)), width);
+    let copied = if device.is_some() {
+        0
+    } else {
+        hidden - model.spilled_bytes(tokens)
+    };
+    // There the moments are in f32, half as large.
+    let there = device.map(|device| device + hidden + moments / 2);
+    let mut fitting = pass.clone();
     fitting.extend([
         ("hidden states to go back to", copied),
-        (
-            "second moments of experts",
-            held_moments(of_layers(plan, |layer| of_layer(layer, |_| 1)), width),
-        ),
+        ("second moments of experts", moments),
         (
             "experts being fitted",
             fits.max(threads * moments::adding_bytes(width)),
         ),
         ("new down projections", new),
     ]);
-    let mut running = pass.to_vec();
+    let mut running = pass.clone();
     let [narrowed, _] = narrowed(checkpoint, plan, dtype);
     running.push(("narrowed experts of a layer", narrowed));
     [
-        Step::new("fit a layer", fitting),
-        Step::new("run the pruned layer", running),
+        Step::new("fit a layer", fitting).on_device(there),
+        Step::new("run the pruned layer", running).on_device(*device),
     ]
 }
 

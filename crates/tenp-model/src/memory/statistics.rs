@@ -60,13 +60,17 @@ impl StatisticsMemory {
         self.all() / self.layers.max(1) * self.layers.saturating_sub(1)
     }
 
-    /// Most of a layer: its sums while blocks run (each domain's, a group's, and those of every block that runs or waits for
-    /// its turn), or the domains' sums and the statistics made of them.
-    pub(super) fn sums(self, blocks_in_flight: usize) -> usize {
-        let sums = NeuronSums::bytes(self.neurons);
-        let waiting = usize::from(blocks_in_flight > 1);
+    /// A layer's sums of the samples of a label.
+    pub(super) fn label(self) -> usize {
+        NeuronSums::bytes(self.neurons)
+    }
+
+    /// Most of a layer: its sums while blocks run (each domain's, a group's, and those of so many blocks that run or wait
+    /// for their turn), or the domains' sums and the statistics made of them.
+    pub(super) fn sums(self, blocks: usize) -> usize {
+        let sums = self.label();
         let norms = NORM_TABLES * self.table();
-        let running = sums * (self.domains + 1 + blocks_in_flight + waiting);
+        let running = sums * (self.domains + 1 + blocks);
         let made = self.table() * (TABLES * self.domains + self.group_tables);
         norms + running.max(sums * self.domains + made)
     }
@@ -88,7 +92,7 @@ mod tests {
         assert_eq!(memory.layers_before_last(), 2 * 80 * 18);
         // Two domains, a group, one block; then also a second block and one that waits.
         assert_eq!(memory.sums(1), 80 * (2 + 14 + 18));
-        assert_eq!(memory.sums(2), 80 * (2 + 7 * 6));
+        assert_eq!(memory.sums(3), 80 * (2 + 7 * 6));
         let grouped = memory.with_groups(8, 2);
         assert_eq!(grouped.all(), 3 * 80 * 34);
         assert_eq!(grouped.sums(1), 80 * (2 + 14 + 34));

@@ -54,6 +54,11 @@ impl Forecast<'_> {
             .unwrap_or_default()
     }
 
+    /// Most on the GPU, where one runs the model.
+    fn device_bytes(&self) -> Option<usize> {
+        self.steps.iter().filter_map(|step| step.device).max()
+    }
+
     /// Prints it.
     pub(crate) fn show(&self, sizes: Sizes, as_json: bool) {
         // A disk that cannot be measured is taken for one that never waits.
@@ -77,7 +82,7 @@ impl Forecast<'_> {
             "bytes_before": self.checkpoint().size().bytes_total,
             "bytes_after": sizes.is_checkpoint.then_some(sizes.output),
             "memory_bytes": self.peak().bytes(),
-            "device_bytes": self.model.device_bytes(sizes.tokens),
+            "device_bytes": self.device_bytes(),
             "disk_bytes": self.disk_bytes(sizes),
             "kept_bytes": self.kept_bytes,
             "compute_seconds": sum(&|work| work.computing),
@@ -113,7 +118,7 @@ impl Forecast<'_> {
             peak.name
         );
         rows.push(("peak memory beside the mapped file", memory));
-        if let Some(bytes) = self.model.device_bytes(sizes.tokens) {
+        if let Some(bytes) = self.device_bytes() {
             rows.push(("peak GPU memory", console::bytes(bytes as u64)));
         }
         let seconds: f64 = self.work.iter().map(|work| work.seconds(rate)).sum();
