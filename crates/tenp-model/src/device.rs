@@ -30,8 +30,8 @@ mod sums;
 mod tables;
 mod unpack;
 
-use std::cell::{OnceCell, RefCell};
-use std::time::Instant;
+use std::cell::{Cell, OnceCell, RefCell};
+use std::time::{Duration, Instant};
 
 use bytemuck::Pod;
 use half::bf16;
@@ -52,7 +52,7 @@ use self::store::Store;
 use crate::attention::attention_shape;
 use crate::engine::{Engine, Pass};
 use crate::error::AtLayer;
-use crate::forward::WorkingBytes;
+use crate::forward::{Waited, WorkingBytes};
 use crate::head::head_name;
 use crate::weights::view;
 use crate::{KvCache, ModelError, Sequences};
@@ -75,6 +75,7 @@ pub struct DeviceModel<'c, B: Backend> {
     /// `[vocab, H]`.
     head: OnceCell<B::Buffer<bf16>>,
     block_tokens: usize,
+    waited: Cell<Waited>,
 }
 
 impl<'c, B: Backend + 'static> DeviceModel<'c, B> {
@@ -93,12 +94,25 @@ impl<'c, B: Backend + 'static> DeviceModel<'c, B> {
             backend,
             head: OnceCell::new(),
             block_tokens: (BLOCK_BYTES / full.div_ceil(BLOCK_TOKENS)).clamp(64, BLOCK_TOKENS),
+            waited: Cell::default(),
         })
     }
 
     /// The checkpoint.
     pub fn checkpoint(&self) -> &'c Checkpoint {
         self.checkpoint
+    }
+
+    fn waited_for_weights(&self, time: Duration) {
+        let mut waited = self.waited.get();
+        waited.weights += time;
+        self.waited.set(waited);
+    }
+
+    fn waited_for_kernels(&self, time: Duration) {
+        let mut waited = self.waited.get();
+        waited.kernels += time;
+        self.waited.set(waited);
     }
 
     /// The cache's store, with room for `positions` positions of each sequence.
@@ -275,6 +289,10 @@ impl<B: Backend + 'static> Engine for DeviceModel<'_, B> {
             head: 2 * vocab * width,
             logits: tokens.min(HEAD_ROWS) * (2 * width + 4 * vocab),
         }
+    }
+
+    fn waited(&self) -> Waited {
+        self.waited.get()
     }
 
     fn measured_rate(&self) -> Result<f64, ModelError> {

@@ -2,7 +2,7 @@
 
 use tenp_checkpoint::ExpertTensors;
 
-use crate::forward::WorkingBytes;
+use crate::forward::{Waited, WorkingBytes};
 use crate::moments::{ExpertMoments, MomentsWanted};
 use crate::{KvCache, ModelError, Observer, Sequences};
 
@@ -17,6 +17,9 @@ pub(crate) trait Engine {
 
     /// What a pass over `sequences` takes at most, with a calibration's sums of a block or without.
     fn working_bytes(&self, sequences: &Sequences, with_sums: bool) -> WorkingBytes;
+
+    /// Time that its passes have waited so far.
+    fn waited(&self) -> Waited;
 
     /// FLOP/s of a dense product, measured for a fraction of a second.
     fn measured_rate(&self) -> Result<f64, ModelError>;

@@ -1,5 +1,7 @@
 //! The pass over the layers, one resident at a time.
 
+use std::time::Duration;
+
 use tenp_checkpoint::config::{Attention, RopeScaling};
 use tenp_checkpoint::{Checkpoint, ModelConfig};
 use tenp_kernels::Compute;
@@ -40,6 +42,16 @@ pub(crate) struct WorkingBytes {
     pub(crate) head: usize,
     /// There, when the pass is over: logits, and what they are made of.
     pub(crate) logits: usize,
+}
+
+/// What passes on a GPU have waited for on the host. Kernels run while weights are waited for, so that of a run which the disk
+/// holds up nearly all is the first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Waited {
+    /// The next layer's weights being read and packed, everything else having been asked for.
+    pub weights: Duration,
+    /// Kernels, the next layer's weights having been sent.
+    pub kernels: Duration,
 }
 
 /// A pass in progress: hidden states of all tokens after some layers.
@@ -253,6 +265,11 @@ impl<'c> Model<'c> {
     ) -> Option<WorkingBytes> {
         let engine = self.engine?;
         Some(engine.working_bytes(sequences, with_sums))
+    }
+
+    /// What passes have waited for so far, where a GPU runs them.
+    pub fn waited(&self) -> Option<Waited> {
+        self.engine.map(Engine::waited)
     }
 
     /// FLOP/s of a dense product on the GPU, where one runs the model.

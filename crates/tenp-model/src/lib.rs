@@ -43,7 +43,7 @@ mod weights;
 
 pub use cache::KvCache;
 pub use error::ModelError;
-pub use forward::{Model, Run};
+pub use forward::{Model, Run, Waited};
 pub use head::Head;
 pub use hidden::Spill;
 pub use observer::{BlockSums, Observer, RoutedActivations, WeightNorms};

@@ -5,6 +5,8 @@
 
 mod support;
 
+use std::time::{Duration, Instant};
+
 use simt::{Held, Schedule, Simulated, most_held};
 use support::{golden, golden_dir};
 use tenp_checkpoint::Checkpoint;
@@ -67,10 +69,14 @@ fn figures_take_what_was_foreseen() {
                 let device = DeviceModel::new(&checkpoint, place).expect("found");
                 let model = Model::on(&device);
                 step = memory::evaluation(&model, std::slice::from_ref(&sequences));
+                let started = Instant::now();
                 for _ in 0..2 {
                     let hidden = model.hidden_states(&sequences, &()).expect("runs");
                     model.head().expect("there").logits(&hidden).expect("made");
                 }
+                let waited = model.waited().expect("a GPU runs it");
+                assert!(waited.weights > Duration::ZERO && waited.kernels > Duration::ZERO);
+                assert!(waited.weights + waited.kernels < started.elapsed());
             });
             check(family, &step, &held);
         }

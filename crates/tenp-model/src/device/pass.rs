@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 use std::rc::Rc;
+use std::time::Instant;
 
 use tenp_checkpoint::ExpertTensors;
 use tenp_kernels::device::elementwise::count_non_finite;
@@ -200,16 +201,20 @@ impl<'s, 'c, B: Backend + 'static> DevicePass<'s, 'c, B> {
         let (launched, filled) = std::thread::scope(|scope| {
             let filling = filling.map(|filling| scope.spawn(move || filling.fill()));
             let launched = self.launch(&loaded, observer);
+            let waiting = Instant::now();
             let filled = filling.map_or(Ok(()), |thread| {
                 thread.join().expect("packing weights does not panic")
             });
+            model.waited_for_weights(waiting.elapsed());
             (launched, filled)
         });
         filled.at(layer + 1)?;
         if let Some(staged) = next {
             model.store.borrow_mut().send(backend, staged)?;
         }
+        let waiting = Instant::now();
         self.collect(&loaded, launched?, observer)?;
+        model.waited_for_kernels(waiting.elapsed());
         let mut store = model.store.borrow_mut();
         store.release(loaded);
         self.layer += 1;
@@ -260,7 +265,9 @@ impl<B: Backend + 'static> Pass for DevicePass<'_, '_, B> {
         if layer == checkpoint.config().num_layers {
             return Ok(false);
         }
+        let waiting = Instant::now();
         let loaded = model.store.borrow_mut().load(backend, checkpoint, layer)?;
+        model.waited_for_weights(waiting.elapsed());
         self.run(loaded, observer)?;
         Ok(true)
     }

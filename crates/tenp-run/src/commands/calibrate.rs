@@ -160,5 +160,11 @@ pub(super) fn run_in_folds(
     let advance = |_, tokens| progress.advance(tokens as u64);
     let statistics = calibrate_in_folds(model, domains, folds, keep, &advance)?;
     progress.finish();
+    if let Some(waited) = model.waited() {
+        let [weights, kernels] = [waited.weights, waited.kernels].map(|time| time.as_secs_f64());
+        console::note(&format!(
+            "of that, {weights:.1} s until weights were read, {kernels:.1} s until the GPU was done"
+        ));
+    }
     Ok(statistics)
 }
