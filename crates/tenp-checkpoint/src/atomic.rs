@@ -169,16 +169,12 @@ pub fn replace_file(
     write: impl FnOnce(&mut Sink<'_>) -> Result<(), CheckpointError>,
 ) -> Result<(), CheckpointError> {
     check_replaceable(path)?;
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
     let temporary = Temporary::hold(path)?;
     let mut sink = Sink::new(&temporary.file, path, num_bytes);
     write(&mut sink)?;
     sink.finish()?;
     temporary.persist(path)?;
-    sync_folder(parent);
+    sync_folder(folder_of(path));
     Ok(())
 }
 
@@ -371,8 +367,16 @@ pub fn check_replaceable(path: &Path) -> Result<(), CheckpointError> {
     })
 }
 
+/// The folder in which a path without `..` at its end is.
+pub fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
 /// Makes a rename durable where the system can; the data itself is already on the disk.
-pub(crate) fn sync_folder(dir: &Path) {
+pub fn sync_folder(dir: &Path) {
     if let Ok(dir) = File::open(dir) {
         let _ = dir.sync_all();
     }

@@ -52,7 +52,9 @@ pub use apply::{
     ReportPage, RewrittenExpert, RewrittenLayer, Verification, apply, apply_rewritten, check_form,
     check_output, check_unfinished, output_bytes, verify, writing_memory,
 };
-pub use atomic::{Sink, check_not_linked, check_replaceable, check_writable, replace_file};
+pub use atomic::{
+    Sink, check_not_linked, check_replaceable, check_writable, folder_of, replace_file, sync_folder,
+};
 pub use checkpoint::{Checkpoint, TensorView};
 pub use config::{Family, ModelConfig};
 pub use dtype::Dtype;

@@ -9,6 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use sha2::{Digest, Sha256};
 use tenp_checkpoint::{
     Checkpoint, CheckpointError, Plan, check_not_linked, check_replaceable, check_writable,
+    folder_of,
 };
 use tenp_model::ModelError;
 use tenp_model::text::{Data, Task, Tokenizer, read_prompts, read_samples, read_task};
@@ -70,11 +71,7 @@ pub(crate) fn check_file(
         other => Ok(other?),
     };
     accept(check_replaceable(path))?;
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let Ok(parent) = parent.canonicalize() else {
+    let Ok(parent) = folder_of(path).canonicalize() else {
         return refuse("lies in a folder that does not exist; create that folder first");
     };
     let model = model.and_then(|model| model.canonicalize().ok());

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::atomic::{check_not_linked, check_writable, sync_folder, write_error};
+use crate::atomic::{check_not_linked, check_writable, folder_of, sync_folder, write_error};
 use crate::work::{Inputs, Work};
 use crate::{Checkpoint, CheckpointError};
 
@@ -214,11 +214,7 @@ fn resolve(out: &Path) -> Result<(PathBuf, PathBuf), CheckpointError> {
     let Some(name) = out.file_name() else {
         return refuse("has no name; choose another");
     };
-    let parent = match out.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    match parent.canonicalize() {
+    match folder_of(out).canonicalize() {
         Ok(parent) if parent.is_dir() => Ok((parent.join(name), parent)),
         Ok(_) => refuse("lies below a file; choose another"),
         Err(_) => refuse("lies in a folder that does not exist; create that folder first"),

@@ -94,7 +94,8 @@ pub fn verify(
     let report = Report::read(out)?;
     let options = report.options();
     let output = form::decide(checkpoint, plan, &options)?;
-    let written = Written::open(out)?;
+    let mut differences = Vec::new();
+    let written = Written::open(out, &mut differences)?;
     let norms = |layer| mtp::weight_norms(checkpoint, layer);
     let mtp_plans = mtp_plans(checkpoint, plan, &output, &norms)?;
     let tensors = layout::tensors(checkpoint, plan, &mtp_plans, &output);
@@ -108,6 +109,7 @@ pub fn verify(
         written: &written,
         found: Verification {
             tensors: tensors.len(),
+            differences,
             ..Verification::default()
         },
     };
@@ -139,15 +141,22 @@ impl<'a> Verifying<'a> {
         mtp: &[LayerPlan],
         output: &Output,
     ) -> Result<(), CheckpointError> {
-        if self.written.plan()? != *plan {
+        let found = &mut self.found.differences;
+        let (own, config) = (self.written.plan(found)?, self.written.config(found)?);
+        if own.is_some_and(|own| own != *plan) {
             self.differs("tenp_plan.json", "is another plan");
         }
+        for (tensor, problem) in self.written.index_problems() {
+            self.differs(tensor, problem);
+        }
+        let Some(config) = config else {
+            return Ok(());
+        };
         let checkpoint = self.source.checkpoint();
         let expected = match output.kind {
             Kind::Identical => Value::Object(checkpoint.config_json().clone()),
             _ => form::config(checkpoint, plan, mtp, output),
         };
-        let config = self.written.config()?;
         let fields = |value: &Value| value.as_object().cloned().unwrap_or_default();
         let (expected, config) = (fields(&expected), fields(&config));
         let mut names: Vec<&String> = expected.keys().chain(config.keys()).collect();
@@ -170,9 +179,6 @@ impl<'a> Verifying<'a> {
                     format!("`{what}` is not what the plan makes of it"),
                 );
             }
-        }
-        for (tensor, problem) in self.written.index_problems() {
-            self.differs(tensor, problem);
         }
         Ok(())
     }

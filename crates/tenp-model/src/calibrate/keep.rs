@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use tenp_checkpoint::statistics::{read_parts, write_parts};
-use tenp_checkpoint::{Folds, ModelConfig, Statistics, Work};
+use tenp_checkpoint::{Folds, ModelConfig, Statistics, Work, sync_folder};
 
 use super::{FoldOptions, MAX_FOLDS};
 use crate::memory::StatisticsMemory;
@@ -201,6 +201,8 @@ impl Keep {
             let _ = std::fs::remove_file(&partial);
             return Err(error);
         }
+        // The new ones have their name on the disk before the old ones lose theirs.
+        sync_folder(self.work.dir());
         self.remove_hidden(run.layer());
         self.cost += started.elapsed();
         Ok(())

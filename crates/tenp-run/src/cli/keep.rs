@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
+use tenp_checkpoint::folder_of;
 use tenp_model::Spill;
 
 #[derive(Clone, Copy, Debug, Args)]
@@ -33,10 +34,9 @@ pub(crate) struct HiddenArgs {
 impl HiddenArgs {
     /// What goes beside `output`.
     pub(crate) fn spill(self, output: &Path) -> Spill {
-        let parent = output.parent().filter(|p| !p.as_os_str().is_empty());
         Spill {
             over: self.hidden_memory.unwrap_or(HIDDEN_MEMORY),
-            dir: parent.unwrap_or(Path::new(".")).to_path_buf(),
+            dir: folder_of(output).to_path_buf(),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use tenp_checkpoint::{Checkpoint, Folds, Statistics, Work};
+use tenp_checkpoint::{Checkpoint, Folds, Statistics, Work, folder_of, sync_folder};
 use tenp_model::Model;
 use tenp_model::calibrate::{FoldOptions, Keep, calibrate_in_folds};
 use tenp_model::memory::StatisticsMemory;
@@ -68,6 +68,7 @@ pub(super) fn run(args: &Calibrate) -> Result<()> {
         .write(&whole)
         .map_err(|error| explain(error.into()))?;
     std::fs::rename(&whole, out).with_context(|| format!("cannot write {}", out.display()))?;
+    sync_folder(folder_of(out));
     keep.finish();
     console::note(&format!("wrote {}", out.display()));
     Ok(())

@@ -1,46 +1,47 @@
-//! Runs that are stopped on the way: by SIGKILL at any moment, by signals, by one another.
+//! Runs that SIGKILL ends, at any moment.
 
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use rand::{RngExt as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
-use rustix::process::Signal;
+use tenp_checkpoint::{Dtype, SynthesiseOptions, synthesise};
 
 use crate::plans::demo_statistics;
-use crate::support::fixtures::{DOMAINS, assert_same_files, demo, demo_file, names, read_json};
-use crate::support::{Outcome, Scratch, command, signal, stop, tenp, wait_for_stderr, words};
+use crate::support::fixtures::{
+    DOMAINS, assert_same_files, demo, demo_file, golden, names, read_json, snapshot,
+};
+use crate::support::{Outcome, Scratch, command, tenp, words};
 
 /// A command that makes something.
-struct Job<'a> {
-    line: &'a str,
-    /// Input files; the output comes last.
-    paths: Vec<&'a Path>,
+pub(crate) struct Job<'a> {
+    pub(crate) line: &'a str,
+    /// The model and other files; the output comes last.
+    pub(crate) paths: Vec<&'a Path>,
 }
 
 impl Job<'_> {
-    fn words(&self, out: &Path) -> Vec<String> {
+    pub(crate) fn words(&self, out: &Path) -> Vec<String> {
         let mut paths = self.paths.clone();
         paths.push(out);
         words(self.line, &paths)
     }
 
-    fn start(&self, out: &Path) -> Child {
+    pub(crate) fn start(&self, out: &Path) -> Child {
         let mut command = command(&self.words(out));
         command.stdout(Stdio::null()).stderr(Stdio::piped());
         command.spawn().unwrap()
     }
 
-    fn run(&self, out: &Path) -> Outcome {
+    pub(crate) fn run(&self, out: &Path) -> Outcome {
         let mut paths = self.paths.clone();
         paths.push(out);
         tenp(self.line, &paths)
     }
 }
 
-fn assert_same(left: &Path, right: &Path) {
+pub(crate) fn assert_same(left: &Path, right: &Path) {
     if left.is_dir() {
         assert_same_files(left, right, &[]);
     } else {
@@ -57,10 +58,11 @@ fn remove(out: &Path) {
 }
 
 /// Kills the job `kills` times at moments that a seed decides, starting it again each time, and compares what comes out in
-/// the end with what an undisturbed run makes.
+/// the end with what an undisturbed run makes. The model stays as it was.
 fn killed(job: &Job<'_>, kills: usize, seed: u64) {
     let (calm, scratch) = (Scratch::new(), Scratch::new());
     let (expected, out) = (calm.join("out"), scratch.join("out"));
+    let before = snapshot(job.paths[0]);
     let started = Instant::now();
     job.run(&out).ok();
     let whole = started.elapsed();
@@ -85,6 +87,7 @@ fn killed(job: &Job<'_>, kills: usize, seed: u64) {
     job.run(&out).ok();
     assert_same(&expected, &out);
     assert_eq!(names(scratch.path()), ["out"]);
+    assert!(snapshot(job.paths[0]) == before);
 }
 
 #[test]
@@ -112,6 +115,28 @@ fn apply_killed_at_any_moment() {
         paths: vec![&demo, &plan],
     };
     killed(&job, 14, 2);
+}
+
+/// Weights and outputs in fp8, a layer for multi-token prediction, hidden states in a file.
+#[test]
+fn prune_of_fp8_killed_at_any_moment() {
+    let scratch = Scratch::new();
+    let ids = golden("deepseek_v3").join("golden.safetensors");
+    let model = scratch.join("model");
+    std::fs::create_dir(&model).unwrap();
+    let options = SynthesiseOptions {
+        dtype: Dtype::F8E4M3,
+        mtp: true,
+        ..SynthesiseOptions::default()
+    };
+    let config = golden("deepseek_v3").join("config.json");
+    synthesise(&config, &model, options, &mut |_, _| ()).unwrap();
+    let job = Job {
+        line: "prune {} --data all={} --keep 0.6 --recover least-squares --hidden-memory 1 --shard-size 300kB \
+               --threads 1 --keep-every 0 -o {}",
+        paths: vec![&model, &ids],
+    };
+    killed(&job, 12, 6);
 }
 
 #[test]
@@ -142,116 +167,27 @@ fn prune_killed_at_any_moment() {
     assert_eq!(names(saved.path()), ["stats"]);
 }
 
-fn everything() -> [PathBuf; 4] {
+pub(crate) fn everything() -> [PathBuf; 4] {
     DOMAINS.map(|domain| demo_file("calibration", domain))
 }
 
-/// Waits until a file is there.
+/// Waits until a running job has made a file.
 #[track_caller]
-fn wait_for(path: &Path) {
-    let started = Instant::now();
+pub(crate) fn wait_for(path: &Path, child: &mut Child) {
     while !path.exists() {
-        assert!(
-            started.elapsed() < Duration::from_mins(1),
-            "{} never came",
-            path.display()
-        );
-        std::thread::sleep(Duration::from_millis(2));
+        let ended = child.try_wait().unwrap();
+        assert_eq!(ended, None, "it ended without {}", path.display());
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
 /// A calibration of a second or more: slow enough to be met on its way on a busy machine.
-fn long_calibration<'a>(demo: &'a Path, files: &'a [PathBuf; 4]) -> Job<'a> {
+pub(crate) fn long_calibration<'a>(demo: &'a Path, files: &'a [PathBuf; 4]) -> Job<'a> {
     let twice = files.iter().chain(files).map(PathBuf::as_path);
     Job {
         line: "calibrate {} --data a={} b={} c={} d={} e={} f={} g={} h={} --samples 100 --threads 1 --keep-every 0 -o {}",
         paths: std::iter::once(demo).chain(twice).collect(),
     }
-}
-
-/// Ends a run with a signal, and says what it wrote to stderr since.
-fn ended_by(mut child: Child, name: Signal, code: i32) -> String {
-    signal(&mut child, name);
-    let mut text = String::new();
-    let stderr = child.stderr.as_mut().unwrap();
-    stderr.read_to_string(&mut text).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(code), "{text}");
-    text
-}
-
-#[test]
-fn a_signal_ends_a_calibration_that_goes_on_later() {
-    let scratch = Scratch::new();
-    let (demo, files) = (demo(), everything());
-    let (whole, out) = (scratch.join("whole"), scratch.join("out"));
-    let job = long_calibration(&demo, &files);
-    job.run(&whole).ok();
-    let kept = "the same command goes on";
-    let child = job.start(&out);
-    wait_for(&scratch.join(".out.tenp-work/layer-1.safetensors"));
-    let text = ended_by(child, Signal::TERM, 143);
-    assert!(
-        text.contains(kept) && text.contains("interrupted"),
-        "{text}"
-    );
-    let mut child = job.start(&out);
-    // The first thing that is said.
-    wait_for_stderr(&mut child);
-    let text = ended_by(child, Signal::INT, 130);
-    assert!(
-        text.contains("oing on with") && text.contains(kept),
-        "{text}"
-    );
-    assert!(!out.exists());
-    // Other text is refused without harm.
-    let paths: Vec<&Path> = job.paths.iter().copied().chain([out.as_path()]).collect();
-    let other = job.line.replace("--samples 100", "--samples 99");
-    let differ = "differ: text of domain a, text of domain b";
-    tenp(&other, &paths).refused(2, &["out", differ, "--restart"]);
-    let run = job.run(&out).ok();
-    run.check(run.stderr.contains("going on with"), "it goes on");
-    assert_same(&whole, &out);
-    assert_eq!(names(scratch.path()), ["out", "whole"]);
-    let run = job.run(&out).ok();
-    run.check(run.stderr.contains("already the finished"), "nothing to do");
-}
-
-#[test]
-fn two_calibrations_of_one_file() {
-    let scratch = Scratch::new();
-    let (demo, files, out) = (demo(), everything(), scratch.join("out"));
-    let job = long_calibration(&demo, &files);
-    let mut first = job.start(&out);
-    wait_for(&scratch.join(".out.tenp-work/layer-1.safetensors"));
-    stop(&mut first);
-    job.run(&out)
-        .refused(2, &["out", "another run is writing it"]);
-    first.kill().unwrap();
-    first.wait().unwrap();
-    let paths: Vec<&Path> = job.paths.iter().copied().chain([out.as_path()]).collect();
-    let other = job.line.replace("--samples 100", "--samples 10 --restart");
-    tenp(&other, &paths).ok();
-    assert_eq!(names(scratch.path()), ["out"]);
-}
-
-/// Work that took no time is not kept.
-#[test]
-fn a_short_calibration_that_is_killed_leaves_nothing_to_go_on_with() {
-    let scratch = Scratch::new();
-    let (demo, files, out) = (demo(), everything(), scratch.join("out"));
-    let mut job = long_calibration(&demo, &files);
-    let line = job.line.replace("--keep-every 0 ", "");
-    job.line = &line;
-    let mut child = job.start(&out);
-    let work = scratch.join(".out.tenp-work");
-    wait_for(&work.join("lock"));
-    std::thread::sleep(Duration::from_millis(200));
-    stop(&mut child);
-    assert_eq!(names(&work), ["lock"]);
-    signal(&mut child, Signal::CONT);
-    let text = ended_by(child, Signal::TERM, 143);
-    assert!(text.contains("nothing is kept of"), "{text}");
-    assert_eq!(names(scratch.path()), [""; 0]);
 }
 
 /// Another form, or another plan, of an output that is not finished; nothing is calibrated for what cannot be written.
@@ -264,11 +200,14 @@ fn an_unfinished_output_is_not_mixed_with_another() {
         scratch.join("out"),
     );
     let job = Job {
-        line: "prune {} --data {} --samples 20 --keep 0.6 --recover least-squares --keep-every 0 -o {}",
+        line: "prune {} --data {} --samples 60 --keep 0.6 --recover least-squares --threads 1 --keep-every 0 -o {}",
         paths: vec![&demo, &facts],
     };
     let mut child = job.start(&out);
-    wait_for(&scratch.join(".out.tenp-work/layer-1.safetensors"));
+    wait_for(
+        &scratch.join(".out.tenp-work/layer-1.safetensors"),
+        &mut child,
+    );
     child.kill().unwrap();
     child.wait().unwrap();
     let paths: [&Path; 3] = [&demo, &facts, &out];
@@ -291,7 +230,7 @@ fn an_unfinished_output_is_not_mixed_with_another() {
 /// A job that calibrates on its way to something else, killed behind the first layers: the next run goes on there.
 fn goes_on_at_a_layer(job: &Job<'_>, out: &Path, kept: &Path) {
     let mut child = job.start(out);
-    wait_for(&kept.join("layer-1.safetensors"));
+    wait_for(&kept.join("layer-1.safetensors"), &mut child);
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(kept.join("journal.json").exists());

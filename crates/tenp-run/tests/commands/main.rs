@@ -13,6 +13,7 @@ mod folding;
 mod fp8;
 #[path = "../../../tenp-checkpoint/tests/support/fp8.rs"]
 mod fp8_folder;
+mod interrupted;
 mod killed;
 mod outputs;
 mod plans;

@@ -7,7 +7,7 @@ use tenp_checkpoint::{Dtype, SynthesiseOptions, synthesise};
 use crate::fp8_folder::quantise;
 use crate::plans::demo_statistics;
 use crate::support::fixtures::{
-    copy, demo, demo_file, edit_header, edit_json, golden, overwrite, place, read_json,
+    copy, demo, demo_file, edit_header, edit_json, golden, names, overwrite, place, read_json,
 };
 use crate::support::json::{list, number};
 use crate::support::{Outcome, Scratch, tenp};
@@ -173,13 +173,22 @@ fn damaged_tensors_are_found() {
     std::fs::remove_file(place(&out, EXPERT).0).unwrap();
     assert_found(&out, &demo(), EXPERT, "is missing");
 
+    let out = damaged("in two shards");
+    let (shard, _) = place(&out, EXPERT);
+    let other = names(&out).into_iter().map(|name| out.join(name));
+    let mut other = other.filter(|path| path.extension().is_some_and(|e| e == "safetensors"));
+    let other = other.find(|path| *path != shard).unwrap();
+    std::fs::copy(&shard, &other).unwrap();
+    assert_found(&out, &demo(), EXPERT, "is in model-0000");
+
     let out = damaged("truncated");
     let (shard, _) = place(&out, EXPERT);
     let length = std::fs::metadata(&shard).unwrap().len();
     let file = std::fs::File::options().write(true).open(&shard).unwrap();
     file.set_len(length - 100).unwrap();
     let name = shard.file_name().unwrap().to_str().unwrap();
-    verify(&out, &demo()).refused(1, &[name, "truncated"]);
+    assert_found(&out, &demo(), name, "truncated");
+    assert_found(&out, &demo(), EXPERT, "is missing");
 }
 
 #[test]
@@ -231,6 +240,8 @@ fn another_plan_config_or_model_is_found() {
         index["weight_map"][EXPERT] = elsewhere.as_str().into();
     });
     assert_found(&out, &demo(), EXPERT, "by the index");
+    std::fs::write(out.join("config.json"), "{\"model_type\": ").unwrap();
+    assert_found(&out, &demo(), "config.json", "EOF");
     std::fs::remove_file(out.join("report.json")).unwrap();
     verify(&out, &demo()).refused(1, &["report.json"]);
     verify(&scratch.join("none"), &demo()).refused(1, &["does not exist"]);

@@ -5,11 +5,15 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::checkpoint::{by_name, view};
+use super::Difference;
+use crate::checkpoint::view;
+use crate::header::Entry;
 use crate::index::{self, ShardList};
 use crate::plan::Plan;
 use crate::shard::Shard;
 use crate::{CheckpointError, TensorView};
+
+const PLAN_FILE: &str = "tenp_plan.json";
 
 pub(super) struct Written {
     dir: PathBuf,
@@ -21,31 +25,54 @@ pub(super) struct Written {
 }
 
 impl Written {
-    /// Shards that are not there are found by the tensors that they should hold.
-    pub(super) fn open(dir: &Path) -> Result<Self, CheckpointError> {
+    /// Shards that are not there are found by the tensors that they should hold; damaged ones are noted, and so are tensors
+    /// that several have.
+    pub(super) fn open(dir: &Path, found: &mut Vec<Difference>) -> Result<Self, CheckpointError> {
         let ShardList {
             present, promised, ..
         } = index::locate(dir)?;
-        let shards = present
-            .iter()
-            .map(|name| Shard::open(dir, name))
-            .collect::<Result<Vec<_>, _>>()?;
+        let mut shards = Vec::new();
+        for name in &present {
+            shards.extend(undamaged(Shard::open(dir, name), name, found)?);
+        }
+        let mut by_name = HashMap::new();
+        for (index, shard) in shards.iter().enumerate() {
+            for (entry, Entry { name, .. }) in shard.entries.iter().enumerate() {
+                if let Some((first, _)) = by_name.insert(name.clone(), (index, entry)) {
+                    let [first, second] = [first, index].map(|index: usize| &shards[index].name);
+                    found.push(Difference {
+                        place: name.clone(),
+                        problem: format!("is in {first} and in {second}"),
+                    });
+                }
+            }
+        }
         Ok(Self {
             dir: dir.to_path_buf(),
-            by_name: by_name(&shards)?,
+            by_name,
             shards,
             promised,
         })
     }
 
-    pub(super) fn plan(&self) -> Result<Plan, CheckpointError> {
-        Plan::read(&self.dir.join("tenp_plan.json"))
+    /// Its plan; `None` if that is damaged, which is noted.
+    pub(super) fn plan(
+        &self,
+        found: &mut Vec<Difference>,
+    ) -> Result<Option<Plan>, CheckpointError> {
+        undamaged(Plan::read(&self.dir.join(PLAN_FILE)), PLAN_FILE, found)
     }
 
-    pub(super) fn config(&self) -> Result<Value, CheckpointError> {
+    /// Its config; `None` if that is damaged, which is noted.
+    pub(super) fn config(
+        &self,
+        found: &mut Vec<Difference>,
+    ) -> Result<Option<Value>, CheckpointError> {
         let path = self.dir.join("config.json");
         let text = std::fs::read(&path).map_err(CheckpointError::io("read", &path))?;
-        serde_json::from_slice(&text).map_err(|source| CheckpointError::Json { path, source })
+        let config = serde_json::from_slice(&text);
+        let config = config.map_err(|source| CheckpointError::Json { path, source });
+        undamaged(config, "config.json", found)
     }
 
     /// Names of all tensors, ascending.
@@ -99,4 +126,23 @@ impl Written {
             shard.release(entry.start..entry.end);
         }
     }
+}
+
+/// What was read of a file, or nothing where its bytes are not what they should be.
+fn undamaged<T>(
+    read: Result<T, CheckpointError>,
+    name: &str,
+    found: &mut Vec<Difference>,
+) -> Result<Option<T>, CheckpointError> {
+    let problem = match read {
+        Ok(value) => return Ok(Some(value)),
+        Err(CheckpointError::Shard { problem, .. }) => problem,
+        Err(CheckpointError::Json { source, .. }) => source.to_string(),
+        Err(error) => return Err(error),
+    };
+    found.push(Difference {
+        place: name.to_owned(),
+        problem,
+    });
+    Ok(None)
 }
