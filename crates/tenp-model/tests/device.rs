@@ -3,6 +3,9 @@
 // `cargo test -- --nocapture` lists the errors.
 #![allow(clippy::print_stdout)]
 
+#[path = "../../tenp-checkpoint/tests/support/fp8.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod fp8;
 mod passes;
 mod support;
 
@@ -78,4 +81,14 @@ fn experts_are_fitted_as_on_the_cpu() {
 #[test]
 fn a_stopped_calibration_goes_on_with_the_same_bits() {
     passes::resuming::a_stopped_calibration_goes_on_with_the_same_bits(&place);
+}
+
+#[test]
+fn shares_merge_to_the_whole() {
+    passes::sharing::shares_merge_to_the_whole(&either);
+}
+
+#[test]
+fn logits_of_fp8_weights() {
+    passes::fp8::logits_of_fp8_weights(&either);
 }

@@ -14,6 +14,9 @@
 
 #[path = "../../../tests/checks/mod.rs"]
 mod checks;
+#[path = "../../tenp-checkpoint/tests/support/fp8.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod fp8;
 mod only_gpu;
 mod passes;
 mod support;
@@ -127,6 +130,22 @@ fn experts_are_fitted_as_on_the_cpu() {
         return;
     };
     passes::recovery::experts_are_fitted_as_on_the_cpu(&|_| device.clone());
+}
+
+#[test]
+fn shares_merge_to_the_whole() {
+    let Some(device) = gpu("shares_merge_to_the_whole") else {
+        return;
+    };
+    passes::sharing::shares_merge_to_the_whole(&|_| device.clone());
+}
+
+#[test]
+fn logits_of_fp8_weights() {
+    let Some(device) = gpu("logits_of_fp8_weights") else {
+        return;
+    };
+    passes::fp8::logits_of_fp8_weights(&|_| device.clone());
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! A model's pass on any backend, against `transformers` and the CPU path: every family's logits, calibration sums,
 //! branches, cached tokens, damaged weights.
 
+pub(crate) mod fp8;
 pub(crate) mod merging;
 pub(crate) mod recovery;
 pub(crate) mod resuming;
+pub(crate) mod sharing;
 pub(crate) mod tight;
 
 use std::collections::BTreeMap;
