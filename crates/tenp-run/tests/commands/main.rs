@@ -15,6 +15,7 @@ mod fp8;
 mod fp8_folder;
 mod interrupted;
 mod killed;
+mod memory;
 mod outputs;
 mod plans;
 mod recovery;
