@@ -178,14 +178,20 @@ fn an_index_that_names_a_file_outside() {
 
 #[test]
 fn a_config_of_another_kind() {
-    damaged(
-        |model| {
-            edit_json(&model.join("config.json"), |c| {
-                c["model_type"] = json!("llama");
-            });
-        },
-        &["config.json", "llama", "deepseek_v2", "mixtral"],
-    );
+    for (kind, words) in [
+        ("llama", ["deepseek_v2", "mixtral"]),
+        ("gpt_oss", ["mxfp4", "use another model"]),
+    ] {
+        let [first, second] = words;
+        damaged(
+            |model| {
+                edit_json(&model.join("config.json"), |c| {
+                    c["model_type"] = json!(kind);
+                });
+            },
+            &["config.json", kind, first, second],
+        );
+    }
     damaged(
         |model| {
             edit_json(&model.join("config.json"), |c| {
