@@ -27,6 +27,15 @@ pub struct FoldOptions {
     pub num_folds: Option<usize>,
     /// Names of the `[N,K]` statistics that are kept of each group. All `[N]` ones are.
     pub tables: Vec<&'static str>,
+    /// The same of the domains; `None`: all, without which statistics cannot be written.
+    pub domain_tables: Option<Vec<&'static str>>,
+}
+
+impl FoldOptions {
+    fn keeps(&self, table: &str) -> bool {
+        let tables = self.domain_tables.as_ref();
+        tables.is_none_or(|tables| tables.contains(&table))
+    }
 }
 
 /// Runs the model over `domains` (name, samples) and collects every statistic.
@@ -77,7 +86,7 @@ pub fn calibrate_in_folds(
     }
     while run.step(&collector)? {
         if let Some((layer, sums)) = collector.finish_layer()? {
-            collected.add(domains, layer, sums);
+            collected.add(domains, options, layer, sums);
         }
         if let Some(keep) = &mut keep {
             keep.layer_done(layers, &collected, &run, &sequences);
@@ -137,10 +146,17 @@ fn empty(
 }
 
 impl Collected {
-    fn add(&mut self, domains: &[(String, Vec<Vec<u32>>)], layer: usize, sums: LayerSums) {
+    fn add(
+        &mut self,
+        domains: &[(String, Vec<Vec<u32>>)],
+        options: &FoldOptions,
+        layer: usize,
+        sums: LayerSums,
+    ) {
         for (d, (name, _)) in domains.iter().enumerate() {
             let tables = self.statistics.domains.entry(name.clone()).or_default();
-            tables.insert(layer, sums.statistics(&sums.domains[d], &|_| true));
+            let kept = sums.statistics(&sums.domains[d], &|table| options.keeps(table));
+            tables.insert(layer, kept);
         }
         for ((d, fold), sums) in sums.folds {
             if let Some(groups) = self.folds.get_mut(&domains[d].0) {

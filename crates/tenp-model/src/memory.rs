@@ -71,8 +71,8 @@ pub fn calibration(
     options: &FoldOptions,
 ) -> Step {
     let (sequences, labels) = grouped(model, domains, options);
-    let memory = StatisticsMemory::new(model.config(), domains.len())
-        .with_groups(labels.len(), options.tables.len());
+    let memory = StatisticsMemory::new(model.config(), domains.len());
+    let memory = memory.of(options, labels.len());
     let tokens = sequences.num_tokens();
     // On a GPU the blocks of a label are added up there, and those of all labels come back at once.
     let (mut parts, sums, device) = if let Some(bytes) = model.engine_bytes(&sequences, true) {

@@ -4,7 +4,6 @@
 #![allow(clippy::print_stdout)]
 
 #[path = "../../tenp-checkpoint/tests/support/fp8.rs"]
-#[allow(dead_code, reason = "other tests use the rest")]
 mod fp8;
 mod passes;
 mod support;

@@ -15,7 +15,6 @@
 #[path = "../../../tests/checks/mod.rs"]
 mod checks;
 #[path = "../../tenp-checkpoint/tests/support/fp8.rs"]
-#[allow(dead_code, reason = "other tests use the rest")]
 mod fp8;
 mod only_gpu;
 mod passes;

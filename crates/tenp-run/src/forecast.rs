@@ -137,8 +137,8 @@ impl<'m> Forecast<'m> {
         self.pass("calibrate", 1, computing);
         let groups = folds.num_folds.unwrap_or(1) * domains.len();
         let memory = StatisticsMemory::new(self.model.config(), domains.len());
-        self.statistics = memory.with_groups(groups, folds.tables.len()).all();
-        self.groups = self.statistics - memory.all();
+        let memory = memory.of(folds, groups);
+        (self.statistics, self.groups) = (memory.all(), memory.groups());
         let tokens = sequences.num_tokens();
         self.kept_bytes = Keep::most_bytes(&self.model, tokens, domains.len(), folds);
         Ok(())

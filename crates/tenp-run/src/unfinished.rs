@@ -48,6 +48,9 @@ pub(crate) fn keep(
         .map_or("default".to_owned(), |groups| groups.to_string());
     inputs.insert("groups of samples".to_owned(), groups);
     inputs.insert("tables of groups".to_owned(), folds.tables.join(", "));
+    if let Some(tables) = &folds.domain_tables {
+        inputs.insert("tables of domains".to_owned(), tables.join(", "));
+    }
     let mut work = Work::hold(Work::place(output, purpose), output)?;
     work.resume(inputs, restart)?;
     Ok(Keep::new(work, every))

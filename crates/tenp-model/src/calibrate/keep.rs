@@ -52,8 +52,7 @@ impl Keep {
     ) -> usize {
         let groups = domains * options.num_folds.unwrap_or(MAX_FOLDS);
         let statistics = StatisticsMemory::new(model.config(), domains);
-        let statistics = statistics.with_groups(groups, options.tables.len()).all();
-        statistics + 2 * tokens * model.hidden_bytes_per_token()
+        statistics.of(options, groups).all() + 2 * tokens * model.hidden_bytes_per_token()
     }
 
     /// Bytes of the hidden states of `tokens` tokens that are in memory on their way to the disk.

@@ -3,6 +3,8 @@
 use tenp_checkpoint::ModelConfig;
 use tenp_kernels::cpu::neuron::NeuronSums;
 
+use crate::calibrate::FoldOptions;
+
 /// Statistics by neuron.
 const TABLES: usize = 9;
 
@@ -16,7 +18,9 @@ pub struct StatisticsMemory {
     neurons: usize,
     layers: usize,
     domains: usize,
-    /// `[N,K]` tables of all groups together.
+    /// `[N,K]` tables of a domain.
+    domain_tables: usize,
+    /// The same of all groups together.
     group_tables: usize,
 }
 
@@ -27,13 +31,24 @@ impl StatisticsMemory {
             neurons: config.moe.num_experts * config.moe.expert_width,
             layers: config.moe_layers.len(),
             domains,
+            domain_tables: TABLES,
             group_tables: 0,
+        }
+    }
+
+    /// As a calibration keeps them, in so many groups.
+    #[must_use]
+    pub fn of(self, options: &FoldOptions, groups: usize) -> Self {
+        let tables = options.domain_tables.as_ref();
+        Self {
+            domain_tables: tables.map_or(TABLES, Vec::len),
+            ..self.with_groups(groups, options.tables.len())
         }
     }
 
     /// With `tables` tables of each of `groups` groups.
     #[must_use]
-    pub fn with_groups(self, groups: usize, tables: usize) -> Self {
+    fn with_groups(self, groups: usize, tables: usize) -> Self {
         Self {
             group_tables: groups * tables,
             ..self
@@ -47,7 +62,12 @@ impl StatisticsMemory {
 
     /// Of all layers.
     pub fn all(self) -> usize {
-        self.layers * self.table() * (TABLES * self.domains + self.group_tables)
+        self.layers * self.table() * (self.domain_tables * self.domains + self.group_tables)
+    }
+
+    /// Of that, the groups'.
+    pub fn groups(self) -> usize {
+        self.layers * self.table() * self.group_tables
     }
 
     /// The tables that a plan of all domains needs, drawn anew.
@@ -71,7 +91,7 @@ impl StatisticsMemory {
         let sums = self.label();
         let norms = NORM_TABLES * self.table();
         let running = sums * (self.domains + 1 + blocks);
-        let made = self.table() * (TABLES * self.domains + self.group_tables);
+        let made = self.table() * (self.domain_tables * self.domains + self.group_tables);
         norms + running.max(sums * self.domains + made)
     }
 }
@@ -86,6 +106,7 @@ mod tests {
             neurons: 10,
             layers: 3,
             domains: 2,
+            domain_tables: TABLES,
             group_tables: 0,
         };
         assert_eq!(memory.all(), 3 * 80 * 18);

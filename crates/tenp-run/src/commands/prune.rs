@@ -38,6 +38,10 @@ pub(super) fn run(args: &Prune) -> Result<()> {
     let folds = FoldOptions {
         num_folds: args.folds.map(|n| n as usize),
         tables: request.tables()?,
+        domain_tables: match &args.save_stats {
+            Some(_) => None,
+            None => Some(recovery::tables(&request, args.recover)?),
+        },
     };
     if args.dry_run {
         return place.with_model(&checkpoint, |model| {

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::plans::demo_statistics;
 use crate::support::fixtures::{
-    GOLDEN, assert_same_files, copy, demo, demo_file, edit_json, golden, overwrite, place,
+    GOLDEN, adopt, assert_same_files, copy, demo, demo_file, edit_json, golden, overwrite, place,
     read_json,
 };
 use crate::support::json::{list, number};
@@ -254,7 +254,6 @@ fn a_duplicate_of_a_kept_expert_changes_nothing() {
         let options = "--method dern --experts 6 --threshold 0.99 --router keep";
         let plan = case.plan(options);
         let drop = case.plan("--method gating --expert-score gating-share --experts 6");
-        // The plan knows the checkpoint by its headers; weights may change under it.
         for layer in list(&read_json(&plan)["layers"]) {
             let (kept, dropped) = kept(layer);
             for part in ["gate_proj", "up_proj", "down_proj"] {
@@ -268,6 +267,9 @@ fn a_duplicate_of_a_kept_expert_changes_nothing() {
                 let bytes = std::fs::read(path).unwrap()[range].to_vec();
                 overwrite(&case.model, &tensor(dropped[0]), &bytes);
             }
+        }
+        for plan in [&plan, &drop] {
+            adopt(plan, &case.model);
         }
         let (merged, dropped) = (case.apply(&plan, 2), case.apply(&drop, 2));
         let report = read_json(&merged.join("report.json"));

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use crate::dern::{ABOUT, Case};
 use crate::plans::demo_statistics;
 use crate::support::fixtures::{
-    GOLDEN, assert_same_files, demo, edit_json, overwrite, place, read_json,
+    GOLDEN, adopt, assert_same_files, demo, edit_json, overwrite, place, read_json,
 };
 use crate::support::json::{list, number};
 use crate::support::{Scratch, tenp};
@@ -94,7 +94,6 @@ fn a_duplicate_of_a_kept_neuron_is_merged_and_changes_nothing() {
         let config = read_json(&case.model.join("config.json"));
         let [width, hidden] =
             ["intermediate_size", "hidden_size"].map(|field| number(&config[field]) as usize);
-        // The plan knows the checkpoint by its headers; weights may change under it.
         for (layer, expert, kept) in &experts {
             let gone = (0..width).find(|neuron| !kept.contains(neuron)).unwrap();
             let tensor =
@@ -113,6 +112,9 @@ fn a_duplicate_of_a_kept_neuron_is_merged_and_changes_nothing() {
                 }
                 overwrite(&case.model, &tensor(part), &bytes);
             }
+        }
+        for plan in [&plan, &plain] {
+            adopt(plan, &case.model);
         }
         let (merged, plain) = (case.apply(&plan, 2), case.apply(&plain, 2));
         let report = read_json(&merged.join("report.json"));

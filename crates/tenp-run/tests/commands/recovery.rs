@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::support::fixtures::{
-    assert_same_files, demo, demo_file, golden, overwrite, place, read_json, tensor, write_ids,
+    adopt, assert_same_files, demo, demo_file, golden, overwrite, place, read_json, tensor,
+    write_ids,
 };
 use crate::support::json::{list, number};
 use crate::support::{Scratch, tenp};
@@ -206,6 +207,7 @@ fn a_removed_double_of_a_kept_neuron_is_recovered() {
             }
         }
     }
+    adopt(&plan, &model);
     let logits = |dir: &Path| {
         let out = scratch.join("logits.safetensors");
         tenp("logits {} --input {} --output {}", &[dir, &ids, &out]).ok();

@@ -221,3 +221,11 @@ pub(crate) fn calibrate_demo(samples: usize, out: &Path) {
     );
     tenp(&line, &[&demo(), arith, code, facts, lists, out]).ok();
 }
+
+/// Makes a plan one for a model whose weights were changed under it.
+pub(crate) fn adopt(plan: &Path, model: &Path) {
+    let checkpoint = tenp_checkpoint::Checkpoint::open(model).unwrap();
+    edit_json(plan, |plan| {
+        plan.insert("fingerprint".to_owned(), checkpoint.fingerprint().into());
+    });
+}
