@@ -15,7 +15,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 #[path = "build/toolkit.rs"]
 mod toolkit;
 
-use toolkit::{DEFAULT_ARCHS, Surroundings, Target, VARIABLES, find_nvcc, parse_archs, targets_of};
+use toolkit::{
+    DEFAULT_ARCHS, Surroundings, Target, VARIABLES, find_nvcc, is_warning, parse_archs, targets_of,
+};
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -90,7 +92,7 @@ impl<'a> Job<'a> {
         folder: &Path,
         out: &'a Path,
     ) -> Result<Self, String> {
-        let version = run(Command::new(&nvcc).arg("--version"))?;
+        let version = run(Command::new(&nvcc).arg("--version"))?.0;
         let mut options: Vec<String> = ["--fatbin", "-O3", "-std=c++17", "-lineinfo"]
             .map(String::from)
             .into();
@@ -139,21 +141,23 @@ impl<'a> Job<'a> {
         errors.into_values().next().map_or(Ok(()), Err)
     }
 
-    /// Compiles one source, unless the fatbin there is already the result of the same bytes.
+    /// Compiles one source, unless the fatbin there is already the result of the same bytes. What nvcc said of it is in
+    /// a log beside it, for `scripts/sass-gate.py`.
     fn compile(&self, source: &Path) -> Result<(), String> {
         let stem = stem(source);
-        let (fatbin, key_file) = (
-            self.out.join(format!("{stem}.fatbin")),
-            self.out.join(format!("{stem}.key")),
-        );
+        let beside = |extension: &str| self.out.join(format!("{stem}.{extension}"));
+        let (fatbin, log, key_file) = (beside("fatbin"), beside("log"), beside("key"));
         let mut hasher = DefaultHasher::new();
         (self.common, read(source)?).hash(&mut hasher);
         let key = format!("{:016x}", hasher.finish());
-        if fatbin.is_file() && fs::read_to_string(&key_file).is_ok_and(|old| old == key) {
+        let made = fatbin.is_file() && log.is_file();
+        if made && fs::read_to_string(&key_file).is_ok_and(|old| old == key) {
+            let said = fs::read_to_string(&log).map_err(|e| format!("{}: {e}", log.display()))?;
+            warn_of(&said);
             return Ok(());
         }
-        let partial = self.out.join(format!("{stem}.fatbin.partial"));
-        run(Command::new(&self.nvcc)
+        let partial = beside("fatbin.partial");
+        let (_, said) = run(Command::new(&self.nvcc)
             .args(&self.options)
             .args(
                 targets_of(&stem, self.targets)
@@ -165,7 +169,16 @@ impl<'a> Job<'a> {
             .arg(source))?;
         let failed = |e: std::io::Error| format!("{}: {e}", fatbin.display());
         fs::rename(&partial, &fatbin).map_err(failed)?;
+        fs::write(&log, &said).map_err(failed)?;
+        warn_of(&said);
         fs::write(&key_file, key).map_err(failed)
+    }
+}
+
+/// Shows what nvcc and ptxas warn of. What they merely note (where a fence was put in) stays in the log.
+fn warn_of(said: &str) {
+    for line in said.lines().filter(|line| is_warning(line)) {
+        println!("cargo::warning={line}");
     }
 }
 
@@ -228,16 +241,17 @@ fn var(name: &str) -> Result<String, String> {
     std::env::var(name).map_err(|e| format!("{name}: {e}"))
 }
 
-/// Runs a command to its end; an error holds the whole command and all it printed.
-fn run(command: &mut Command) -> Result<String, String> {
+/// Runs a command to its end and returns what it printed to stdout and to stderr; an error holds the whole command and
+/// all it printed.
+fn run(command: &mut Command) -> Result<(String, String), String> {
     let output = command
         .output()
         .map_err(|e| format!("{command:?} did not start: {e}"))?;
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     if output.status.success() {
-        return Ok(stdout);
+        return Ok((stdout, stderr));
     }
-    let stderr = String::from_utf8_lossy(&output.stderr);
     Err(format!(
         "{command:?} failed ({}):\n{stdout}{stderr}",
         output.status

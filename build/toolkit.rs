@@ -203,3 +203,9 @@ pub(crate) fn parse_archs(list: &str) -> Result<Vec<Target>, String> {
     }
     Ok(targets)
 }
+
+/// Whether a line of nvcc or ptxas is worth showing whoever builds: a warning, or a performance loss, which ptxas calls
+/// information (wgmma that it runs one after another, for one).
+pub(crate) fn is_warning(line: &str) -> bool {
+    line.contains("warning") || line.contains("Potential Performance Loss")
+}

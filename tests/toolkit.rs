@@ -7,7 +7,7 @@ mod toolkit;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use toolkit::{DEFAULT_ARCHS, Surroundings, VARIABLES, find_nvcc, parse_archs};
+use toolkit::{DEFAULT_ARCHS, Surroundings, VARIABLES, find_nvcc, is_warning, parse_archs};
 
 /// Looks for nvcc on a machine with these variables and these files.
 fn search(env: &[(&str, &str)], files: &[&str]) -> Result<PathBuf, String> {
@@ -146,5 +146,27 @@ fn wrong_architectures_are_refused_with_the_reason() {
     ] {
         let error = parse_archs(list).unwrap_err();
         assert!(error.contains(reason), "{list:?}: {error}");
+    }
+}
+
+#[test]
+fn losses_that_ptxas_calls_information_are_shown() {
+    for (line, shown) in [
+        (
+            "ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to \
+             insufficient register resources for the wgmma pipeline in the function 'f'",
+            true,
+        ),
+        (
+            "kernels/cuda/rows.cu(12): warning #177-D: variable \"x\" was declared but never referenced",
+            true,
+        ),
+        (
+            "ptxas info    : (C7519) warpgroup.arrive is injected in around line 9 by compiler",
+            false,
+        ),
+        ("", false),
+    ] {
+        assert_eq!(is_warning(line), shown, "{line}");
     }
 }
