@@ -22,6 +22,9 @@ __device__ __forceinline__ void produce(const TenpMoeGateUpParams &p, const Tenp
     tenp::Gather<S, S::N> gather;
     tenp::every_tile(p, stages, [&](int tile) {
         const GroupedTile t = tenp::grouped_tile(p, stages.tile_offsets(), tile, 0, NEURONS, S::N);
+        if constexpr (GATHER) {
+            gather.choose([&](int r) { return t.first_row + r < t.end_row ? p.token_of_row[t.first_row + r] : -1; });
+        }
         for (int k0 = 0; k0 < p.hidden; k0 += S::K) {
             if (GATHER || threadIdx.x == 0) {
                 tenp::mbarrier_wait(stages.empty(ring.stage), ring.parity ^ 1);
@@ -36,10 +39,8 @@ __device__ __forceinline__ void produce(const TenpMoeGateUpParams &p, const Tenp
                 }
             }
             if constexpr (GATHER) {
-                gather.load(stages, stages.rows(ring.stage), k0, p.hidden, p.x, [&](int r) -> const uint16_t * {
-                    const int row = t.first_row + r;
-                    return row < t.end_row ? p.x + static_cast<int64_t>(p.token_of_row[row]) * p.hidden : nullptr;
-                });
+                gather.load(stages, stages.rows(ring.stage), k0, p.hidden, p.x,
+                            [&](int token) { return p.x + static_cast<int64_t>(token) * p.hidden; });
             }
             ring.advance();
         }

@@ -52,6 +52,7 @@ __device__ __forceinline__ void produce(const TenpSegmentMatchParams &p, const T
     const TenpSegmentItem item = p.items[blockIdx.x];
     tenp::Ring<Shape::STAGES> ring;
     tenp::Gather<Shape, Shape::M> gather;
+    gather.choose([&](int r) { return item.row_begin + r < item.row_end ? p.row_ids[item.row_begin + r] : -1; });
     for (int column = first_column(item); column < item.col_end; column += Shape::COLUMNS) {
         for (int i = 0; i < ALL; ++i) {
             const int part = Order<ASSIGN>::part(i);
@@ -69,9 +70,8 @@ __device__ __forceinline__ void produce(const TenpSegmentMatchParams &p, const T
                                           (column + half * Shape::N) / 8);
                     }
                 }
-                gather.load(stages, stages.weights(ring.stage), k0, p.hidden, p.row_down_t, [&](int r) {
-                    const int row = item.row_begin + r;
-                    return row < item.row_end ? tenp::part_row(p.row_gate_up, p.row_down_t, p.hidden, part, p.row_ids[row]) : nullptr;
+                gather.load(stages, stages.weights(ring.stage), k0, p.hidden, p.row_down_t, [&](int neuron) {
+                    return tenp::part_row(p.row_gate_up, p.row_down_t, p.hidden, part, neuron);
                 });
                 ring.advance();
             }

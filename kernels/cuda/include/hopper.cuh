@@ -7,6 +7,7 @@
 #pragma once
 
 #include "hopper_ptx.cuh"
+#include "reduce.cuh"
 #include "tile.cuh"
 
 namespace tenp {
@@ -180,6 +181,9 @@ __device__ __forceinline__ void consume(const Stages<S> &stages, Ring<S::STAGES>
 // ROWS rows gathered by the whole producer warpgroup with cp.async, LAG stages ahead of their arrival.
 template <class S, int ROWS> struct Gather {
     static constexpr int LAG = S::STAGES > 3 ? 2 : 1, CHUNKS = S::K / 8, STEP = WARPGROUP / CHUNKS;
+    static constexpr int COUNT = (ROWS + STEP - 1) / STEP;
+    // Of the rows of eight threads, which copy a row together: each keeps one in eight. Negative for zeros.
+    int32_t ids[(COUNT + CHUNKS - 1) / CHUNKS];
     int behind = 0; // stages begun and not announced
     Ring<S::STAGES> announced;
 
@@ -195,16 +199,30 @@ template <class S, int ROWS> struct Gather {
         }
     }
 
-    // Elements k0 to k0 + K of the rows, to `to`; `row_pointer(r)` is row r's first element, or null for zeros.
-    template <class RowPointer>
+    // The rows of all stages until the next choice: row r is what `row_id(r)` says, negative for zeros. Read once.
+    template <class RowId> __device__ __forceinline__ void choose(RowId row_id) {
+#pragma unroll
+        for (int i = 0; i < (COUNT + CHUNKS - 1) / CHUNKS; ++i) {
+            const int chunk = static_cast<int>(threadIdx.x) % CHUNKS;
+            const int row = static_cast<int>(threadIdx.x) / CHUNKS + (i * CHUNKS + chunk) * STEP;
+            ids[i] = row < ROWS ? row_id(row) : -1;
+        }
+    }
+
+    // Elements k0 to k0 + K of the rows, to `to`; `first_of(id)` is the first element of the row with that id.
+    template <class FirstOf>
     __device__ __forceinline__ void load(const Stages<S> &stages, uint8_t *to, int k0, int inner, const uint16_t *any,
-                                         RowPointer row_pointer) {
+                                         FirstOf first_of) {
         const int chunk = static_cast<int>(threadIdx.x) % CHUNKS;
         const bool inside = k0 + chunk * 8 < inner;
-        for (int row = static_cast<int>(threadIdx.x) / CHUNKS; row < ROWS; row += STEP) {
-            const uint16_t *pointer = row_pointer(row);
-            const bool valid = inside && pointer != nullptr;
-            cp_async_16(to + 16 * swizzled<CHUNKS>(row, chunk), valid ? pointer + k0 + chunk * 8 : any, valid);
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const int row = static_cast<int>(threadIdx.x) / CHUNKS + i * STEP;
+            const int32_t id = __shfl_sync(WHOLE_WARP, ids[i / CHUNKS], i % CHUNKS, CHUNKS);
+            if (ROWS % STEP == 0 || row < ROWS) {
+                const bool valid = inside && id >= 0;
+                cp_async_16(to + 16 * swizzled<CHUNKS>(row, chunk), valid ? first_of(id) + k0 + chunk * 8 : any, valid);
+            }
         }
         cp_async_commit();
         ++behind;
