@@ -79,7 +79,7 @@ pub struct TenpScheduleSpec {
     pub token_tile: i32,
     pub weight_tile: i32,
     pub outputs: i32,
-    pub longest_first: i32,
+    pub padding: i32,
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

@@ -2,7 +2,7 @@
 //           the f32 y over each tile's outputs
 // layout:   DT [S, H], h [rows, hidden_pitch], y [rows, H], square_partials [output tile, num_rows]
 // requires: H a multiple of 8; h columns width..width_padded zero, those behind are not read; the schedule made with
-//           outputs = H, this entry's tiles, longest_first. Rows of an expert of width 0 are not written
+//           outputs = H, this entry's tiles. Rows of an expert of width 0 are not written
 // launch:   any grid (persistent), block (256). Output tile, token tile, shared bytes without 4 (E + 1):
 //           n128 128, 128, 65536; n64 128, 64, 49152; n16 128, 16, 73728; r2 64, 2, 4096
 // flops:    2 H sum(rows * width). bytes: 2 H sum(width, experts with rows) + rows (2 width + 4 H and/or 2 H)

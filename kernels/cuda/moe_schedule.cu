@@ -1,5 +1,6 @@
 // computes: for each grouped product the order of the experts, the tiles before each of them, and where the per-tile
-//           partials of each begin
+//           partials of each begin. The widest expert comes first: where the inner dimension is the width (down, contributions in
+//           Gram form) its tiles take longest, and those that come last should be short. Elsewhere all tiles take equally long
 // layout:   order [E], tile_offsets [E + 1] in that order, partial_offsets [E + 1] by expert id
 // requires: group_offsets and neuron_offsets do not decrease
 // launch:   grid (num_specs), block (256), shared 16 E + 8 * 32 bytes
@@ -56,13 +57,10 @@ TENP_KERNEL(tenp_moe_schedule, TenpMoeScheduleParams, 256, 1) {
     }
     __syncthreads();
     for (int e = threadIdx.x; e < n; e += blockDim.x) {
-        int place = e;
-        if (spec.longest_first != 0) {
-            const int width = widths[e];
-            place = 0;
-            for (int other = 0; other < n; ++other) {
-                place += widths[other] > width || (widths[other] == width && other < e) ? 1 : 0;
-            }
+        const int width = widths[e];
+        int place = 0;
+        for (int other = 0; other < n; ++other) {
+            place += widths[other] > width || (widths[other] == width && other < e) ? 1 : 0;
         }
         order[place] = e;
     }

@@ -37,7 +37,7 @@ pub struct ScheduleOut<'a> {
     pub product: Product,
     /// Outputs of every expert, for the down product; `None`: its neurons.
     pub outputs: Option<usize>,
-    /// `[experts]`: experts, for the down product those with the most neurons first.
+    /// `[experts]`: experts, those with the most neurons first.
     pub order: DeviceSliceMut<'a, i32>,
     /// `[experts + 1]`.
     pub tile_offsets: DeviceSliceMut<'a, i32>,
@@ -80,7 +80,7 @@ pub fn moe_schedule<'a>(
         token_tile: 1,
         weight_tile: 1,
         outputs: 0,
-        longest_first: 0,
+        padding: 0,
     };
     let count = experts.layout.num_experts();
     let mut specs = [NONE; TENP_MAX_SCHEDULES as usize];
@@ -103,7 +103,7 @@ pub fn moe_schedule<'a>(
             token_tile: s.product.tile.rows() as i32,
             weight_tile: to_i32("weight tile", s.product.weight_tile)?,
             outputs: to_i32("outputs of an expert", s.outputs.unwrap_or(0))?,
-            longest_first: i32::from(s.outputs.is_some()),
+            padding: 0,
         };
     }
     let params = TenpMoeScheduleParams {

@@ -146,9 +146,7 @@ fn schedules_count_every_tile_once() {
         let made = Tiles::schedule(&Tables::new(&layer.layout), &offsets, &products, sim);
         for (&(product, outputs), got) in products.iter().zip(made) {
             let mut order: Vec<usize> = (0..experts).collect();
-            if outputs.is_some() {
-                order.sort_by_key(|&e| (usize::MAX - layer.width_padded(e), e));
-            }
+            order.sort_by_key(|&e| (usize::MAX - layer.width_padded(e), e));
             let got_order = got.order.written().unwrap();
             assert!(
                 got_order

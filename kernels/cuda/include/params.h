@@ -77,13 +77,13 @@ TENP_SIZE(TenpGatherRowsParams, 40);
 
 /* How one grouped product is cut into tiles. */
 typedef struct TenpScheduleSpec {
-    int32_t *order;              /* [E] out: experts, longest inner dimension first where asked for, else by id */
+    int32_t *order;              /* [E] out: experts, widest first by padded width, ties to the lower id */
     int32_t *tile_offsets;       /* [E + 1] out: tiles before the expert at each place of `order` */
     int64_t *partial_offsets;    /* nullable, [E + 1] out, by expert id: elements of per-tile partials before it */
     int32_t token_tile;          /* rows of a tile */
     int32_t weight_tile;         /* weight rows (neurons, outputs) of a tile */
     int32_t outputs;             /* weight rows of every expert; 0: the expert's padded width */
-    int32_t longest_first;       /* not 0: order by padded width, widest first, ties to the lower id */
+    int32_t padding;
 } TenpScheduleSpec;
 TENP_SIZE(TenpScheduleSpec, 40);
 
