@@ -36,7 +36,8 @@ struct TilePlace {
 };
 
 // The `index`-th tile of an expert: all token tiles with one group of TILE_GROUP weight tiles, then with the next; weight
-// tiles fastest inside, so that tiles running together share both operands.
+// tiles fastest inside, so that tiles running together share both operands. Were token tiles fastest inside, the order would be
+// the same without groups, and tiles running together would share one operand where there are many token tiles.
 TENP_HOST_DEVICE TilePlace place_of_tile(int index, int weight_tiles, int token_tiles) {
     const int per_group = TILE_GROUP * token_tiles;
     const int first = index / per_group * TILE_GROUP;
