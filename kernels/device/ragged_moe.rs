@@ -151,7 +151,7 @@ impl RaggedMoe {
             orders: [part(experts, 4), part(experts, 4)],
             tile_offsets: [part(experts + 1, 4), part(experts + 1, 4)],
             h: part(rows * self.layout.hidden_pitch(), 2),
-            y: part(rows * self.hidden, 4),
+            y: part(rows * self.hidden, 2),
             bytes,
         }
     }
@@ -163,6 +163,7 @@ impl RaggedMoe {
     }
 
     /// out = Σ g · down(silu(gate x) · (up x)) of every token, `[tokens, H]`: asks `runner` for the kernels, in order.
+    /// Between them lie h and y rounded to bf16; all sums are f32.
     ///
     /// # Errors
     /// Lengths that do not fit together, a workspace that is too small or not 256-byte aligned; the runner's own.
@@ -255,8 +256,8 @@ impl RaggedMoe {
             experts: tables,
             down_t: weights.down_t,
             h: room.read(parts.h, rows * pitch),
-            y_f32: Some(room.write(parts.y, rows * self.hidden)),
-            y_bf16: None,
+            y_f32: None,
+            y_bf16: Some(room.write(parts.y, rows * self.hidden)),
             square_partials: None,
             group_offsets,
             schedule: schedule(1),
@@ -267,7 +268,7 @@ impl RaggedMoe {
         calls.push(moe_down(h, multiprocessors)?);
         calls.push(moe_combine(MoeCombine {
             experts: tables,
-            y: ExpertOutputs::F32(room.read(parts.y, rows * self.hidden)),
+            y: ExpertOutputs::Bf16(room.read(parts.y, rows * self.hidden)),
             slots: Slots {
                 row_of_slot: room.read(parts.row_of_slot, rows),
                 expert_ids: batch.expert_ids,
@@ -347,7 +348,7 @@ mod tests {
                 (parts.tile_offsets[0], 16),
                 (parts.tile_offsets[1], 16),
                 (parts.h, 2 * rows * 144),
-                (parts.y, 4 * rows * 24),
+                (parts.y, 2 * rows * 24),
             ];
             let mut before = 0;
             for (begin, bytes) in ends {

@@ -21,6 +21,7 @@ pub mod bounds;
 pub mod layer;
 pub mod layer_sums;
 pub mod memory;
+pub mod plain_layer;
 pub mod products;
 pub mod repeats;
 pub mod rotary;
@@ -56,6 +57,7 @@ macro_rules! every_check {
             products::numbers_that_are_not_finite_stay_in_their_rows,
             layer_sums::a_scored_layer_is_that_of_the_cpu,
             layer_sums::shared_outputs_and_residuals_are_added,
+            plain_layer::outputs_in_bf16_cost_no_more_than_activations_in_bf16,
             attention::prefill_of_ragged_sequences,
             attention::decode_with_and_without_splits,
             rows::norms,

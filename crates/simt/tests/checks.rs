@@ -5,8 +5,8 @@
 mod checks;
 
 use checks::{
-    On, Size, attention, batch, bounds, layer_sums, memory, products, repeats, rotary, rows,
-    segments,
+    On, Size, attention, batch, bounds, layer_sums, memory, plain_layer, products, repeats, rotary,
+    rows, segments,
 };
 use simt::{Schedule, Simulated};
 

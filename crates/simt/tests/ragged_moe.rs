@@ -112,7 +112,7 @@ impl Case {
         out
     }
 
-    /// Whether the output is the CPU's, up to the roundings of h.
+    /// Whether the output is the CPU's, up to the roundings of h and y.
     fn is_right(&self) -> bool {
         let Ok(got) = self.out.written() else {
             return false;

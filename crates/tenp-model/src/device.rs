@@ -24,6 +24,7 @@ mod memory;
 mod moe;
 mod moments;
 mod pass;
+mod planned;
 mod routing;
 mod store;
 mod sums;

@@ -25,8 +25,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
 
 use checks::{
-    On, Size, attention, batch, bounds, layer_sums, memory, products, repeats, rotary, rows,
-    segments,
+    On, Size, attention, batch, bounds, layer_sums, memory, plain_layer, products, repeats, rotary,
+    rows, segments,
 };
 use half::bf16;
 use tenp_kernels::KernelError;

@@ -202,7 +202,7 @@ fn a_layer_is_that_of_the_cpu() {
         let want = case.want();
         assert!(want.iter().any(|y| y.abs() > 0.1), "{want:?}");
         for (at, (got, want)) in case.out.to_vec().iter().zip(&want).enumerate() {
-            // Up to the roundings of h.
+            // Up to the roundings of h and y.
             assert!((got - want).abs() < 0.02, "{at}: {got}, {want}");
         }
     }

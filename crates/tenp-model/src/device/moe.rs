@@ -15,12 +15,13 @@ use tenp_kernels::device::moe_direction::{MoeDirection, ROW_DOTS, TOKEN_DOTS, mo
 use tenp_kernels::device::moe_down::{MoeDown, moe_down, square_partials};
 use tenp_kernels::device::moe_gate_up::{MoeGateUp, Partials, moe_gate_up};
 use tenp_kernels::device::moe_row_norms::{MoeRowNorms, moe_row_norms};
-use tenp_kernels::device::moe_schedule::{ExpertTables, Schedule, ScheduleOut, moe_schedule};
+use tenp_kernels::device::moe_schedule::{ExpertTables, moe_schedule};
 use tenp_kernels::device::{Backend, DeviceSlice, DeviceSliceMut, InOut, Memory, Product, Tile};
 use tenp_kernels::params::{TENP_NUM_ACTIVATION_SUMS, TENP_NUM_CONTRIBUTION_SUMS};
 
 use super::layer::Moe;
 use super::moments::DeviceMoments;
+use super::planned::Planned;
 use super::routing::Grouped;
 use super::sums::{DeviceSums, LabelSums};
 use super::{DeviceModel, zeros};
@@ -67,52 +68,13 @@ pub(super) enum Beside<'a, 'w, B: Backend> {
     Moments(&'a mut DeviceMoments<'w, B>),
 }
 
-/// The schedule of one grouped product.
-struct Planned<B: Backend> {
-    product: Product,
-    order: B::Buffer<i32>,
-    tile_offsets: B::Buffer<i32>,
-    partial_offsets: Option<B::Buffer<i64>>,
-}
-
-impl<B: Backend> Planned<B> {
-    fn new(
-        backend: &B,
-        product: Product,
-        experts: usize,
-        partials: bool,
-    ) -> Result<Self, KernelError> {
-        Ok(Self {
-            product,
-            order: backend.alloc("schedule", experts)?,
-            tile_offsets: backend.alloc("schedule", experts + 1)?,
-            partial_offsets: partials
-                .then(|| backend.alloc("schedule", experts + 1))
-                .transpose()?,
-        })
-    }
-
-    fn out(&mut self, outputs: Option<usize>) -> ScheduleOut<'_> {
-        ScheduleOut {
-            product: self.product,
-            outputs,
-            order: self.order.view_mut(),
-            tile_offsets: self.tile_offsets.view_mut(),
-            partial_offsets: self.partial_offsets.as_mut().map(Memory::view_mut),
-        }
-    }
-
-    fn schedule(&self) -> Schedule<'_> {
-        Schedule {
-            order: self.order.view(),
-            tile_offsets: self.tile_offsets.view(),
-        }
-    }
-
-    fn partial_offsets(&self) -> DeviceSlice<'_, i64> {
-        let offsets = self.partial_offsets.as_ref();
-        offsets.expect("a product with partial sums").view()
-    }
+/// What is wanted of the down product.
+#[derive(Default)]
+struct Outputs<'a> {
+    y_f32: Option<DeviceSliceMut<'a, f32>>,
+    y_bf16: Option<DeviceSliceMut<'a, bf16>>,
+    /// Sums of squares of y.
+    squares: Option<DeviceSliceMut<'a, f32>>,
 }
 
 impl<B: Backend> DeviceModel<'_, B> {
@@ -215,10 +177,17 @@ impl<B: Backend> DeviceModel<'_, B> {
         shared: Option<SharedOutput<'_>>,
         into: CombineInto<'_>,
     ) -> Result<(), KernelError> {
-        let (_, y) = self.outputs(block, grouped, None)?;
+        let (h, down) = self.activations(block, grouped)?;
+        let len = block.num_rows() * self.hidden();
+        let mut y = self.backend.alloc::<bf16>("expert outputs", len)?;
+        let outputs = Outputs {
+            y_bf16: Some(y.view_mut()),
+            ..Outputs::default()
+        };
+        self.down(block, grouped, &down, h.view(), outputs)?;
         self.backend.run(&moe_combine(MoeCombine {
             experts: block.experts()?,
-            y: ExpertOutputs::F32(y.view()),
+            y: ExpertOutputs::Bf16(y.view()),
             slots: grouped.slots(),
             shared,
             combined: None,
@@ -238,7 +207,12 @@ impl<B: Backend> DeviceModel<'_, B> {
         let (backend, product) = (&self.backend, Product::down(self.tile(block)));
         let num_partials = square_partials(&product, self.hidden());
         let mut squares = backend.alloc("squares of outputs", num_partials * rows)?;
-        let (h, _) = self.outputs(block, grouped, Some(squares.view_mut()))?;
+        let (h, down) = self.activations(block, grouped)?;
+        let outputs = Outputs {
+            squares: Some(squares.view_mut()),
+            ..Outputs::default()
+        };
+        self.down(block, grouped, &down, h.view(), outputs)?;
         let mut inverse = backend.alloc("inverse norms", rows)?;
         let mut norms = backend.alloc("norms of rows", rows)?;
         let mut non_finite = zeros(backend, "damaged rows", count)?;
@@ -262,14 +236,13 @@ impl<B: Backend> DeviceModel<'_, B> {
         )
     }
 
-    /// h and y of every row.
+    /// h of every row, and the schedule of the down product.
     #[allow(clippy::type_complexity, reason = "two results")]
-    fn outputs(
+    fn activations(
         &self,
         block: &MoeBlock<'_>,
         grouped: &Grouped<B>,
-        squares: Option<DeviceSliceMut<'_, f32>>,
-    ) -> Result<(B::Buffer<bf16>, B::Buffer<f32>), KernelError> {
+    ) -> Result<(B::Buffer<bf16>, Planned<B>), KernelError> {
         let (backend, hidden) = (&self.backend, self.hidden());
         let tile = self.tile(block);
         let experts = block.experts()?;
@@ -283,10 +256,7 @@ impl<B: Backend> DeviceModel<'_, B> {
             schedules,
         )?)?;
         let h = self.gate_up(block, grouped, &gate_up, None)?;
-        let mut y = backend.alloc::<f32>("expert outputs", block.num_rows() * hidden)?;
-        let outputs = (y.view_mut(), None, squares);
-        self.down(block, grouped, &down, h.view(), outputs)?;
-        Ok((h, y))
+        Ok((h, down))
     }
 
     /// h of every row.
@@ -326,27 +296,23 @@ impl<B: Backend> DeviceModel<'_, B> {
         Ok(h)
     }
 
-    /// y of every row.
+    /// y of every row, in the forms wanted.
     fn down(
         &self,
         block: &MoeBlock<'_>,
         grouped: &Grouped<B>,
         plan: &Planned<B>,
         h: DeviceSlice<'_, bf16>,
-        (y_f32, y_bf16, square_partials): (
-            DeviceSliceMut<'_, f32>,
-            Option<DeviceSliceMut<'_, bf16>>,
-            Option<DeviceSliceMut<'_, f32>>,
-        ),
+        outputs: Outputs<'_>,
     ) -> Result<(), KernelError> {
         let args = MoeDown {
             product: plan.product,
             experts: block.experts()?,
             down_t: block.moe.down_t.of(block.arena)?,
             h,
-            y_f32: Some(y_f32),
-            y_bf16,
-            square_partials,
+            y_f32: outputs.y_f32,
+            y_bf16: outputs.y_bf16,
+            square_partials: outputs.squares,
             group_offsets: grouped.group_offsets.view(),
             schedule: plan.schedule(),
             num_rows: block.num_rows(),
@@ -411,8 +377,11 @@ impl<B: Backend> DeviceModel<'_, B> {
         let mut y = backend.alloc::<f32>("expert outputs", rows * hidden)?;
         let bf16_len = if gram.is_some() { 0 } else { rows * hidden };
         let mut y_bf16 = backend.alloc::<bf16>("expert outputs", bf16_len)?;
-        let y_bf16_out = gram.is_none().then(|| y_bf16.view_mut());
-        let outputs = (y.view_mut(), y_bf16_out, None);
+        let outputs = Outputs {
+            y_f32: Some(y.view_mut()),
+            y_bf16: gram.is_none().then(|| y_bf16.view_mut()),
+            squares: None,
+        };
         self.down(block, grouped, &down, h.view(), outputs)?;
 
         let (m, row_inverse) = self.directions(block, grouped, (y.view(), residual), sums)?;
