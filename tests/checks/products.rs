@@ -55,9 +55,37 @@ impl<B: Backend> Partials<B> {
 }
 
 /// h, filled with [`UNTOUCHED`] before, and where `product` makes them the sums of the neurons.
+///
+/// The products of sm_90 that take x in the experts' order must give the same bits as those that gather it.
 pub fn gate_up<B: Backend>(
     batch: &Batch<'_, B>,
     product: Product,
+) -> (B::Buffer<bf16>, Option<Partials<B>>) {
+    let (on, hidden) = (batch.on, batch.layer.hidden);
+    let gathered = gate_up_of(batch, product, None);
+    if product.tile.needs_wgmma() {
+        let tokens = on.get(batch.grouped.token_of_row.view());
+        let row = |&token: &i32| &batch.x[token as usize * hidden..][..hidden];
+        let x: Vec<bf16> = tokens.iter().flat_map(row).copied().collect();
+        let ordered = gate_up_of(batch, product, Some(&on.input(&x)));
+        let bits = |(h, sums): &(B::Buffer<bf16>, Option<Partials<B>>)| {
+            let h: Vec<u16> = on.get(h.view()).iter().map(|v| v.to_bits()).collect();
+            let sums = sums
+                .as_ref()
+                .map(|sums| sums.accumulated(batch, TENP_NUM_ACTIVATION_SUMS));
+            let sums: Vec<u64> = sums.iter().flatten().map(|v| v.to_bits()).collect();
+            (h, sums)
+        };
+        assert!(bits(&ordered) == bits(&gathered), "{}", product.entry);
+    }
+    gathered
+}
+
+/// With x by token, or by row.
+fn gate_up_of<B: Backend>(
+    batch: &Batch<'_, B>,
+    product: Product,
+    x_of_rows: Option<&B::Buffer<bf16>>,
 ) -> (B::Buffer<bf16>, Option<Partials<B>>) {
     let (on, layer, grouped) = (batch.on, &batch.layer, &batch.grouped);
     let untouched = bf16::from_f32(UNTOUCHED);
@@ -77,60 +105,22 @@ pub fn gate_up<B: Backend>(
         product,
         experts: batch.tables(),
         gate_up: batch.gate_up.view(),
-        x: batch.x_there.view(),
-        token_of_row: Some(grouped.token_of_row.view()),
+        x: x_of_rows.unwrap_or(&batch.x_there).view(),
+        token_of_row: x_of_rows.is_none().then(|| grouped.token_of_row.view()),
         h: h.view_mut(),
         group_offsets: grouped.group_offsets.view(),
         schedule: partials.tiles.view(),
         sums,
-        x_rows: batch.num_tokens(),
+        x_rows: match x_of_rows {
+            Some(_) => batch.num_rows(),
+            None => batch.num_tokens(),
+        },
         num_rows: batch.num_rows(),
         hidden: layer.hidden,
         hidden_pitch: layer.hidden_pitch(),
     };
     on.go(moe_gate_up(args, on.backend.multiprocessors()));
-    if product.tile.needs_wgmma() {
-        check_ordered(batch, product, &h);
-    }
     (h, stats.then_some(partials))
-}
-
-/// The products of sm_90 that take x in the experts' order give the same bits as those that gather it.
-fn check_ordered<B: Backend>(batch: &Batch<'_, B>, product: Product, gathered: &B::Buffer<bf16>) {
-    let (on, layer, grouped) = (batch.on, &batch.layer, &batch.grouped);
-    let product = Product::gate_up(product.tile);
-    let x: Vec<bf16> = on
-        .get(grouped.token_of_row.view())
-        .iter()
-        .flat_map(|&token| &batch.x[token as usize * layer.hidden..][..layer.hidden])
-        .copied()
-        .collect();
-    let x = on.input(&x);
-    let untouched = bf16::from_f32(UNTOUCHED);
-    let mut h = on.filled(untouched, batch.num_rows() * layer.hidden_pitch());
-    let tiles = batch.tiles(product, None);
-    on.go(moe_gate_up(
-        MoeGateUp {
-            product,
-            experts: batch.tables(),
-            gate_up: batch.gate_up.view(),
-            x: x.view(),
-            token_of_row: None,
-            h: h.view_mut(),
-            group_offsets: grouped.group_offsets.view(),
-            schedule: tiles.view(),
-            sums: None,
-            x_rows: batch.num_rows(),
-            num_rows: batch.num_rows(),
-            hidden: layer.hidden,
-            hidden_pitch: layer.hidden_pitch(),
-        },
-        on.backend.multiprocessors(),
-    ));
-    let bits = |h: &B::Buffer<bf16>| -> Vec<u16> {
-        on.get(h.view()).iter().map(|v| v.to_bits()).collect()
-    };
-    assert!(bits(&h) == bits(gathered), "{}", product.entry);
 }
 
 /// What the down product makes.

@@ -144,7 +144,7 @@ fn matches<B: Backend>(
     (rows, ids): (&Table<B>, &[i32]),
     columns: &Table<B>,
     similarity: Option<Similarity>,
-    groups: &[std::ops::Range<usize>],
+    (groups, wgmma): (&[std::ops::Range<usize>], bool),
 ) -> (B::Buffer<f32>, B::Buffer<i32>) {
     let items = items_of(ids.len(), groups).expect("small numbers");
     let (items_there, ids_there) = (on.input(&items), on.input(ids));
@@ -161,7 +161,7 @@ fn matches<B: Backend>(
         best_flip: None,
         num_rows: ids.len(),
         hidden: rows.layer.hidden,
-        wgmma: on.backend.has_wgmma(),
+        wgmma,
     };
     // SAFETY: the ids are neurons of the table, and the items were copied above.
     on.go(unsafe {
@@ -195,12 +195,31 @@ pub fn norms_and_similarity<B: Backend>(on: On<'_, B>, size: Size) {
             });
         }
     }
+    for wgmma in forms(on) {
+        check_best(on, (&rows, &ids, &segments), &columns, wgmma);
+    }
+}
+
+/// With the products of every GPU, and those of sm_90 where there are.
+fn forms<B: Backend>(on: On<'_, B>) -> impl Iterator<Item = bool> {
+    let count = 1 + usize::from(on.backend.has_wgmma());
+    [false, true].into_iter().take(count)
+}
+
+/// The best match of every row among all experts of `columns`.
+fn check_best<B: Backend>(
+    on: On<'_, B>,
+    (rows, ids, segments): (&Table<B>, &[i32], &Segments),
+    columns: &Table<B>,
+    wgmma: bool,
+) {
     let layout = &columns.layer.layout;
-    let groups: Vec<_> = (0..column_widths.len())
-        .map(|e| layout.range(e).start..layout.range(e).start + column_widths[e])
+    let widths = columns.layer.widths.iter().enumerate();
+    let groups: Vec<_> = widths
+        .map(|(e, width)| layout.range(e).start..layout.range(e).start + width)
         .collect();
     let similarity = Similarity::default();
-    let (values, found) = matches(on, (&rows, &ids), &columns, Some(similarity), &groups);
+    let (values, found) = matches(on, (rows, ids), columns, Some(similarity), (&groups, wgmma));
     let mut best = (on.output::<f32>(ids.len()), on.output::<i32>(ids.len()));
     let mut best_id = on.output::<i32>(ids.len());
     on.go(segment_best(SegmentBest {
@@ -214,7 +233,7 @@ pub fn norms_and_similarity<B: Backend>(on: On<'_, B>, size: Size) {
     }));
     let views = columns.layer.views();
     let experts = MeasuredExpert::all(&views).expect("shapes fit");
-    let want = best_matches(Compute::F32, &segments, &experts, similarity).expect("shapes fit");
+    let want = best_matches(Compute::F32, segments, &experts, similarity).expect("shapes fit");
     let (value, group) = (on.get(best.0.view()), on.get(best.1.view()));
     let mut same = 0;
     for (r, (want, id)) in want.iter().zip(on.get(best_id.view())).enumerate() {
@@ -237,14 +256,6 @@ pub fn clusters<B: Backend>(on: On<'_, B>, size: Size) {
     let centres = table(on, 4, hidden, &[num_centres]);
     let (ids, segments) = points.all();
     let (_, mut expected) = centres.all();
-    let one = 0..num_centres;
-    let (_, found) = matches(
-        on,
-        (&points, &ids),
-        &centres,
-        None,
-        std::slice::from_ref(&one),
-    );
     let weights: Vec<f32> = (0..width).map(|i| (i % 4) as f32).collect();
     let flipped = vec![false; width];
     let weighted = WeightedSegments {
@@ -253,17 +264,26 @@ pub fn clusters<B: Backend>(on: On<'_, B>, size: Size) {
         weights: &weights,
     };
     let want = assign(Compute::F32, weighted, &expected).expect("shapes fit");
-    let found = on.get(found.view());
-    let same = |(got, want): (&i32, &Option<_>)| {
-        let want: &tenp_kernels::cpu::segments::Assignment = want.as_ref().expect("finite");
-        *got as usize == want.centre
-    };
-    let agreeing = found.iter().zip(&want).filter(|&pair| same(pair)).count();
-    assert!(agreeing + 2 >= width, "{agreeing} of {width}");
-
-    let mut members = vec![Vec::new(); num_centres];
-    for (i, &centre) in found.iter().enumerate() {
-        members[centre as usize].push(i);
+    let mut members = Vec::new();
+    for wgmma in forms(on) {
+        let one = 0..num_centres;
+        let (_, found) = matches(
+            on,
+            (&points, &ids),
+            &centres,
+            None,
+            (std::slice::from_ref(&one), wgmma),
+        );
+        members = vec![Vec::new(); num_centres];
+        let mut agreeing = 0;
+        for (i, (&centre, want)) in on.get(found.view()).iter().zip(&want).enumerate() {
+            agreeing += usize::from(want.as_ref().expect("finite").centre == centre as usize);
+            members[centre as usize].push(i);
+        }
+        assert!(
+            agreeing + 2 >= width,
+            "{agreeing} of {width}, wgmma {wgmma}"
+        );
     }
     let counts = update_centres(weighted, &members, &mut expected).expect("shapes fit");
     let mut offsets = vec![0i32];

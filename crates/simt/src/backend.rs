@@ -1,5 +1,7 @@
 //! The executor as a place where a whole model runs: the kernels from their sources, dense products by plain loops.
 
+use std::cell::Cell;
+
 use bytemuck::Pod;
 use tenp_kernels::KernelError;
 use tenp_kernels::device::{
@@ -9,10 +11,16 @@ use tenp_kernels::device::{
 
 use crate::{Buffer, Executor, Fault, Schedule, ffi};
 
+thread_local! {
+    /// Launches of this thread.
+    static LAUNCHES: Cell<u64> = const { Cell::new(0) };
+}
+
 /// A GPU of two multiprocessors that is no faster than the CPU it runs on, and checks everything.
 #[derive(Clone, Copy, Debug)]
 pub struct Simulated {
-    executor: Executor,
+    /// Nothing: every launch another.
+    schedule: Option<Schedule>,
     free_bytes: u64,
     wgmma: bool,
 }
@@ -21,9 +29,18 @@ impl Simulated {
     /// With this schedule for every launch.
     pub fn new(schedule: Schedule) -> Self {
         Self {
-            executor: Executor::new(schedule),
+            schedule: Some(schedule),
             free_bytes: 1 << 30,
             wgmma: false,
+        }
+    }
+
+    /// With another random schedule for every launch of a thread, and another number of multiprocessors: what depends on either
+    /// comes out otherwise when it is done again.
+    pub fn never_alike() -> Self {
+        Self {
+            schedule: None,
+            ..Self::new(Schedule::Forward)
         }
     }
 
@@ -118,7 +135,10 @@ impl Runner for Simulated {
     type Error = KernelError;
 
     fn multiprocessors(&self) -> usize {
-        2
+        match self.schedule {
+            Some(_) => 2,
+            None => 1 + LAUNCHES.get() as usize % 3,
+        }
     }
 
     fn has_wgmma(&self) -> bool {
@@ -130,7 +150,9 @@ impl Runner for Simulated {
         if launch.is_empty() {
             return Ok(());
         }
-        let done = self.executor.launch_call(call);
+        LAUNCHES.set(LAUNCHES.get() + 1);
+        let schedule = self.schedule.unwrap_or(Schedule::Random(LAUNCHES.get()));
+        let done = Executor::new(schedule).launch_call(call);
         done.map(|_| ())
             .map_err(|fault| failed(call.entry(), &fault))
     }

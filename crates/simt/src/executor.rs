@@ -1,6 +1,8 @@
 //! Launching an entry.
 
+use std::collections::BTreeSet;
 use std::ffi::{CStr, CString, c_void};
+use std::sync::{Mutex, PoisonError};
 
 use tenp_kernels::device::Call;
 
@@ -169,6 +171,10 @@ impl Executor {
         if done == 0 {
             return Err(Fault::from_raw(entry, &fault));
         }
+        let mut launched = LAUNCHED.lock().unwrap_or_else(PoisonError::into_inner);
+        if !launched.contains(entry) {
+            launched.insert(entry.to_string());
+        }
         Ok(Report {
             steps: report.steps,
             shared_used: report.shared_used as usize,
@@ -188,6 +194,17 @@ pub fn launch<P: Copy>(
     params: &P,
 ) -> Result<Report, Fault> {
     Executor::default().launch(entry, grid, block, shared_bytes, params)
+}
+
+/// Entries of which some launch of this process ended well.
+static LAUNCHED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+
+/// Names of the entries that were launched by this process without a fault.
+pub fn launched() -> BTreeSet<String> {
+    LAUNCHED
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone()
 }
 
 /// Names of all entries, sorted: those of `kernels/cuda` and the test kernels of this crate.

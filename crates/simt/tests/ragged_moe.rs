@@ -2,14 +2,17 @@
 
 mod support;
 
+use std::collections::BTreeSet;
+
 use half::bf16;
-use simt::Buffer;
+use simt::{Buffer, Schedule, Simulated};
 use support::layer::Layer;
 use support::{
-    AWKWARD_WIDTHS, Sim, assert_close, bf16_values, f32_values, rng, view, view_mut, widened,
+    AWKWARD_WIDTHS, Sim, assert_close, bf16_values, bytes_of, f32_values, rng, view, view_mut,
+    widened,
 };
 use tenp_kernels::cpu::moe::{ExpertActivations, combine, expert_forward};
-use tenp_kernels::device::{Call, MoeBatch, MoeWeights, RaggedMoe, Runner as _};
+use tenp_kernels::device::{Backend as _, Call, MoeBatch, MoeWeights, RaggedMoe, Runner as _};
 use tenp_kernels::{Compute, ExpertGroups};
 
 const HIDDEN: usize = 72;
@@ -87,10 +90,33 @@ impl Case {
     }
 
     fn calls<'a>(&'a self, workspace: &'a Buffer<u8>, wgmma: bool) -> Vec<Call<'a>> {
-        let (out, workspace) = (view_mut(&self.out), view_mut(workspace));
+        self.calls_into(&self.out, workspace, wgmma)
+    }
+
+    fn calls_into<'a>(
+        &'a self,
+        out: &'a Buffer<f32>,
+        workspace: &'a Buffer<u8>,
+        wgmma: bool,
+    ) -> Vec<Call<'a>> {
+        let (out, workspace) = (view_mut(out), view_mut(workspace));
         self.moe
             .calls((2, wgmma), self.weights(), self.batch(), out, workspace)
             .unwrap()
+    }
+
+    /// Other tokens where these are, on the experts that `expert_of` gives their slots.
+    fn route(&self, seed: u64, expert_of: impl Fn(usize) -> i32) {
+        let mut rng = rng(seed);
+        let ids: Vec<i32> = (0..self.ids.len()).map(expert_of).collect();
+        let x = bf16_values(&mut rng, self.x.len(), 1.0);
+        let weights = f32_values(&mut rng, ids.len(), 1.0);
+        let memory = Simulated::new(Schedule::Forward);
+        memory.write(view_mut(&self.x_there), &x).unwrap();
+        memory.write(view_mut(&self.ids_there), &ids).unwrap();
+        memory
+            .write(view_mut(&self.weights_there), &weights)
+            .unwrap();
     }
 
     /// The CPU's output.
@@ -137,6 +163,56 @@ fn a_layer_is_that_of_the_cpu() {
                 format!("{tokens} tokens: {at}")
             });
         }
+    }
+}
+
+/// What a captured graph does: calls made for one routing are run again when the memory holds another. No launch depends on
+/// the routing, and what the last run left in the workspace changes nothing.
+fn check_replayed(tokens: usize, wgmma: bool) {
+    let case = Case::new(9, tokens);
+    let room = case.workspace();
+    let prepared = case.calls(&room, wgmma);
+    let experts = AWKWARD_WIDTHS.len();
+    let routings: [&dyn Fn(usize) -> i32; 6] = [
+        &|slot| ((slot / TOP_K * 5 + slot % TOP_K) % experts) as i32,
+        // All on the widest, all on one without neurons, all nowhere; every other slot nowhere.
+        &|_| 9,
+        &|_| 0,
+        &|_| -1,
+        &|slot| if slot % 2 == 0 { 5 } else { experts as i32 },
+        &|slot| ((slot / TOP_K + slot % TOP_K * 4) % experts) as i32,
+    ];
+    let mut outputs = BTreeSet::new();
+    for (i, routing) in routings.into_iter().enumerate() {
+        case.route(i as u64, routing);
+        let (want, room) = (Buffer::output("out", case.x.len()), case.workspace());
+        let fresh = case.calls_into(&want, &room, wgmma);
+        let memory = Simulated::new(Schedule::Forward);
+        let poison = vec![f32::NAN; case.x.len()];
+        memory.write(view_mut(&case.out), &poison).unwrap();
+        assert_eq!(fresh.len(), prepared.len());
+        for (fresh, prepared) in fresh.iter().zip(&prepared) {
+            let same = fresh.entry() == prepared.entry() && fresh.launch() == prepared.launch();
+            assert!(same, "{} {}", fresh.entry(), prepared.entry());
+            Sim::unlike(i).run(fresh).unwrap();
+            Sim::unlike(i + 1).run(prepared).unwrap();
+        }
+        want.written().unwrap();
+        let same = bytes_of(&case.out) == bytes_of(&want);
+        assert!(same, "{tokens} tokens, wgmma {wgmma}, routing {i}");
+        outputs.insert(bytes_of(&want));
+    }
+    // Both routings to no neuron at all give zeros.
+    assert_eq!(outputs.len(), 5);
+}
+
+#[test]
+fn calls_made_once_follow_the_routing() {
+    for tokens in [1, 2, 8, 64] {
+        check_replayed(tokens, false);
+    }
+    for tokens in [40, 90] {
+        check_replayed(tokens, true);
     }
 }
 
