@@ -364,6 +364,10 @@ fn contributions_of_an_expert_add_up_to_its_norms() {
     for (tile, batch) in [
         (Tile::N64, Batch::awkward(40, 72, 60)),
         (Tile::N128, Batch::wide(41, 16, 12)),
+        (Tile::W64, Batch::awkward(42, 72, 60)),
+        (Tile::W128, Batch::wide(43, 16, 12)),
+        (Tile::W256, Batch::awkward(44, 72, 60)),
+        (Tile::W256, Batch::crowded(45, 40, 300)),
     ] {
         let sim = Sim::unlike(3);
         let forward = Forward::new(&batch, Tile::N64, sim);
@@ -416,7 +420,7 @@ fn outputs_that_are_not_finite_count_and_contribute_nothing() {
         y[row.index * hidden..][..hidden].fill(bf16::ZERO);
     }
     let (h, y) = (Buffer::input("h", &h), Buffer::input("y", &y));
-    for tile in [Tile::N64, Tile::N128] {
+    for tile in TILES {
         let product = Product::contribution(tile);
         let want = contribution(&dirty, (&h, &y, &forward.norms.inverse), product, sim);
         let got = forward.contribution(&dirty, tile, sim);

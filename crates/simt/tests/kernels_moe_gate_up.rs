@@ -242,6 +242,32 @@ fn bad_tokens_and_weights_stay_where_they_are() {
     }
 }
 
+/// Sums over numbers that are not finite are not finite, but for the largest, which passes over NaN. They stay with the neurons
+/// and tiles of rows they belong to.
+#[test]
+fn statistics_of_bad_tokens() {
+    let mut batch = Batch::awkward(61, 16, 150);
+    let hidden = batch.layer.hidden;
+    batch.x[5 * hidden..6 * hidden].fill(bf16::NAN);
+    batch.x[8 * hidden + 3] = bf16::INFINITY;
+    let batch = Batch::new(batch.layer, batch.routing, batch.x);
+    for (i, tile) in [Tile::N64, Tile::N128, Tile::W64, Tile::W128, Tile::W256]
+        .into_iter()
+        .enumerate()
+    {
+        let product = Product::gate_up_stats(tile);
+        let (h, partials) = gate_up(&batch, product, Sim::unlike(i));
+        let (h, partials) = (h.to_vec(), partials.expect("the entry makes them"));
+        for bad in [|v: &bf16| v.is_infinite(), |v: &bf16| v.is_nan()] {
+            let written = batch.rows().into_iter().filter(|row| row.width > 0);
+            let pitch = batch.layer.hidden_pitch();
+            let mut firsts = written.map(|row| &h[row.index * pitch]);
+            assert!(firsts.any(bad), "{tile:?}");
+        }
+        check_statistics(&batch, product, &h, &partials);
+    }
+}
+
 #[test]
 fn rows_of_slots_routed_nowhere_are_left_alone() {
     let batch = Batch::with_lost_slots(80, 40, 31);
