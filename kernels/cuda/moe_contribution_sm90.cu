@@ -17,7 +17,7 @@ using tenp::GroupedTile;
 constexpr int NEURONS = 128;
 
 // h of the tile, brought while the product runs, and the rows' 1 / |y|.
-template <int N> using Shape = tenp::WideShape<N, N <= 64 ? 8 : N <= 128 ? 5 : 3, 2 * N * NEURONS + 1024>;
+template <int N> using Shape = tenp::WideShape<N, N <= 64 ? 8 : N <= 128 ? 5 : N <= 192 ? 4 : 3, 2 * N * NEURONS + 1024>;
 
 // <w, y> is a product over H, or two over the expert's neurons: with G's high parts, and with its low ones.
 template <bool GRAM> constexpr int PARTS = GRAM ? 2 : 1;
@@ -82,14 +82,21 @@ __device__ __forceinline__ void add_up(const TenpMoeContributionParams &p, const
     const uint8_t *half_tile = staged + chunk / 8 * (N * NEURONS);
     const float *inverse = reinterpret_cast<const float *>(staged + 2 * N * NEURONS);
     float sums[2][TENP_NUM_CONTRIBUTION_SUMS] = {};
+    // Sixteen rows at a time, where there are.
+    constexpr int EIGHTS = N == 8 ? 1 : 2;
 #pragma unroll
-    for (int j = 0; j < N / 8; j += 2) {
-        uint32_t h[4];
+    for (int j = 0; j < N / 8; j += EIGHTS) {
+        uint32_t h[2 * EIGHTS];
         // Rows behind the expert's last are another's, or no one's.
-        const int token = min(8 * j + lane / 16 * 8 + lane % 8, last_row);
-        tenp::ldmatrix_x4_trans(h, half_tile + 16 * tenp::swizzled<8>(token, chunk % 8));
+        const int token = min(8 * j + lane / 16 % EIGHTS * 8 + lane % 8, last_row);
+        const uint8_t *row = half_tile + 16 * tenp::swizzled<8>(token, chunk % 8);
+        if constexpr (EIGHTS == 1) {
+            tenp::ldmatrix_x2_trans(h, row);
+        } else {
+            tenp::ldmatrix_x4_trans(h, row);
+        }
 #pragma unroll
-        for (int part = 0; part < 4; ++part) {
+        for (int part = 0; part < 2 * EIGHTS; ++part) {
             const float2 values = tenp::unpack_bf16(h[part]);
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
@@ -159,6 +166,10 @@ __device__ __forceinline__ void contribution(const TenpMoeContributionParams &p,
         contribution<n, true>(p, maps, shared);                                                     \
     }
 
+TENP_CONTRIBUTION(8)
+TENP_CONTRIBUTION(16)
+TENP_CONTRIBUTION(32)
 TENP_CONTRIBUTION(64)
 TENP_CONTRIBUTION(128)
+TENP_CONTRIBUTION(192)
 TENP_CONTRIBUTION(256)

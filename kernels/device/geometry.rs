@@ -131,15 +131,12 @@ impl Tile {
         }
     }
 
-    /// The tile where the entry has none for few rows (statistics, contributions).
+    /// The tile for statistics and contributions: those of every GPU have none for few rows.
     #[must_use]
-    pub const fn at_least_64(self) -> Self {
+    pub const fn with_sums(self) -> Self {
         match self {
-            Self::R2 | Self::N16 | Self::N64 => Self::N64,
-            Self::N128 => Self::N128,
-            Self::W8 | Self::W16 | Self::W32 | Self::W64 => Self::W64,
-            Self::W128 | Self::W192 => Self::W128,
-            Self::W256 => Self::W256,
+            Self::R2 | Self::N16 => Self::N64,
+            tile => tile,
         }
     }
 }
@@ -211,20 +208,28 @@ impl Product {
             "tenp_moe_gate_up_w128" => "tenp_moe_gate_up_gather_w128",
             "tenp_moe_gate_up_w192" => "tenp_moe_gate_up_gather_w192",
             "tenp_moe_gate_up_w256" => "tenp_moe_gate_up_gather_w256",
+            "tenp_moe_gate_up_stats_w8" => "tenp_moe_gate_up_stats_gather_w8",
+            "tenp_moe_gate_up_stats_w16" => "tenp_moe_gate_up_stats_gather_w16",
+            "tenp_moe_gate_up_stats_w32" => "tenp_moe_gate_up_stats_gather_w32",
             "tenp_moe_gate_up_stats_w64" => "tenp_moe_gate_up_stats_gather_w64",
             "tenp_moe_gate_up_stats_w128" => "tenp_moe_gate_up_stats_gather_w128",
+            "tenp_moe_gate_up_stats_w192" => "tenp_moe_gate_up_stats_gather_w192",
             "tenp_moe_gate_up_stats_w256" => "tenp_moe_gate_up_stats_gather_w256",
             entry => entry,
         }
     }
 
-    /// The same with the neurons' sums, with [`Tile::at_least_64`] rows.
+    /// The same with the neurons' sums, with a tile [`Tile::with_sums`].
     #[must_use]
     pub const fn gate_up_stats(tile: Tile) -> Self {
-        let tile = tile.at_least_64();
+        let tile = tile.with_sums();
         match tile {
+            Tile::W8 => Self::wide("tenp_moe_gate_up_stats_w8", tile, 64, 8, 0),
+            Tile::W16 => Self::wide("tenp_moe_gate_up_stats_w16", tile, 64, 8, 0),
+            Tile::W32 => Self::wide("tenp_moe_gate_up_stats_w32", tile, 64, 8, 0),
             Tile::W64 => Self::wide("tenp_moe_gate_up_stats_w64", tile, 64, 8, 0),
             Tile::W128 => Self::wide("tenp_moe_gate_up_stats_w128", tile, 64, 6, 0),
+            Tile::W192 => Self::wide("tenp_moe_gate_up_stats_w192", tile, 64, 4, 0),
             Tile::W256 => Self::wide("tenp_moe_gate_up_stats_w256", tile, 64, 4, 0),
             Tile::N128 => Self::new("tenp_moe_gate_up_stats_n128", tile, 64, 65_536),
             _ => Self::new("tenp_moe_gate_up_stats_n64", tile, 64, 49_152),
@@ -254,13 +259,17 @@ impl Product {
         Self::wide(entry, tile, 128, stages, 4 * 8 * tile.rows() as u32)
     }
 
-    /// Contributions of neurons, with [`Tile::at_least_64`] rows.
+    /// Contributions of neurons, with a tile [`Tile::with_sums`].
     #[must_use]
     pub const fn contribution(tile: Tile) -> Self {
-        let tile = tile.at_least_64();
+        let tile = tile.with_sums();
         match tile {
+            Tile::W8 => Self::wide("tenp_moe_contribution_w8", tile, 128, 8, 1024),
+            Tile::W16 => Self::wide("tenp_moe_contribution_w16", tile, 128, 8, 1024),
+            Tile::W32 => Self::wide("tenp_moe_contribution_w32", tile, 128, 8, 1024),
             Tile::W64 => Self::wide("tenp_moe_contribution_w64", tile, 128, 8, 1024),
             Tile::W128 => Self::wide("tenp_moe_contribution_w128", tile, 128, 5, 1024),
+            Tile::W192 => Self::wide("tenp_moe_contribution_w192", tile, 128, 4, 1024),
             Tile::W256 => Self::wide("tenp_moe_contribution_w256", tile, 128, 3, 1024),
             Tile::N128 => Self::new("tenp_moe_contribution_n128", tile, 128, 65_536),
             _ => Self::new("tenp_moe_contribution_n64", tile, 128, 49_152),
@@ -273,8 +282,12 @@ impl Product {
         match self.entry {
             "tenp_moe_contribution_n64" => "tenp_moe_contribution_gram_n64",
             "tenp_moe_contribution_n128" => "tenp_moe_contribution_gram_n128",
+            "tenp_moe_contribution_w8" => "tenp_moe_contribution_gram_w8",
+            "tenp_moe_contribution_w16" => "tenp_moe_contribution_gram_w16",
+            "tenp_moe_contribution_w32" => "tenp_moe_contribution_gram_w32",
             "tenp_moe_contribution_w64" => "tenp_moe_contribution_gram_w64",
             "tenp_moe_contribution_w128" => "tenp_moe_contribution_gram_w128",
+            "tenp_moe_contribution_w192" => "tenp_moe_contribution_gram_w192",
             "tenp_moe_contribution_w256" => "tenp_moe_contribution_gram_w256",
             entry => entry,
         }
@@ -366,7 +379,7 @@ mod tests {
                     "{product:?}"
                 );
             }
-            assert!(tile.at_least_64().rows() >= 64);
+            assert_eq!(tile.with_sums().with_sums(), tile.with_sums());
         }
         assert_eq!(
             Product::down(Tile::N64).launch(132, 64),

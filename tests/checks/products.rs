@@ -419,7 +419,7 @@ fn check_contribution<B: Backend>(
 
 /// The tiles of the entries with statistics.
 pub fn scoring_tiles<B: Backend>(on: On<'_, B>) -> impl Iterator<Item = Tile> {
-    Tile::of(on.backend.has_wgmma()).filter(|tile| tile.at_least_64() == *tile)
+    Tile::of(on.backend.has_wgmma()).filter(|tile| tile.with_sums() == *tile)
 }
 
 pub fn statistics_and_contributions<B: Backend>(on: On<'_, B>, size: Size) {

@@ -126,8 +126,13 @@ fn statistics_are_sums_over_the_stored_h() {
         (Tile::N128, Batch::awkward(41, 16, 300)),
         (Tile::N64, Batch::crowded(42, 16, 130)),
         (Tile::N128, Batch::crowded(43, 16, 258)),
+        (Tile::W8, Batch::awkward(48, 16, 40)),
+        (Tile::W16, Batch::crowded(49, 72, 37)),
+        (Tile::W32, Batch::awkward(50, 72, 90)),
         (Tile::W64, Batch::awkward(44, 16, 150)),
         (Tile::W128, Batch::awkward(45, 72, 300)),
+        (Tile::W192, Batch::crowded(51, 16, 200)),
+        (Tile::W192, Batch::awkward(52, 16, 400)),
         (Tile::W256, Batch::crowded(46, 16, 258)),
         (Tile::W256, Batch::awkward(47, 16, 400)),
     ]
@@ -196,7 +201,7 @@ fn check_statistics(batch: &Batch, product: Product, h: &[bf16], partials: &Part
 #[test]
 fn statistics_do_not_change_h() {
     let batch = Batch::awkward(50, 24, 20);
-    for tile in [Tile::N64, Tile::N128, Tile::W64, Tile::W128, Tile::W256] {
+    for tile in Tile::of(true).filter(|tile| tile.with_sums() == *tile) {
         let (plain, _) = gate_up(&batch, Product::gate_up(tile), Sim::unlike(0));
         let (h, partials) = gate_up(&batch, Product::gate_up_stats(tile), Sim::unlike(1));
         assert!(bytes_of(&h) == bytes_of(&plain));
@@ -251,8 +256,8 @@ fn statistics_of_bad_tokens() {
     batch.x[5 * hidden..6 * hidden].fill(bf16::NAN);
     batch.x[8 * hidden + 3] = bf16::INFINITY;
     let batch = Batch::new(batch.layer, batch.routing, batch.x);
-    for (i, tile) in [Tile::N64, Tile::N128, Tile::W64, Tile::W128, Tile::W256]
-        .into_iter()
+    for (i, tile) in Tile::of(true)
+        .filter(|tile| tile.with_sums() == *tile)
         .enumerate()
     {
         let product = Product::gate_up_stats(tile);

@@ -334,7 +334,7 @@ impl<B: Backend> DeviceModel<'_, B> {
         let (backend, hidden) = (&self.backend, self.hidden());
         let (tokens, rows) = (block.num_tokens(), block.num_rows());
         let (experts, layout) = (block.experts()?, &block.moe.layout);
-        let (tile, pitch) = (self.tile(block).at_least_64(), layout.hidden_pitch());
+        let (tile, pitch) = (self.tile(block).with_sums(), layout.hidden_pitch());
         let count = block.moe.spec.num_experts;
         let mut gate_up = Planned::<B>::new(backend, Product::gate_up_stats(tile), count, true)?;
         let mut down = Planned::<B>::new(backend, Product::down(tile), count, false)?;
