@@ -30,7 +30,7 @@ use half::bf16;
 use serde_json::{Value, json};
 use tenp_kernels::KernelError;
 use tenp_kernels::cost::{Ceilings, MoeWork, dense_flops};
-use tenp_kernels::device::{DenseShape, Device, DeviceBuffer, Tile, Timer};
+use tenp_kernels::device::{DenseShape, Device, DeviceBuffer, Runner as _, Tile, Timer};
 
 use baseline::Baseline;
 use cases::{Case, Routing, SHAPES, Shape, Widths};
