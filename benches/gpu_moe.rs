@@ -143,6 +143,7 @@ fn row(case: &Case, what: &str, seconds: f64, costs: (f64, f64), ceilings: Ceili
         "widths": case.widths.name(),
         "routing": case.routing.name(),
         "what": what,
+        "launched": "stream",
         "floor_us": floor.seconds * 1e6,
         "bound": floor.bound.name(),
         "p50_us": seconds * 1e6,
@@ -366,6 +367,13 @@ fn run(device: &Device) -> Result<Value, KernelError> {
         "multiprocessors": properties.multiprocessors,
         "l2_bytes": properties.l2_bytes,
         "selection": selection,
+        "shapes": SHAPES.map(|s| json!({
+            "name": s.name,
+            "hidden": s.hidden,
+            "width": s.width,
+            "experts": s.experts,
+            "top_k": s.top_k,
+        })),
         "ceilings": {
             "cublas_8192_tflops": ceilings.flops / 1e12,
             "copy_gb_per_s": ceilings.bytes / 1e9,

@@ -7,7 +7,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 pre=$work/pre
 mkdir -p "$pre/repo/demo/calibration" "$pre/repo/demo/text" "$pre/peers" "$work/bin"
-cp scripts/gpu-report.py scripts/gpu_peers.py scripts/gpu_plots.py "$pre/"
+cp scripts/gpu-report.py scripts/gpu_peers.py scripts/gpu_plots.py scripts/gpu_targets.py "$pre/"
 echo '{}' > "$pre/repo/demo/config.json"
 touch "$pre/repo/demo/calibration/a.jsonl" "$pre/repo/demo/text/a.jsonl"
 echo pretended > "$pre/revision"

@@ -25,7 +25,7 @@ steps=("$@")
 ((${#steps[@]})) || steps=(tests memcheck racecheck synccheck initcheck bench peers program)
 limit=${TENP_STEP_SECONDS:-1500}
 
-for file in gpu-tests gpu-bench tenp-run gpu-report.py gpu_peers.py gpu_plots.py peers/bench.py revision; do
+for file in gpu-tests gpu-bench tenp-run gpu-report.py gpu_peers.py gpu_plots.py gpu_targets.py peers/bench.py revision; do
   [[ -e $prebuilt/$file ]] || { echo "gpu-check: no $prebuilt/$file; scripts/gpu-build.sh makes it" >&2; exit 2; }
 done
 command -v python3 >/dev/null || { echo "gpu-check: python3 is needed for the report" >&2; exit 3; }

@@ -258,13 +258,15 @@ def write_tensors(path, values):
 
 
 def made_up_bench():
-    row = {"shape": "Tiny", "tokens": 8, "widths": "full", "routing": "uniform", "what": "experts", "floor_us": 10.0,
-           "bound": "bytes", "p50_us": 20.0, "useful_tflops": 100.0, "gb_per_s": 1000.0, "share_of_flops_ceiling": 0.125,
+    row = {"shape": "Tiny", "tokens": 8, "widths": "full", "routing": "uniform", "what": "experts",
+           "launched": "stream", "floor_us": 10.0, "bound": "bytes", "p50_us": 20.0, "useful_tflops": 100.0,
+           "gb_per_s": 1000.0, "share_of_flops_ceiling": 0.125,
            "share_of_bytes_ceiling": 0.25, "share_of_floor": 0.5, "times_cublas_grouped": 1.5, "times_cublas_loop": 0.75}
     half = {**row, "widths": "ragged 50 %", "p50_us": 12.0, "useful_tflops": 250 / 3}
     layer = {k: v for k, v in row.items() if not k.startswith("times")} | {"what": "layer"}
     left_out = [{"shape": "Tiny", "tokens": 9, "widths": "full", "routing": "zipf", "why": "out of GPU memory"}]
-    return {"ceilings": {"cublas_8192_tflops": 800.0, "copy_gb_per_s": 4000.0}, "rows": [row, half, layer],
+    shapes = [{"name": "Tiny", "hidden": 64, "width": 32, "experts": 8, "top_k": 2}]
+    return {"shapes": shapes, "ceilings": {"cublas_8192_tflops": 800.0, "copy_gb_per_s": 4000.0}, "rows": [row, half, layer],
             "left_out": left_out}
 
 

@@ -9,30 +9,20 @@ import os
 import statistics
 
 import gpu_plots
+import gpu_targets
+from gpu_targets import base, case_of, rows_per_expert
 
 # What a peer's figure is held against: `products` leaves SwiGLU out, as the cuBLAS baselines do.
 OURS_OF = {"experts": "experts", "products": "experts", "layer": "layer"}
-RAGGED = ("ragged 75 %", "ragged 50 %")
-TORCH = "torch._grouped_mm"
-# Of the design; rows are those of an expert.
-TARGETS = {
-    "experts": f"equal widths, ≥ 1024 rows: ≥ 1.00 × {TORCH}",
-    "products": f"the same, without its SwiGLU: ≥ 1.00 × {TORCH}",
-    "stretch": "equal widths, ≥ 1024 rows, a stretch: ≥ 0.95 × DeepGEMM",
-    "middle": "full widths, 128 to 256 rows: ≥ 1.20 × the best peer, or 90 % of the floor",
-    "padded": f"ragged: ≥ 1.33 × {TORCH}, padded",
-    "rate": "ragged, bound by FLOPs: ≥ 0.93 of the rate at full widths",
-    "copy": "full widths, 8 to 64 rows: ≥ 0.90 of copy bandwidth",
-    "row": f"full widths, one token: ≥ 3.00 × {TORCH}",
-    "share": "pruned over whole, in time: ≤ 1.05 × the kept share of FLOPs",
-}
+LAUNCHED = {"graph": "as a graph", "stream": "one by one"}
+KINDS = ("row", "drift", "left_out", "wrong", "failed", "run")
 
 
 def read_lines(path):
     """The peers' lines by kind; None where there is no file. A run that was stopped can leave half a line."""
     if not os.path.exists(path):
         return None
-    kinds = {"row": [], "drift": [], "left_out": [], "wrong": [], "failed": [], "run": []}
+    kinds = {kind: [] for kind in KINDS}
     with open(path, encoding="utf-8") as file:
         for text in file:
             try:
@@ -43,20 +33,12 @@ def read_lines(path):
     return kinds
 
 
-def case_of(row):
-    return row["shape"], row["tokens"], row["widths"], row["routing"]
-
-
-def base(peer):
-    return peer.removesuffix(", padded")
-
-
 def mean_of_runs(bench, again):
-    """Our rows by case and kind, with the mean of both times; `runs` has each."""
+    """Our rows by case, kind and way of launching, with the mean of both times; `runs` has each."""
     runs = {}
     for made in (bench, again):
         for row in (made or {}).get("rows", []):
-            runs.setdefault((case_of(row), row["what"]), []).append(row)
+            runs.setdefault((case_of(row), row["what"], row["launched"]), []).append(row)
     rows = {}
     for key, of in runs.items():
         first, microseconds = of[0], [row["p50_us"] for row in of]
@@ -67,24 +49,52 @@ def mean_of_runs(bench, again):
                      "bytes": first["gb_per_s"] * first["p50_us"] * 1e3}
         for rate in ("useful_tflops", "gb_per_s", "share_of_flops_ceiling", "share_of_bytes_ceiling", "share_of_floor"):
             rows[key][rate] = first[rate] * scale
+        for time in gpu_targets.CUBLAS.values():
+            if time in first:
+                rows[key][time] = statistics.mean(row[time] for row in of)
     return rows
+
+
+def preferred(ours):
+    """One row a case and kind: the graph where there is one."""
+    made = {}
+    for (case, what, launched), row in ours.items():
+        if launched == "graph" or (case, what) not in made:
+            made[case, what] = row
+    return made
 
 
 def same_work(a, b):
     return all(abs(a[of] - b[of]) <= 1e-6 * max(a[of], b[of]) for of in ("flops", "bytes"))
 
 
+def beside(own, named, peer_us):
+    return {**named, "launched": own["launched"], "ours_us": own["p50_us"], "peer_us": peer_us,
+            "ratio": peer_us / own["p50_us"]}
+
+
+def compare_cublas(ours):
+    """The cuBLAS baselines of our own bench beside our experts, where they were timed in the same way."""
+    ratios = []
+    for (case, _, _), own in ours.items():
+        named = dict(zip(("shape", "tokens", "widths", "routing"), case))
+        ratios += [beside(own, {**named, "what": "products", "peer": peer}, own[time])
+                   for peer, time in gpu_targets.CUBLAS.items() if time in own]
+    return ratios
+
+
 def compare(ours, peers):
-    """Every peer's row beside ours, and the cases in which the two sides did not do the same."""
+    """Every peer's row beside ours, launched alike where ours was timed both ways, and the cases in which the two sides
+    did not do the same."""
     ratios, unlike = [], []
     for row in peers["row"]:
-        own = ours.get((case_of(row), OURS_OF[row["what"]]))
+        key = case_of(row), OURS_OF[row["what"]]
+        own = ours.get((*key, row["launched"]), ours.get((*key, "stream")))
         if own is None:
             continue
         case = {name: row[name] for name in ("shape", "tokens", "widths", "routing", "what", "peer")}
         if same_work(own, row):
-            ratios.append({**case, "ours_us": own["p50_us"], "peer_us": row["p50_us"],
-                           "ratio": row["p50_us"] / own["p50_us"]})
+            ratios.append(beside(own, case, row["p50_us"]))
         else:
             unlike.append(case)
     return ratios, unlike
@@ -100,87 +110,43 @@ def summary(ratios):
             for (peer, what), of in sorted(groups.items())]
 
 
-def rows_per_expert(row, shapes):
-    shape = shapes[row["shape"]]
-    return row["tokens"] * shape["top_k"] / shape["experts"]
-
-
-def target_values(ours, ratios, shapes):
-    """Per target the value of each case, with whether it is met. Uniform routing."""
-    found = {target: [] for target in TARGETS}
-
-    def add(target, value, met):
-        found[target].append((value, met))
-
-    for r in (r for r in ratios if r["routing"] == "uniform" and r["what"] != "layer"):
-        ratio, widths, many = r["ratio"], r["widths"], rows_per_expert(r, shapes) >= 1024
-        if base(r["peer"]) == TORCH and many and widths in ("full", "uniform 75 %"):
-            add(r["what"], ratio, ratio >= 1.0)
-        if r["what"] == "products":
-            continue
-        if base(r["peer"]) == "DeepGEMM" and many and widths in ("full", "uniform 75 %"):
-            add("stretch", ratio, ratio >= 0.95)
-        if base(r["peer"]) == TORCH and widths in RAGGED:
-            add("padded", ratio, ratio >= 1 / 0.75)
-        if base(r["peer"]) == TORCH and widths == "full" and r["tokens"] == 1:
-            add("row", ratio, ratio >= 3.0)
-    for (case, what), own in ours.items():
-        if what == "experts" and case[3] == "uniform" and case[0] in shapes:
-            rows, full = rows_per_expert(own, shapes), ours.get(((case[0], case[1], "full", case[3]), what))
-            times = [r["peer_us"] for r in ratios if case_of(r) == case and r["what"] == what]
-            if case[2] == "full" and 128 <= rows <= 256 and times:
-                best = min(times) / own["p50_us"]
-                add("middle", best, best >= 1.2 or own["share_of_floor"] >= 0.9)
-            if case[2] == "full" and 8 <= rows <= 64:
-                add("copy", own["share_of_bytes_ceiling"], own["share_of_bytes_ceiling"] >= 0.9)
-            if case[2] in RAGGED and full and own["bound"] == full["bound"] == "flops":
-                share = own["useful_tflops"] / full["useful_tflops"]
-                add("rate", share, share >= 0.93)
-            if full and case[2] in ("uniform 75 %", *RAGGED):
-                over = own["p50_us"] / full["p50_us"] / (own["flops"] / full["flops"])
-                add("share", over, over <= 1.05)
-    return found
-
-
-def targets(ours, ratios, shapes):
-    made = []
-    for target, values in target_values(ours, ratios, shapes).items():
-        made.append({"target": TARGETS[target], "cases": len(values), "met": sum(met for _, met in values)})
-        if values:
-            made[-1].update({"from": min(v for v, _ in values), "to": max(v for v, _ in values)})
-    return made
-
-
 def spread(pairs):
     """The median and the largest difference of two runs of the same, in per cent."""
     off = [100 * abs(b / a - 1) for a, b in pairs]
     return f"median {statistics.median(off):.1f} %, at most {max(off):.1f} %" if off else "not measured"
 
 
-def gather(folder, bench):
-    """What the report has of the peers; None where they have not run."""
-    lines = read_lines(os.path.join(folder, "gpu_peers.jsonl"))
-    if lines is None:
-        return None
-    path = os.path.join(folder, "gpu_moe_again.json")
+def read_run(folder, file):
+    """A run of our bench; None where it is not there or not whole."""
     try:
-        with open(path, encoding="utf-8") as file:
-            again = json.load(file)
+        with open(os.path.join(folder, file), encoding="utf-8") as opened:
+            return json.load(opened)
     except (FileNotFoundError, json.JSONDecodeError):
-        again = None
+        return None
+
+
+def gather(folder, bench):
+    """What the report has of wins, losses and targets; None where neither ours nor the peers have run."""
+    lines = read_lines(os.path.join(folder, "gpu_peers.jsonl"))
+    if lines is None and bench is None:
+        return None
+    lines = lines or {kind: [] for kind in KINDS}
+    again = read_run(folder, "gpu_moe_again.json")
     run = lines["run"][0] if lines["run"] else None
     made = {"run": run, **{kind: lines[kind] for kind in ("row", "drift", "left_out", "wrong", "failed")}}
-    ours = mean_of_runs(bench, again)
-    if bench and run and bench.get("gpu") != run["gpu"]:
-        ours = {}
-        made["other_gpu"] = bench.get("gpu")
-    ratios, made["unlike"] = compare(ours, lines)
-    made.update(ratios=ratios, summary=summary(ratios), ours=list(ours.values()), again=again is not None)
+    every = beside_peers = mean_of_runs(bench, again)
+    shapes = {shape["name"]: shape for of in (bench, run) if of for shape in of["shapes"]}
+    if bench and run and bench["gpu"] != run["gpu"]:
+        beside_peers = {}
+        made["other_gpu"] = bench["gpu"]
+    ratios, made["unlike"] = compare(beside_peers, lines)
+    ratios += compare_cublas(every)
+    ours = list(preferred(beside_peers).values())
+    made.update(ratios=ratios, summary=summary(ratios), ours=ours, again=again is not None,
+                targets=gpu_targets.targets(preferred(every), ratios, shapes))
     if run:
-        shapes = {shape["name"]: shape for shape in run["shapes"]}
-        made["targets"] = targets(ours, ratios, shapes)
-        made["plots"], made["no_plots"] = gpu_plots.draw(os.path.join(folder, "plots"), list(ours.values()),
-                                                         lines["row"], shapes, run["ceilings"])
+        made["plots"], made["no_plots"] = gpu_plots.draw(os.path.join(folder, "plots"), ours, lines["row"], shapes,
+                                                         run["ceilings"])
     return made
 
 
@@ -216,9 +182,23 @@ def losses(made):
     lost = sorted((r for r in made["ratios"] if r["ratio"] < 1), key=lambda r: r["ratio"])
     if not lost:
         return "We are slower in no case." if made["ratios"] else "Nothing to compare."
-    rows = [[r["shape"], str(r["tokens"]), r["widths"], r["routing"], r["what"], r["peer"], f"{r['ours_us']:.1f}",
-             f"{r['peer_us']:.1f}", times(r["ratio"])] for r in lost]
-    return table(["shape", "T", "widths", "routing", "what", "peer", "ours, µs", "theirs, µs", ""], rows, 6)
+    rows = [[r["shape"], str(r["tokens"]), r["widths"], r["routing"], r["what"], LAUNCHED[r["launched"]], r["peer"],
+             f"{r['ours_us']:.1f}", f"{r['peer_us']:.1f}", times(r["ratio"])] for r in lost]
+    return table(["shape", "T", "widths", "routing", "what", "ours launched", "peer", "ours, µs", "theirs, µs", ""], rows, 7)
+
+
+def wins_and_losses(made):
+    rows = [[s["peer"], s["what"], str(s["cases"]), str(s["faster"]), str(s["slower"]), times(s["median"]),
+             times(s["worst"])] for s in made["summary"]]
+    return ["### Wins and losses", "", table(["peer", "what", "cases", "faster", "slower", "median", "worst"], rows, 2),
+            "", losses(made), ""]
+
+
+def target_table(targets):
+    """Every target; those without a case are plainly empty."""
+    rows = [[t["target"], str(t["cases"]), str(t["met"]) if t["cases"] else "no figure",
+             f"{t['from']:.2f} to {t['to']:.2f}" if t["cases"] else ""] for t in targets]
+    return table(["target", "cases", "met", "values"], rows, 1)
 
 
 def named(entries, words):
@@ -231,6 +211,12 @@ def named(entries, words):
                                   if cases[0] else "") for (peer, why), cases in counted.items()]
 
 
+def ours_launched(ours):
+    """How ours run beside the peers' graphs."""
+    graphs = [row["tokens"] for row in ours if row["launched"] == "graph"]
+    return f"too at T ≤ {max(graphs)}, past that they are launched one by one" if graphs else "are launched one by one"
+
+
 def how(made):
     run = made["run"]
     ceilings = run["ceilings"]
@@ -238,7 +224,8 @@ def how(made):
     both = [(o["runs"][0], o["runs"][1]) for o in made["ours"] if len(o["runs"]) == 2]
     text = [f"On {run['gpu']}, PyTorch {run['torch']}, Triton {run['triton']}. Ceilings as PyTorch reached them: 8192³ in bf16 "
             f"{ceilings['cublas_8192_tflops']:.0f} TFLOP/s, copy {ceilings['copy_gb_per_s']:.0f} GB/s. Peers run as CUDA graphs"
-            f"{', but for ' + ', '.join(plain) if plain else ''}; ours are launched one by one. `experts`: gate and up, SwiGLU, down, of grouped tokens; `products`: the same "
+            f"{', but for ' + ', '.join(plain) if plain else ''}; ours {ours_launched(made['ours'])}. `experts`: gate and "
+            "up, SwiGLU, down, of grouped tokens; `products`: the same "
             "without SwiGLU, beside our experts with it; `layer`: from routed to combined tokens. Kernels of one width "
             "have ragged experts padded to the widest. **Bold**: we are slower.", "",
             f"Two runs of ours, before and after: {spread(both)}. The first peer of a case and again at its end: "
@@ -256,14 +243,11 @@ def markdown(made):
     if made is None or not made["row"]:
         text += ["No peer was measured: there is no figure."]
     else:
-        rows = [[s["peer"], s["what"], str(s["cases"]), str(s["faster"]), str(s["slower"]), times(s["median"]),
-                 times(s["worst"])] for s in made["summary"]]
-        text += [*how(made), "", "### Wins and losses", "",
-                 table(["peer", "what", "cases", "faster", "slower", "median", "worst"], rows, 2), "", losses(made), "",
-                 "### Targets", ""]
-        rows = [[t["target"], str(t["cases"]), str(t["met"]) if t["cases"] else "no figure",
-                 f"{t['from']:.2f} to {t['to']:.2f}" if t["cases"] else ""] for t in made["targets"]]
-        text += [table(["target", "cases", "met", "values"], rows, 1)]
+        text += how(made)
+    if made:
+        text += ["", *(wins_and_losses(made) if made["ratios"] or made["row"] else []), "### Targets", "",
+                 target_table(made["targets"])]
+    if made and made["row"]:
         for shape in dict.fromkeys(r["shape"] for r in made["row"]):
             text += ["", f"### {shape} beside other libraries", "", shape_table(shape, made)]
         text += ["", "### Rates against tokens per expert", ""]

@@ -17,6 +17,7 @@ MADE_UP = REPO / "tests/peers/made_up"
 sys.path.insert(0, str(REPO / "scripts"))
 
 import gpu_peers
+from gpu_targets import TARGETS
 
 
 def report_of(folder):
@@ -65,22 +66,65 @@ def check_ratios(folder):
 def check_targets(folder):
     made, text = report_of(copied(folder))
     found = {t["target"]: (t["cases"], t["met"]) for t in made["targets"]}
-    want = {"experts": (1, 0), "products": (1, 0), "stretch": (0, 0), "middle": (1, 0), "padded": (1, 1), "rate": (1, 1),
-            "copy": (0, 0), "row": (1, 1), "share": (1, 1)}
-    assert found == {gpu_peers.TARGETS[target]: counts for target, counts in want.items()}, found
-    assert f"| {gpu_peers.TARGETS['stretch']} | 0 | no figure |  |" in text
-    assert f"| {gpu_peers.TARGETS['padded']} | 1 | 1 | 1.84 to 1.84 |" in text, text
+    want = {"experts": (1, 0), "products": (1, 0), "stretch": (0, 0), "dense": (1, 0), "middle": (1, 0),
+            "padded": (1, 1), "cublas": (1, 1), "rate": (1, 1), "copy": (0, 0), "row": (1, 1), "contribution": (1, 0),
+            "scored": (1, 1), "cosine": (1, 0), "share": (1, 1)}
+    assert found == {TARGETS[target]: counts for target, counts in want.items()}, found
+    assert f"| {TARGETS['stretch']} | 0 | no figure |  |" in text
+    assert f"| {TARGETS['padded']} | 1 | 1 | 1.84 to 1.84 |" in text, text
     # Slower runs of ours meet less.
+    changed(folder, lambda row: slower(row, 8))
+    found = {t["target"]: t["met"] for t in report_of(folder)[0]["targets"]}
+    assert found[TARGETS["row"]] == found[TARGETS["padded"]] == found[TARGETS["cublas"]] == 0, found
+    assert found[TARGETS["share"]] == found[TARGETS["scored"]] == 1, "a share does not depend on how fast both are"
+
+
+def slower(row, times):
+    row["p50_us"] *= times
+    for rate in ("useful_tflops", "gb_per_s", "share_of_flops_ceiling", "share_of_bytes_ceiling", "share_of_floor"):
+        row[rate] /= times
+
+
+def changed(folder, change):
     for file in ("gpu_moe.json", "gpu_moe_again.json"):
         bench = json.loads((folder / file).read_text())
         for row in bench["rows"]:
-            row["p50_us"] *= 4
-            for rate in ("useful_tflops", "gb_per_s"):
-                row[rate] /= 4
+            change(row)
         (folder / file).write_text(json.dumps(bench))
-    found = {t["target"]: t["met"] for t in report_of(folder)[0]["targets"]}
-    assert found[gpu_peers.TARGETS["row"]] == found[gpu_peers.TARGETS["padded"]] == 0, found
-    assert found[gpu_peers.TARGETS["share"]] == 1, "a share does not depend on how fast both are"
+
+
+def check_targets_of_scores(folder):
+    def met(change):
+        changed(copied(folder), change)
+        return {t["target"]: (t["met"], t["from"]) for t in report_of(folder)[0]["targets"] if t["cases"]}
+
+    def of(what, change):
+        return lambda row: change(row) if row["what"] == what else None
+
+    # The mean of both runs is 600.0 and 599.9.
+    for rate, count in [(606.01, 1), (605.9, 0)]:
+        assert met(of("contribution", lambda row: row.update(useful_tflops=rate)))[TARGETS["contribution"]][0] == count
+    assert met(of("scored layer", lambda row: slower(row, 1.1)))[TARGETS["scored"]] == (0, 1.54)
+    # Directions meet theirs by the rate, or by what they take of the layer.
+    share = met(of("direction", lambda row: slower(row, 0.8)))[TARGETS["cosine"]]
+    assert share[0] == 1 and abs(share[1] - 0.990099) < 1e-6, share
+    assert met(of("layer", lambda row: slower(row, 3)))[TARGETS["cosine"]][0] == 1
+    assert met(of("contribution", lambda row: row.update(bound="bytes"))).get(TARGETS["contribution"]) is None
+
+
+def check_cublas_and_graphs(folder):
+    made, text = report_of(copied(folder))
+    # The loop takes 390 µs at full widths, ours 404; a baseline leaves SwiGLU out.
+    line = "| Made-up | 8192 | full | uniform | products | one by one | cuBLAS loop | 404.0 | 390.0 | **0.97 ×** |"
+    assert line in text and "| cuBLAS grouped | products | 2 | 2 | 0 |" in text, text
+    # One token was timed both ways: a peer's graph is held against ours, 5.05 µs.
+    torch = [r for r in made["ratios"] if (r["tokens"], r["what"]) == (1, "experts") and r["peer"] == "torch._grouped_mm"]
+    assert [(r["launched"], round(r["ours_us"], 6)) for r in torch] == [("graph", 5.05)], torch
+    assert "ours too at T ≤ 1, past that they are launched one by one" in text, text
+    lines = (folder / "gpu_peers.jsonl").read_text().replace('"launched": "graph"', '"launched": "stream"')
+    (folder / "gpu_peers.jsonl").write_text(lines)
+    found = {r["launched"] for r in report_of(folder)[0]["ratios"]}
+    assert found == {"stream"}, "a peer without a graph beside our graph"
 
 
 def check_plots(folder):
@@ -98,6 +142,19 @@ def check_plots(folder):
     assert (folder / "plots/made-up-full.svg").read_text() == before, "the same figures, another picture"
 
 
+def check_ours_alone(folder):
+    """What is held against cuBLAS and against floors is there, what needs peers is plainly empty."""
+    made, text = report_of(copied(folder, "gpu_peers.jsonl"))
+    found = {t["target"]: t["cases"] for t in made["targets"]}
+    for target, alone in {"rate": 1, "share": 1, "cublas": 1, "cosine": 1, "row": 0, "padded": 0, "middle": 0}.items():
+        assert found[TARGETS[target]] == alone, (target, found)
+    assert "No peer was measured" in text and f"| {TARGETS['row']} | 0 | no figure |  |" in text, text
+    assert {r["peer"] for r in made["ratios"]} == {"cuBLAS loop", "cuBLAS grouped"} and "**0.97 ×**" in text
+    # The same without cuBLAS's figures.
+    changed(folder, lambda row: [row.pop(key, None) for key in ("cublas_loop_us", "cublas_grouped_us")])
+    assert report_of(folder)[0]["ratios"] == [] and "### Targets" in report_of(folder)[1]
+
+
 def check_what_is_missing(folder):
     made, text = report_of(Path(folder))
     assert made is None and "there is no figure" in text and "|" not in text
@@ -111,7 +168,8 @@ def check_what_is_missing(folder):
     bench = json.loads((MADE_UP / "gpu_moe.json").read_text())
     (folder / "gpu_moe.json").write_text(json.dumps({**bench, "gpu": "another made-up GPU"}))
     made, text = report_of(folder)
-    assert made["ratios"] == [] and "ran on another made-up GPU, so nothing is compared" in text
+    assert all("cuBLAS" in r["peer"] for r in made["ratios"]), made["ratios"]
+    assert "ran on another made-up GPU, so nothing is compared" in text
     # Nobody could run.
     line = {"kind": "left_out", "peer": "every peer", "why": "No module named 'torch'"}
     (folder / "gpu_peers.jsonl").write_text(json.dumps(line) + "\n")
@@ -125,7 +183,8 @@ def check_what_is_missing(folder):
 if __name__ == "__main__":
     for file in MADE_UP.iterdir():
         assert "made-up test data: nothing was measured" in file.read_text(), file
-    for check in [check_ratios, check_targets, check_plots, check_what_is_missing]:
+    for check in [check_ratios, check_targets, check_targets_of_scores, check_cublas_and_graphs, check_plots,
+                  check_ours_alone, check_what_is_missing]:
         with tempfile.TemporaryDirectory() as folder:
             check(Path(folder))
     print("passed: the report of the peers")
