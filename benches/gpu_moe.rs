@@ -2,7 +2,8 @@
 //!
 //! Inputs are random; weights and tokens rotate over three sets or more, together several times as large as the second
 //! cache level; h and y are the same memory each time. Rates count useful FLOPs: real widths, no padding. The baselines
-//! do less than we do: they read tokens already gathered and leave SwiGLU out.
+//! do less than we do: they read tokens already gathered and leave SwiGLU out. Launches are asked for one by one; cases
+//! of few tokens are timed as a CUDA graph of all sets too, which is how the peers run.
 //!
 //! | variable | |
 //! |---|---|
@@ -15,11 +16,17 @@ mod baseline;
 #[path = "gpu/cases.rs"]
 mod cases;
 #[allow(unreachable_pub, reason = "a test uses it too")]
+#[path = "gpu/graphs.rs"]
+mod graphs;
+#[allow(unreachable_pub, reason = "a test uses it too")]
 #[path = "gpu/inputs.rs"]
 mod inputs;
 #[allow(dead_code, unreachable_pub, reason = "a test uses it too")]
 #[path = "gpu/layer.rs"]
 mod layer;
+#[allow(unreachable_pub, reason = "a test uses it too")]
+#[path = "gpu/segments.rs"]
+mod segments;
 
 use std::cell::RefCell;
 use std::io::Write as _;
@@ -34,8 +41,10 @@ use tenp_kernels::device::{DenseShape, Device, DeviceBuffer, Runner as _, Tile, 
 
 use baseline::Baseline;
 use cases::{Case, Routing, SHAPES, Shape, Widths};
+use graphs::{Part, Step};
 use inputs::{Noise, Weights};
 use layer::{Layer, chosen_tile};
+use segments::Comparison;
 
 /// Buffer sets that iterations go through in turn.
 const MIN_SETS: usize = 3;
@@ -43,8 +52,14 @@ const MIN_SETS: usize = 3;
 /// Past this many tokens scoring's f32 tables of the largest shape do not fit beside the rest.
 const MAX_SCORED_TOKENS: usize = 16_384;
 
+/// Up to so many tokens a case is timed as a graph too: past that launching is hidden behind the kernels.
+const MAX_GRAPH_TOKENS: usize = 64;
+
 /// Work that is asked for, not waited for.
 type Work<'a> = dyn FnMut(usize) -> Result<(), KernelError> + 'a;
+
+/// Seconds of work of this name and so many FLOPs.
+type Measure<'a> = dyn Fn(&str, f64, &mut Work<'_>) -> Result<f64, KernelError> + 'a;
 
 struct Bench<'a> {
     device: &'a Device,
@@ -133,17 +148,10 @@ fn ceilings(bench: &Bench<'_>, noise: &Noise) -> Result<Ceilings, KernelError> {
     })
 }
 
-/// One of our own figures as a row of the report.
-fn row(case: &Case, what: &str, seconds: f64, costs: (f64, f64), ceilings: Ceilings) -> Value {
-    let (flops, bytes) = costs;
+/// A figure with its floor and its rates.
+fn figures(seconds: f64, (flops, bytes): (f64, f64), ceilings: Ceilings) -> Value {
     let floor = tenp_kernels::cost::floor(flops, bytes, ceilings);
     json!({
-        "shape": case.shape.name,
-        "tokens": case.tokens,
-        "widths": case.widths.name(),
-        "routing": case.routing.name(),
-        "what": what,
-        "launched": "stream",
         "floor_us": floor.seconds * 1e6,
         "bound": floor.bound.name(),
         "p50_us": seconds * 1e6,
@@ -155,15 +163,45 @@ fn row(case: &Case, what: &str, seconds: f64, costs: (f64, f64), ceilings: Ceili
     })
 }
 
-/// Both forms of the contributions' product, and what the Gram form takes once for a pass.
-fn contributions(
+/// What a figure is of, and the figure.
+fn labelled(mut label: Value, figures: Value) -> Value {
+    if let (Value::Object(label), Value::Object(figures)) = (&mut label, figures) {
+        label.extend(figures);
+    }
+    label
+}
+
+/// One of our own figures as a row of the report.
+fn row(case: &Case, what: &str, seconds: f64, costs: (f64, f64), ceilings: Ceilings) -> Value {
+    let label = json!({
+        "shape": case.shape.name,
+        "tokens": case.tokens,
+        "widths": case.widths.name(),
+        "routing": case.routing.name(),
+        "what": what,
+        "launched": "stream",
+    });
+    labelled(label, figures(seconds, costs, ceilings))
+}
+
+/// A layer with all scores, and their parts alone: the directions, both forms of the contributions' product, and what
+/// the Gram form takes once for a pass.
+fn scores(
     layer: &mut Layer<'_, Device>,
     work: &MoeWork,
     ceilings: Ceilings,
-    measure: &dyn Fn(&str, f64, &mut Work<'_>) -> Result<f64, KernelError>,
+    measure: &Measure<'_>,
 ) -> Result<Vec<Value>, KernelError> {
     let case = layer.case;
     let made = |what, seconds, costs| row(&case, what, seconds, costs, ceilings);
+    let bytes = work.forward_bytes() + work.contribution_bytes() + work.direction_bytes();
+    let costs = (work.scored_flops(), bytes);
+    let whole = measure("scored layer", costs.0, &mut |set| layer.scored(set))?;
+    let whole = made("scored layer", whole, costs);
+    // A rate by bytes: its few operations are no product.
+    let costs = (0.0, work.direction_bytes());
+    let direction = measure("direction", costs.1, &mut |_| layer.directions())?;
+    let direction = made("direction", direction, costs);
     let costs = (work.down_flops(), work.contribution_bytes());
     let with_y = measure("contribution", costs.0, &mut |set| {
         layer.project(set, false)
@@ -180,7 +218,64 @@ fn contributions(
         ),
     );
     let gram = measure(name, costs.0, &mut |set| layer.project(set, true))?;
-    Ok(vec![with_y, matrices, made(name, gram, costs)])
+    Ok(vec![
+        whole,
+        direction,
+        with_y,
+        matrices,
+        made(name, gram, costs),
+    ])
+}
+
+/// A case's experts and layer as graphs of all sets in turn.
+fn as_graphs(
+    bench: &Bench<'_>,
+    group: &str,
+    mut step: Step<'_, Device>,
+    (case, work, sets): (&Case, &MoeWork, usize),
+    ceilings: Ceilings,
+) -> Result<Vec<Value>, KernelError> {
+    for call in step.calls(Part::Layer)? {
+        bench.device.run(&call)?;
+    }
+    let (flops, bytes) = (work.forward_flops(), work.forward_bytes());
+    let mut rows = Vec::new();
+    for part in Part::ALL {
+        // SAFETY: `step` outlives the graph, and nothing else uses its memory while the measurement, which waits for its
+        // end, runs.
+        let graph = unsafe { bench.device.capture(&step.calls(part)?) }?;
+        let name = format!("{}, a graph of {sets}", part.name());
+        let all = flops * sets as f64;
+        let seconds = bench.measure((group, &name), all, 1, &mut |_| graph.launch())?;
+        let seconds = seconds / sets as f64;
+        let mut made = row(case, part.name(), seconds, (flops, bytes), ceilings);
+        made["launched"] = json!("graph");
+        rows.push(made);
+    }
+    Ok(rows)
+}
+
+/// Best matches of segments, in the shapes of the models that DERN was written for.
+fn run_segments(
+    bench: &Bench<'_>,
+    weights: &Weights<Device>,
+    shape: &Shape,
+    ceilings: Ceilings,
+) -> Result<Value, KernelError> {
+    let mut comparison = Comparison::new(bench.device, weights, shape)?;
+    let (what, costs) = ("segment similarity", comparison.costs());
+    let sets = weights.gate_up.len();
+    let seconds = bench.measure((shape.name, what), costs.0, sets, &mut |set| {
+        comparison.run(set)
+    })?;
+    let label = json!({
+        "shape": shape.name,
+        "what": what,
+        "launched": "stream",
+        "segments": comparison.rows,
+        "against": comparison.columns,
+    });
+    Ok(labelled(label, figures(seconds, costs, ceilings)))
 }
 
 fn run_case(
@@ -210,30 +305,13 @@ fn run_case(
     };
     let ours = measure("experts", flops, &mut |set| layer.experts(set))?;
     let whole = measure("layer", flops, &mut |set| layer.forward(set))?;
-    let scoring = scored
-        .then(|| {
-            measure("scored layer", work.scored_flops(), &mut |set| {
-                layer.scored(set)
-            })
-        })
-        .transpose()?;
     let mut rows = if scored {
-        contributions(&mut layer, &work, ceilings, &measure)?
+        scores(&mut layer, &work, ceilings, &measure)?
     } else {
         Vec::new()
     };
     let mut baseline = Baseline::new(&layer, &work, device)?;
-    let one_by_one = measure("cuBLAS loop", flops, &mut |set| {
-        let operands = (&weights.gate_up[set], &weights.down_t[set], &layer.h);
-        baseline.one_by_one(device, operands)
-    })?;
-    let calls = baseline.grouped(device, weights, &layer.h)?;
-    let grouped = measure("cuBLAS grouped", flops, &mut |set| {
-        // SAFETY: all buffers outlive the measurement, which waits for its end; nothing else writes to the outputs.
-        calls[set]
-            .iter()
-            .try_for_each(|call| unsafe { call.run(device) })
-    })?;
+    let [one_by_one, grouped] = baseline.times((device, weights), &layer.h, flops, &measure)?;
     let mut experts = row(&case, "experts", ours, (flops, bytes), ceilings);
     experts["cublas_loop_us"] = json!(one_by_one * 1e6);
     experts["cublas_grouped_us"] = json!(grouped * 1e6);
@@ -241,15 +319,10 @@ fn run_case(
     experts["times_cublas_grouped"] = json!(grouped / ours);
     rows.push(experts);
     rows.push(row(&case, "layer", whole, (flops, bytes), ceilings));
-    if let Some(seconds) = scoring {
-        let bytes = bytes + work.contribution_bytes() + work.direction_bytes();
-        rows.push(row(
-            &case,
-            "scored layer",
-            seconds,
-            (work.scored_flops(), bytes),
-            ceilings,
-        ));
+    if case.tokens <= MAX_GRAPH_TOKENS {
+        let step = Step::new(device, weights, &layer.x, case, &ids)?;
+        let of = (&case, &work, sets);
+        rows.extend(as_graphs(bench, &group, step, of, ceilings)?);
     }
     Ok(rows)
 }
@@ -307,8 +380,7 @@ fn run_shape(
     shape: &Shape,
     selection: &str,
     ceilings: Ceilings,
-    rows: &mut Vec<Value>,
-    left_out: &mut Vec<Value>,
+    made: &mut Made,
 ) -> Result<(), KernelError> {
     let device = bench.device;
     let bytes = 6 * shape.experts * shape.width * shape.hidden;
@@ -318,8 +390,8 @@ fn run_shape(
     let weights = Weights::new(device, &noise, shape, sets)?;
     for case in cases::cases(shape, selection) {
         match run_case(bench, &weights, &noise, case, ceilings) {
-            Ok(made) => rows.extend(made),
-            Err(error @ KernelError::OutOfMemory { .. }) => left_out.push(json!({
+            Ok(rows) => made.rows.extend(rows),
+            Err(error @ KernelError::OutOfMemory { .. }) => made.left_out.push(json!({
                 "shape": shape.name,
                 "tokens": case.tokens,
                 "widths": case.widths.name(),
@@ -329,7 +401,20 @@ fn run_shape(
             Err(error) => return Err(error),
         }
     }
+    if shape.name.starts_with("DeepSeek") {
+        made.segments
+            .push(run_segments(bench, &weights, shape, ceilings)?);
+    }
     Ok(())
+}
+
+/// Everything that is measured.
+#[derive(Default)]
+struct Made {
+    rows: Vec<Value>,
+    segments: Vec<Value>,
+    tiles: Vec<Value>,
+    left_out: Vec<Value>,
 }
 
 fn run(device: &Device) -> Result<Value, KernelError> {
@@ -340,22 +425,14 @@ fn run(device: &Device) -> Result<Value, KernelError> {
     };
     let ceilings = ceilings(&bench, &Noise::new(1.0))?;
     let selection = std::env::var("TENP_GPU_BENCH").unwrap_or_else(|_| "short".into());
-    let (mut rows, mut left_out) = (Vec::new(), Vec::new());
-    let mut tiles = Vec::new();
+    let mut made = Made::default();
     for shape in &SHAPES {
         if selection == "tiles" {
-            run_tiles(&bench, shape, ceilings, &mut tiles)?;
+            run_tiles(&bench, shape, ceilings, &mut made.tiles)?;
         } else if matches!(selection.as_str(), "short" | "full")
             || shape.name.starts_with(&selection)
         {
-            run_shape(
-                &bench,
-                shape,
-                &selection,
-                ceilings,
-                &mut rows,
-                &mut left_out,
-            )?;
+            run_shape(&bench, shape, &selection, ceilings, &mut made)?;
         }
     }
     bench.criterion.borrow().final_summary();
@@ -378,9 +455,10 @@ fn run(device: &Device) -> Result<Value, KernelError> {
             "cublas_8192_tflops": ceilings.flops / 1e12,
             "copy_gb_per_s": ceilings.bytes / 1e9,
         },
-        "rows": rows,
-        "tiles": tiles,
-        "left_out": left_out,
+        "rows": made.rows,
+        "segments": made.segments,
+        "tiles": made.tiles,
+        "left_out": made.left_out,
     }))
 }
 

@@ -138,6 +138,18 @@ pub fn attention_bytes(
     BF16 * (of_queries + of_keys) as f64
 }
 
+/// FLOPs of comparing every segment of the rows with every one of the columns, in so many of their parts.
+#[must_use]
+pub fn segment_flops((rows, columns): (usize, usize), parts: usize, hidden: usize) -> f64 {
+    parts as f64 * dense_flops(rows, hidden, columns)
+}
+
+/// Bytes of the same: those parts of both read in bf16; the best matches are small.
+#[must_use]
+pub fn segment_bytes((rows, columns): (usize, usize), parts: usize, hidden: usize) -> f64 {
+    BF16 * parts as f64 * (rows + columns) as f64 * hidden as f64
+}
+
 impl MoeWork {
     /// Σ rows · width: (row, neuron) pairs.
     fn pairs(&self) -> f64 {
@@ -369,6 +381,12 @@ mod tests {
             attention_bytes(3, 5, (4, 2), (16, 8)),
             2.0 * (3.0 * 96.0 + 5.0 * 48.0)
         );
+    }
+
+    #[test]
+    fn segments_count_the_parts_that_are_compared() {
+        assert_eq!(segment_flops((2, 3), 2, 8), 2.0 * 2.0 * 2.0 * 3.0 * 8.0);
+        assert_eq!(segment_bytes((2, 3), 2, 8), 2.0 * 2.0 * 5.0 * 8.0);
     }
 
     #[test]

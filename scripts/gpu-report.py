@@ -147,6 +147,17 @@ def gather(folder):
     return report
 
 
+RATES = ["floor, µs", "p50, µs", "floor / p50", "TFLOP/s", "GB/s", "of cuBLAS", "of copy"]
+
+
+def rates(row):
+    """The cells of `RATES`."""
+    percent = lambda share: f"{100 * row[share]:.0f} %"
+    products = [f"{row['useful_tflops']:.1f}", percent("share_of_flops_ceiling")] if row["useful_tflops"] else ["", ""]
+    return [f"{row['floor_us']:.1f} ({row['bound']})", f"{row['p50_us']:.1f}", percent("share_of_floor"), products[0],
+            f"{row['gb_per_s']:.0f}", products[1], percent("share_of_bytes_ceiling")]
+
+
 def bench_tables(bench):
     ceilings = bench["ceilings"]
     text = [
@@ -154,23 +165,23 @@ def bench_tables(bench):
         f"device copy {ceilings['copy_gb_per_s']:.0f} GB/s (read and written).",
         "",
         "p50 of the GPU's own times, inputs random, buffer sets rotating. Useful FLOPs: real widths. The baselines read "
-        "gathered tokens and leave SwiGLU out; above 1.00 × we are faster.",
+        "gathered tokens and leave SwiGLU out; above 1.00 × we are faster. A graph holds all sets in turn. y is the same "
+        "memory each time: where it fits into the second cache level, `direction` reads it there.",
     ]
     shapes = list(dict.fromkeys(row["shape"] for row in bench["rows"]))
     for shape in shapes:
         rows = []
         for row in (r for r in bench["rows"] if r["shape"] == shape):
             ratio = lambda key: f"{row[key]:.2f} ×" if key in row else ""
-            rows.append([
-                str(row["tokens"]), row["widths"], row["routing"], row["what"],
-                f"{row['floor_us']:.1f} ({row['bound']})", f"{row['p50_us']:.1f}",
-                f"{100 * row['share_of_floor']:.0f} %", f"{row['useful_tflops']:.1f}", f"{row['gb_per_s']:.0f}",
-                f"{100 * row['share_of_flops_ceiling']:.0f} %", f"{100 * row['share_of_bytes_ceiling']:.0f} %",
-                ratio("times_cublas_grouped"), ratio("times_cublas_loop"),
-            ])
-        header = ["T", "widths", "routing", "what", "floor, µs", "p50, µs", "floor / p50", "TFLOP/s", "GB/s",
-                  "of cuBLAS", "of copy", "vs cuBLAS grouped", "vs cuBLAS loop"]
-        text += ["", f"### {shape}", "", table(header, rows, numeric_from=4)]
+            rows.append([str(row["tokens"]), row["widths"], row["routing"], row["what"],
+                         gpu_peers.LAUNCHED[row["launched"]], *rates(row), ratio("times_cublas_grouped"),
+                         ratio("times_cublas_loop")])
+        header = ["T", "widths", "routing", "what", "launched", *RATES, "vs cuBLAS grouped", "vs cuBLAS loop"]
+        text += ["", f"### {shape}", "", table(header, rows, numeric_from=5)]
+    if bench["segments"]:
+        rows = [[row["shape"], str(row["segments"]), str(row["against"]), *rates(row)] for row in bench["segments"]]
+        text += ["", "### Segment similarity", "", "The neurons of one expert against those of three quarters of the experts.",
+                 "", table(["shape", "segments", "against", *RATES], rows, numeric_from=1)]
     pruning = pruning_rows(bench["rows"])
     if pruning:
         text += ["", "### What pruning saves", "",
@@ -202,6 +213,7 @@ def tile_table(rows):
 def pruning_rows(rows):
     """Each pruned case beside the same one with whole experts."""
     case = lambda row: (row["shape"], row["tokens"], row["routing"], row["what"])
+    rows = [r for r in rows if r["launched"] == "stream"]
     whole = {case(r): r for r in rows if r["widths"] == "full" and r["what"] == "experts"}
     made = []
     for row in rows:
@@ -264,17 +276,24 @@ def made_up_bench():
            "share_of_bytes_ceiling": 0.25, "share_of_floor": 0.5, "times_cublas_grouped": 1.5, "times_cublas_loop": 0.75}
     half = {**row, "widths": "ragged 50 %", "p50_us": 12.0, "useful_tflops": 250 / 3}
     layer = {k: v for k, v in row.items() if not k.startswith("times")} | {"what": "layer"}
+    graph = layer | {"launched": "graph", "p50_us": 16.0}
+    direction = layer | {"what": "direction", "useful_tflops": 0.0, "share_of_flops_ceiling": 0.0}
+    segments = {k: v for k, v in layer.items() if k not in ("tokens", "widths", "routing")}
+    segments |= {"what": "segment similarity", "segments": 32, "against": 192}
     left_out = [{"shape": "Tiny", "tokens": 9, "widths": "full", "routing": "zipf", "why": "out of GPU memory"}]
     shapes = [{"name": "Tiny", "hidden": 64, "width": 32, "experts": 8, "top_k": 2}]
-    return {"shapes": shapes, "ceilings": {"cublas_8192_tflops": 800.0, "copy_gb_per_s": 4000.0}, "rows": [row, half, layer],
-            "left_out": left_out}
+    return {"l2_bytes": 1000, "shapes": shapes, "ceilings": {"cublas_8192_tflops": 800.0, "copy_gb_per_s": 4000.0},
+            "rows": [row, half, layer, graph, direction], "segments": [segments], "left_out": left_out}
 
 
 def test_bench():
     text = bench_tables(made_up_bench())
     figures = "10.0 (bytes) | 20.0 | 50 % | 100.0 | 1000 | 12 % | 25 % | 1.50 × | 0.75 ×"
-    assert f"| 8 | full | uniform | experts | {figures} |" in text, text
-    assert "| 8 | full | uniform | layer |" in text and "| Tiny | 8 | ragged 50 % | 50.0 % | 60.0 % |" in text, text
+    assert f"| 8 | full | uniform | experts | one by one | {figures} |" in text, text
+    assert "| layer | one by one | 10.0 (bytes) | 20.0 |" in text and "| layer | as a graph | 10.0 (bytes) | 16.0 |" in text
+    assert "| direction | one by one | 10.0 (bytes) | 20.0 | 50 % |  | 1000 |  | 25 % |  |  |" in text, text
+    assert "| Tiny | 32 | 192 | 10.0 (bytes) | 20.0 | 50 % | 100.0 | 1000 | 12 % | 25 % |" in text, text
+    assert "| Tiny | 8 | ragged 50 % | 50.0 % | 60.0 % |" in text, text
     assert "- Tiny, 9 tokens, full, zipf: out of GPU memory" in text, text
     # Every row of a table has the columns of its header.
     for block in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):

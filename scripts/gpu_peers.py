@@ -143,7 +143,7 @@ def gather(folder, bench):
     ratios += compare_cublas(every)
     ours = list(preferred(beside_peers).values())
     made.update(ratios=ratios, summary=summary(ratios), ours=ours, again=again is not None,
-                targets=gpu_targets.targets(preferred(every), ratios, shapes))
+                targets=gpu_targets.targets(preferred(every), ratios, shapes, bench["l2_bytes"] if bench else 0))
     if run:
         made["plots"], made["no_plots"] = gpu_plots.draw(os.path.join(folder, "plots"), ours, lines["row"], shapes,
                                                          run["ceilings"])
@@ -174,7 +174,8 @@ def shape_table(name, made):
             row, ratio = theirs.get((case, what, peer)), ratios.get((case, what, peer))
             cells.append("" if row is None else f"{row['p50_us']:.1f}" + (f" ({times(ratio)})" if ratio else ""))
         load = rows_per_expert({"tokens": case[1], "shape": name}, {name: shape})
-        rows.append([str(case[1]), f"{load:.0f}" if load >= 10 else f"{load:.2g}", case[2], case[3], what, f"{own['p50_us']:.1f}" if own else "", *cells])
+        rows.append([str(case[1]), f"{load:.0f}" if load >= 10 else f"{load:.2g}", case[2], case[3], what,
+                     f"{own['p50_us']:.1f}" if own else "", *cells])
     return table(["T", "rows an expert", "widths", "routing", "what", "ours, µs", *(f"{p}, µs" for p in peers)], rows, 5)
 
 

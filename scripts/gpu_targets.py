@@ -21,7 +21,7 @@ TARGETS = {
     "row": f"full widths, one token: ≥ 3.00 × {TORCH}",
     "contribution": "contributions, bound by FLOPs: ≥ 600 TFLOP/s",
     "scored": "a layer with all scores, bound by FLOPs: ≤ 1.50 × the time of the plain layer",
-    "cosine": "directions: ≥ 0.90 of copy bandwidth, or < 5 % of the layer's time",
+    "cosine": "directions, past twice the second cache level: ≥ 0.90 of copy bandwidth, or < 5 % of the layer's time",
     "share": "pruned over whole, in time: ≤ 1.05 × the kept share of FLOPs",
 }
 BESIDE_PEERS = ("experts", "products", "stretch", "middle", "padded", "row")
@@ -85,7 +85,7 @@ def of_experts(case, ours, ratios, shapes):
         yield "share", over, over <= 1.05
 
 
-def of_scores(case, what, ours):
+def of_scores(case, what, ours, l2_bytes):
     """The same, of one kind of scoring."""
     own, layer = ours[case, what], ours.get((case, "layer"))
     if what == "contribution" and own["bound"] == "flops":
@@ -94,25 +94,27 @@ def of_scores(case, what, ours):
         over = own["p50_us"] / layer["p50_us"]
         yield "scored", over, over <= 1.5
     if what == "direction":
+        # What fits into the second cache level says nothing of the memory.
         share = own["share_of_bytes_ceiling"]
         hidden = layer is not None and own["p50_us"] < 0.05 * layer["p50_us"]
-        yield "cosine", share, share >= 0.9 or hidden
+        if own["bytes"] >= 2 * l2_bytes:
+            yield "cosine", share, share >= 0.9 or hidden
 
 
-def of_ours(ours, ratios, shapes):
+def of_ours(ours, ratios, shapes, l2_bytes):
     for case, what in ours:
         if case[3] != "uniform" or case[0] not in shapes:
             continue
         if what == "experts":
             yield from of_experts(case, ours, ratios, shapes)
         else:
-            yield from of_scores(case, what, ours)
+            yield from of_scores(case, what, ours, l2_bytes)
 
 
-def targets(ours, ratios, shapes):
+def targets(ours, ratios, shapes, l2_bytes):
     """Every target with its cases, how many meet it, and from where to where their values go."""
     found = {target: [] for target in TARGETS}
-    for target, value, met in [*beside_peers(ratios, shapes), *of_ours(ours, ratios, shapes)]:
+    for target, value, met in [*beside_peers(ratios, shapes), *of_ours(ours, ratios, shapes, l2_bytes)]:
         found[target].append((value, met))
     made = []
     for target, values in found.items():

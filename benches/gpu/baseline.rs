@@ -8,8 +8,8 @@ use tenp_kernels::device::{
     DenseShape, Device, DeviceBuffer, GroupedDense, GroupedProduct, Runner as _, WeightLayout,
 };
 
-use super::inputs::Weights;
 use super::layer::Layer;
+use super::{Measure, Weights};
 
 /// Both products of every expert through cuBLAS: gate and up as one, over the same weights that our kernels read.
 pub(super) struct Baseline {
@@ -80,8 +80,30 @@ impl Baseline {
         })
     }
 
+    /// Seconds of a product after another, and of the library's grouped products.
+    pub(super) fn times(
+        &mut self,
+        (device, weights): (&Device, &Weights<Device>),
+        h: &DeviceBuffer<bf16>,
+        flops: f64,
+        measure: &Measure<'_>,
+    ) -> Result<[f64; 2], KernelError> {
+        let one_by_one = measure("cuBLAS loop", flops, &mut |set| {
+            let operands = (&weights.gate_up[set], &weights.down_t[set], h);
+            self.one_by_one(device, operands)
+        })?;
+        let calls = self.grouped(device, weights, h)?;
+        let grouped = measure("cuBLAS grouped", flops, &mut |set| {
+            // SAFETY: all buffers outlive the measurement, which waits for its end; nothing else writes to the outputs.
+            calls[set]
+                .iter()
+                .try_for_each(|call| unsafe { call.run(device) })
+        })?;
+        Ok([one_by_one, grouped])
+    }
+
     /// A product after another.
-    pub(super) fn one_by_one(
+    fn one_by_one(
         &mut self,
         device: &Device,
         (gate_up, down_t, h): (
@@ -111,7 +133,7 @@ impl Baseline {
     }
 
     /// The same in two library calls, prepared for every set of weights.
-    pub(super) fn grouped(
+    fn grouped(
         &mut self,
         device: &Device,
         weights: &Weights<Device>,

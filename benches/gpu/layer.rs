@@ -372,7 +372,19 @@ impl<'a, B: Backend> Layer<'a, B> {
         done
     }
 
-    /// The same with every statistic of a calibration. Nothing without the buffers for it.
+    /// The directions alone, of what [`Self::scored`] left: with their sums, and the combined outputs that come with them.
+    pub fn directions(&mut self) -> Result<(), KernelError> {
+        let Some(mut scoring) = self.scoring.take() else {
+            return Ok(());
+        };
+        let mut combined = std::mem::replace(&mut self.combined, self.backend.alloc("none", 0)?);
+        let done = self.direction(&mut scoring, &mut combined);
+        self.combined = combined;
+        self.scoring = Some(scoring);
+        done
+    }
+
+    /// A forward pass with every statistic of a calibration. Nothing without the buffers for it.
     pub fn scored(&mut self, set: usize) -> Result<(), KernelError> {
         self.group()?;
         self.schedule(true)?;

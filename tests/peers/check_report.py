@@ -109,6 +109,10 @@ def check_targets_of_scores(folder):
     share = met(of("direction", lambda row: slower(row, 0.8)))[TARGETS["cosine"]]
     assert share[0] == 1 and abs(share[1] - 0.990099) < 1e-6, share
     assert met(of("layer", lambda row: slower(row, 3)))[TARGETS["cosine"]][0] == 1
+    bench = json.loads((folder / "gpu_moe.json").read_text())
+    (folder / "gpu_moe.json").write_text(json.dumps({**bench, "l2_bytes": 10**12}))
+    targets = {t["target"]: t["cases"] for t in report_of(folder)[0]["targets"]}
+    assert targets[TARGETS["cosine"]] == 0, "a rate of the cache"
     assert met(of("contribution", lambda row: row.update(bound="bytes"))).get(TARGETS["contribution"]) is None
 
 

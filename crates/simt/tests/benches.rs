@@ -8,14 +8,20 @@
 
 #[path = "../../../benches/gpu/cases.rs"]
 mod cases;
+#[path = "../../../benches/gpu/graphs.rs"]
+mod graphs;
 #[path = "../../../benches/gpu/inputs.rs"]
 mod inputs;
 #[path = "../../../benches/gpu/layer.rs"]
 mod layer;
+#[path = "../../../benches/gpu/segments.rs"]
+mod segments;
 
 use cases::{Case, Routing, SHAPES, Shape, Widths, cases};
+use graphs::{Part, Step};
 use inputs::{Noise, Weights};
 use layer::{Layer, chosen_tile};
+use segments::Comparison;
 use simt::{Schedule, Simulated};
 use tenp_kernels::device::{Runner as _, Tile};
 
@@ -64,12 +70,38 @@ fn every_launch_is_sound() {
                 layer.project(set, false).unwrap();
                 layer.make_gram(set).unwrap();
                 layer.project(set, true).unwrap();
+                layer.directions().unwrap();
+            }
+            let mut step = Step::new(&backend, &weights, &layer.x, case, &ids).unwrap();
+            for part in [Part::Layer, Part::Experts] {
+                let calls = step.calls(part).unwrap();
+                assert_eq!(calls.len(), if part == Part::Layer { 3 * 5 } else { 3 * 3 });
+                for call in calls {
+                    backend.run(&call).unwrap();
+                }
             }
             layer.forward(1).unwrap();
             let mut tokens_of_rows = layer.tokens_of_rows().unwrap();
             tokens_of_rows.sort_unstable();
             let all = (0..tokens as i32).flat_map(|t| [t, t]);
             assert!(tokens_of_rows.into_iter().eq(all));
+        }
+    }
+}
+
+#[test]
+fn segments_of_one_expert_are_compared_with_those_that_stay() {
+    let noise = Noise::new(0.2);
+    for wgmma in [false, true] {
+        let backend = Simulated::new(Schedule::UNLIKE[0]);
+        let backend = if wgmma { backend.with_wgmma() } else { backend };
+        let weights = Weights::new(&backend, &noise, &TINY, 2).unwrap();
+        let mut comparison = Comparison::new(&backend, &weights, &TINY).unwrap();
+        assert_eq!((comparison.rows, comparison.columns), (72, 5 * 72));
+        let pairs = 72.0 * 360.0;
+        assert_eq!(comparison.costs().0, 2.0 * pairs * 40.0 * 2.0);
+        for set in 0..2 {
+            comparison.run(set).unwrap();
         }
     }
 }
