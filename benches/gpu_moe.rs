@@ -8,6 +8,7 @@
 //! | variable | |
 //! |---|---|
 //! | `TENP_GPU_BENCH` | `short` (the default), `full`, the beginning of a shape's name, or `tiles`: every tile at every row count |
+//! | `TENP_GPU_CASE` | runs the launches of this one case a few times and times nothing, for a profiler: `Qwen3-30B-A3B/8192 tokens/full/uniform` |
 //! | `TENP_GPU_BENCH_JSON` | where the figures go, `gpu_moe.json` without it; for `scripts/gpu-report.py bench` |
 
 #[path = "gpu/baseline.rs"]
@@ -15,6 +16,8 @@ mod baseline;
 #[allow(unreachable_pub, reason = "a test uses it too")]
 #[path = "gpu/cases.rs"]
 mod cases;
+#[path = "gpu/clock.rs"]
+mod clock;
 #[allow(unreachable_pub, reason = "a test uses it too")]
 #[path = "gpu/graphs.rs"]
 mod graphs;
@@ -30,9 +33,8 @@ mod segments;
 
 use std::cell::RefCell;
 use std::io::Write as _;
-use std::time::Duration;
 
-use criterion::{Criterion, SamplingMode, Throughput};
+use criterion::Criterion;
 use half::bf16;
 use serde_json::{Value, json};
 use tenp_kernels::KernelError;
@@ -41,6 +43,7 @@ use tenp_kernels::device::{DenseShape, Device, DeviceBuffer, Runner as _, Tile, 
 
 use baseline::Baseline;
 use cases::{Case, Routing, SHAPES, Shape, Widths};
+use clock::{Bench, Measure, Work};
 use graphs::{Part, Step};
 use inputs::{Noise, Weights};
 use layer::{Layer, chosen_tile};
@@ -54,72 +57,6 @@ const MAX_SCORED_TOKENS: usize = 16_384;
 
 /// Up to so many tokens a case is timed as a graph too: past that launching is hidden behind the kernels.
 const MAX_GRAPH_TOKENS: usize = 64;
-
-/// Work that is asked for, not waited for.
-type Work<'a> = dyn FnMut(usize) -> Result<(), KernelError> + 'a;
-
-/// Seconds of work of this name and so many FLOPs.
-type Measure<'a> = dyn Fn(&str, f64, &mut Work<'_>) -> Result<f64, KernelError> + 'a;
-
-struct Bench<'a> {
-    device: &'a Device,
-    timer: Timer,
-    criterion: RefCell<Criterion>,
-}
-
-impl Bench<'_> {
-    /// Seconds of `iterations` runs over the sets in turn.
-    fn time(&self, iterations: u64, sets: usize, work: &mut Work<'_>) -> Result<f64, KernelError> {
-        self.timer.start(self.device)?;
-        for i in 0..iterations {
-            work((i % sets as u64) as usize)?;
-        }
-        self.timer.stop(self.device)?;
-        Ok(self.timer.elapsed()?.as_secs_f64())
-    }
-
-    /// Median of criterion's samples, in seconds an iteration.
-    fn measure(
-        &self,
-        name: (&str, &str),
-        flops: f64,
-        sets: usize,
-        work: &mut Work<'_>,
-    ) -> Result<f64, KernelError> {
-        self.time(sets as u64, sets, work)?;
-        let (mut samples, mut failure) = (Vec::new(), None);
-        let mut criterion = self.criterion.borrow_mut();
-        let mut group = criterion.benchmark_group(name.0);
-        group
-            .sample_size(10)
-            .sampling_mode(SamplingMode::Flat)
-            .warm_up_time(Duration::from_millis(200))
-            .measurement_time(Duration::from_millis(500))
-            .throughput(Throughput::Elements(flops as u64));
-        group.bench_function(name.1, |b| {
-            b.iter_custom(|iterations| match self.time(iterations, sets, work) {
-                Ok(seconds) => {
-                    samples.push(seconds / iterations as f64);
-                    Duration::from_secs_f64(seconds)
-                }
-                Err(error) => {
-                    failure = Some(error);
-                    Duration::from_nanos(1)
-                }
-            });
-        });
-        group.finish();
-        match failure {
-            Some(error) => Err(error),
-            None => Ok(median(&mut samples)),
-        }
-    }
-}
-
-fn median(samples: &mut [f64]) -> f64 {
-    samples.sort_by(f64::total_cmp);
-    samples.get(samples.len() / 2).copied().unwrap_or(f64::NAN)
-}
 
 /// cuBLAS 8192³ in bf16 and a copy of 2 GiB, on this GPU and now.
 fn ceilings(bench: &Bench<'_>, noise: &Noise) -> Result<Ceilings, KernelError> {
@@ -291,13 +228,7 @@ fn run_case(
     let scored = case.tokens <= MAX_SCORED_TOKENS;
     let tile = chosen_tile(device, &case);
     let mut layer = Layer::new(device, weights, noise, case, &ids, scored, tile)?;
-    let group = format!(
-        "{}/{} tokens/{}/{}",
-        case.shape.name,
-        case.tokens,
-        case.widths.name(),
-        case.routing.name()
-    );
+    let group = case.name();
     let sets = weights.gate_up.len();
     let (flops, bytes) = (work.forward_flops(), work.forward_bytes());
     let measure = |name: &str, flops: f64, work: &mut Work<'_>| {
@@ -462,6 +393,27 @@ fn run(device: &Device) -> Result<Value, KernelError> {
     }))
 }
 
+/// The launches of one case, each on every set, for a profiler.
+fn run_once(device: &Device, name: &str) -> Result<(), KernelError> {
+    let case = Case::named(name).ok_or_else(|| KernelError::Invalid {
+        what: "TENP_GPU_CASE",
+        why: format!("{name:?} is no case; one is Qwen3-30B-A3B/8192 tokens/full/uniform"),
+    })?;
+    let noise = Noise::new((3.0 / case.shape.hidden as f32).sqrt());
+    let weights = Weights::new(device, &noise, &case.shape, MIN_SETS)?;
+    let ids = case.routing.ids(&case.shape, case.tokens);
+    let scored = case.tokens <= MAX_SCORED_TOKENS;
+    let tile = chosen_tile(device, &case);
+    let mut layer = Layer::new(device, &weights, &noise, case, &ids, scored, tile)?;
+    for set in 0..MIN_SETS {
+        layer.forward(set)?;
+        if scored {
+            layer.scored(set)?;
+        }
+    }
+    device.synchronize()
+}
+
 fn main() {
     let mut stderr = std::io::stderr();
     let device = match Device::open(0) {
@@ -472,6 +424,9 @@ fn main() {
         }
         Err(error) => panic!("{error}"),
     };
+    if let Ok(case) = std::env::var("TENP_GPU_CASE") {
+        return run_once(&device, &case).unwrap_or_else(|e| panic!("{e}"));
+    }
     let report = run(&device).unwrap_or_else(|e| panic!("{e}"));
     let path = std::env::var_os("TENP_GPU_BENCH_JSON").unwrap_or_else(|| "gpu_moe.json".into());
     std::fs::write(&path, format!("{report:#}\n"))

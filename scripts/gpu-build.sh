@@ -45,7 +45,7 @@ for pair in "$tests gpu-tests" "$bench gpu-bench" "$program tenp-run"; do
   read -r from to <<<"$pair"
   strip -o "$partial/$to" "$from"
 done
-cp scripts/gpu-check.sh scripts/gpu-report.py scripts/gpu_peers.py scripts/gpu_plots.py scripts/gpu_targets.py "$partial/"
+cp scripts/gpu-check.sh scripts/gpu-report.py scripts/gpu_*.py "$partial/"
 mkdir "$partial/peers"
 cp benches/baselines/peers/*.py "$partial/peers/"
 if [[ -z $bare ]]; then

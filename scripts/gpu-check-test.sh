@@ -7,7 +7,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 pre=$work/pre
 mkdir -p "$pre/repo/demo/calibration" "$pre/repo/demo/text" "$pre/peers" "$work/bin"
-cp scripts/gpu-report.py scripts/gpu_peers.py scripts/gpu_plots.py scripts/gpu_targets.py "$pre/"
+cp scripts/gpu-report.py scripts/gpu_*.py "$pre/"
 echo '{}' > "$pre/repo/demo/config.json"
 touch "$pre/repo/demo/calibration/a.jsonl" "$pre/repo/demo/text/a.jsonl"
 echo pretended > "$pre/revision"
@@ -25,6 +25,7 @@ echo "test result: ok. 37 passed; 0 failed; 0 ignored; 0 measured; 0 filtered ou
 END
 cat > "$pre/gpu-bench" <<'END'
 #!/usr/bin/env bash
+[[ -z ${TENP_GPU_CASE:-} ]] || { echo "profiled $TENP_GPU_CASE" >> "$PRETENDED/calls"; exit; }
 echo "gpu-bench $TENP_GPU_BENCH_JSON" >> "$PRETENDED/calls"
 cp "$PRETENDED/gpu_moe.json" "$TENP_GPU_BENCH_JSON"
 END
@@ -104,6 +105,38 @@ check good 0 "$pre" "$work/good" peers
 check bare 0 "$pre" "$work/bare" peers
 (($(grep -c '^gpu-bench' "$work/calls") == 1)) || fail "ours again without peers"
 grep -qF "left out: every peer: No module named 'torch'" "$work/bare/report.md" || fail "what is missing is not named"
+
+# Without ncu it says so; with it, the kernels of our largest loss, or of the case that is named.
+check good 0 "$pre" "$work/good" profile
+grep -qF "left out: profile: no ncu" "$work/good/report.md" || fail "the missing profiler is not named"
+cat > "$work/bin/ncu" <<'END'
+#!/usr/bin/env bash
+echo "ncu $*" >> "$PRETENDED/calls"
+if [[ $1 == --import ]]; then
+  echo '==PROF== a line of its own'
+  echo '"ID","Kernel Name","Grid Size","dram__throughput.avg.pct_of_peak_sustained_elapsed","gpu__time_duration.sum",'\
+'"lts__throughput.avg.pct_of_peak_sustained_elapsed","sm__inst_executed_pipe_tensor_op_gmma.avg.pct_of_peak_sustained_active",'\
+'"smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",'\
+'"smsp__average_warps_issue_stalled_selected_per_issue_active.ratio","smsp__average_warps_issue_stalled_wait_per_issue_active.ratio"'
+  echo '"","","","%","ns","%","%","inst","inst","inst"'
+  echo '"0","tenp_moe_down_w128(TenpMoeDownParams)","(132, 1, 1)","41.5","1,234,500","30","n/a","2.25","9","0.5"'
+else
+  while [[ $1 != */gpu-bench ]]; do shift; done
+  "$@"
+fi
+END
+chmod +x "$work/bin/ncu"
+check good 0 "$pre" "$work/good" profile
+grep -qF "profiled Made-up/8192 tokens/full/uniform" "$work/calls" || fail "not the largest loss"
+row='| tenp_moe_down_w128 | (132, 1, 1) | 1234.5 |  | 42 % | 30 % | long scoreboard 2.2, wait 0.5 |'
+grep -qF "$row" "$work/good/report.md" || fail "the profile"
+TENP_GPU_CASE="Made-up/8 tokens/full/uniform" TENP_GPU_KERNELS=tenp_moe_combine check good 0 "$pre" "$work/alone" profile
+grep -q "^ncu .*--kernel-name regex:tenp_moe_combine " "$work/calls" || fail "the named kernels"
+grep -qF "Kernels of Made-up/8 tokens/full/uniform" "$work/alone/report.md" || fail "the named case"
+rm -r "$work/alone"
+check good 1 "$pre" "$work/alone" profile
+grep -qF "run the step bench, or name a case" "$work/said" || fail "a profile of nothing"
+rm "$work/bin/ncu"
 
 check bad 1 "$pre" "$work/bad" tests
 grep -q 'failed: norms' "$work/bad/report.md" || fail "the failing test is not named"

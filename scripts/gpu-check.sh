@@ -4,10 +4,11 @@
 #
 #   gpu-check.sh PREBUILT OUT [STEP…]
 #
-# Steps: tests memcheck racecheck synccheck initcheck bench peers program; all of these without any. One more, tiles, times
-# every tile of the grouped products, what the choice of tiles is made from. Writes OUT/report.json and
-# OUT/report.md; logs are beside them. Steps of several runs add up in one OUT. Exit codes: 0 all good, 1 something
-# failed (the report says what; a missing compute-sanitizer is a failure), 2 usage, 3 no GPU or no python3.
+# Steps: tests memcheck racecheck synccheck initcheck bench peers program; all of these without any. Two more: tiles times
+# every tile of the grouped products, what the choice of tiles is made from; profile runs Nsight Compute (ncu), where it
+# is, over one case's kernels, a minute or two. Writes OUT/report.json and OUT/report.md; logs are beside them. Steps of
+# several runs add up in one OUT. Exit codes: 0 all good, 1 something failed (the report says what; a missing
+# compute-sanitizer is a failure), 2 usage, 3 no GPU or no python3.
 #
 # peers measures other libraries between two runs of our own bench. It needs PyTorch and Triton, and DeepGEMM for
 # DeepGEMM; what is missing is named in the report and is no failure. matplotlib draws its plots.
@@ -15,9 +16,11 @@
 # TENP_REPO           the repository, where gpu-build.sh --bare left its models out
 # TENP_STEP_SECONDS   limit of a step, 1500 without it
 # TENP_GPU_BENCH      what is timed, `short` without it (benches/gpu_moe.rs)
+# TENP_GPU_CASE       what profile looks at, `Qwen3-30B-A3B/8192 tokens/full/uniform`; without it our largest loss in OUT
+# TENP_GPU_KERNELS    the kernels it looks at, as a regular expression; without it the products and the directions
 set -uo pipefail
 
-(($# >= 2)) || { sed -n '2,18s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+(($# >= 2)) || { sed -n '2,21s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 prebuilt=$(cd "$1" 2>/dev/null && pwd) || { echo "gpu-check: no folder $1" >&2; exit 2; }
 mkdir -p "$2" && out=$(cd "$2" && pwd) || exit 2
 shift 2
@@ -25,7 +28,7 @@ steps=("$@")
 ((${#steps[@]})) || steps=(tests memcheck racecheck synccheck initcheck bench peers program)
 limit=${TENP_STEP_SECONDS:-1500}
 
-for file in gpu-tests gpu-bench tenp-run gpu-report.py gpu_peers.py gpu_plots.py gpu_targets.py peers/bench.py revision; do
+for file in gpu-tests gpu-bench tenp-run gpu-report.py gpu_peers.py gpu_plots.py gpu_targets.py gpu_profile.py peers/bench.py revision; do
   [[ -e $prebuilt/$file ]] || { echo "gpu-check: no $prebuilt/$file; scripts/gpu-build.sh makes it" >&2; exit 2; }
 done
 command -v python3 >/dev/null || { echo "gpu-check: python3 is needed for the report" >&2; exit 3; }
@@ -107,6 +110,28 @@ peers() {
   fi
 }
 
+profile() {
+  local case=${TENP_GPU_CASE:-} kernels=${TENP_GPU_KERNELS:-tenp_moe_(gate_up|down|contribution|direction)} section
+  local sections=()
+  rm -f "$out/profile.csv" "$out/profile.case"
+  if ! command -v ncu >/dev/null; then
+    record profile echo "left out: profile: no ncu (Nsight Compute) on this machine"
+    return
+  fi
+  if [[ -z $case ]]; then
+    record profile python3 "$prebuilt/gpu-report.py" loss "$out" || return
+    case=$(<"$out/profile.log")
+  fi
+  for section in SpeedOfLight ComputeWorkloadAnalysis MemoryWorkloadAnalysis WarpStateStats; do
+    sections+=(--section "$section")
+  done
+  # The clocks stay as they are.
+  TENP_GPU_CASE=$case record profile ncu --force-overwrite -o "$out/profile" --clock-control none \
+    --kernel-name "regex:$kernels" --launch-count 12 "${sections[@]}" "$prebuilt/gpu-bench" --bench || return
+  ncu --import "$out/profile.ncu-rep" --page raw --csv --print-units base > "$out/profile.csv" 2>> "$out/profile.log"
+  printf '%s\n' "$case" > "$out/profile.case"
+}
+
 program() {
   local run=$prebuilt/tenp-run demo=$TENP_REPO/demo here=$out/program place
   local data=("$demo"/calibration/*.jsonl)
@@ -138,6 +163,7 @@ for step in "${steps[@]}"; do
     bench) first_bench ;;
     peers) peers ;;
     tiles) TENP_GPU_BENCH=tiles bench tiles gpu_tiles.json ;;
+    profile) profile ;;
     program) program ;;
     *) echo "gpu-check: no step $step" >&2; exit 2 ;;
   esac

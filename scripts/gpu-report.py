@@ -4,6 +4,7 @@
   gpu-report.py report FOLDER      writes FOLDER/report.json and FOLDER/report.md; exit code 1 if anything failed
   gpu-report.py compare CPU CUDA   compares CPU.safetensors and CPU.json with CUDA's; exit code 1 if they differ too much
   gpu-report.py bench FILE         prints the tables of the benches' JSON
+  gpu-report.py loss FOLDER        prints the case of our largest loss, or where there is none that furthest from its floor
   gpu-report.py --self-test        shows on made-up results that failures are seen and tables are right
 """
 
@@ -17,6 +18,7 @@ import sys
 import tempfile
 
 import gpu_peers
+import gpu_profile
 from gpu_peers import table
 
 # The GPU's statistics may be this far from the CPU's at bf16, and so many of its kept neurons must be the same.
@@ -140,6 +142,9 @@ def gather(folder):
         except json.JSONDecodeError:
             report[key] = None
     report["peers"] = gpu_peers.gather(folder, report["bench"])
+    profile = os.path.join(folder, "profile.csv")
+    if os.path.exists(profile):
+        report["profile"] = {"case": read(os.path.join(folder, "profile.case")).strip(), "rows": gpu_profile.rows(profile)}
     for place in ["cpu", "cuda"]:
         path = os.path.join(folder, f"generate-{place}.log")
         if os.path.exists(path):
@@ -194,6 +199,17 @@ def bench_tables(bench):
     return "\n".join(text)
 
 
+def largest_loss(folder):
+    """The name of a case, as gpu_moe takes it; None without figures."""
+    path = os.path.join(folder, "gpu_moe.json")
+    made = gpu_peers.gather(folder, json.loads(read(path)) if os.path.exists(path) else None)
+    if made is None or not made["ours"]:
+        return None
+    lost = [r for r in made["ratios"] if r["ratio"] < 1]
+    worst = min(lost or made["ours"], key=lambda r: r["ratio"] if lost else r["share_of_floor"])
+    return f"{worst['shape']}/{worst['tokens']} tokens/{worst['widths']}/{worst['routing']}"
+
+
 def tile_table(rows):
     """The fastest tile and the chosen one, by shape and rows an expert."""
     cases = {}
@@ -243,6 +259,9 @@ def markdown(report):
     if report.get("tiles"):
         text += ["", "## Tiles", "", tile_table(report["tiles"]["tiles"])]
     text += ["", gpu_peers.markdown(report["peers"])]
+    if report.get("profile"):
+        text += ["", "## Profile", "", f"Kernels of {report['profile']['case']}, under Nsight Compute, caches empty.", "",
+                 table(gpu_profile.HEADER, report["profile"]["rows"], numeric_from=2)]
     return "\n".join(text) + "\n"
 
 
@@ -384,6 +403,12 @@ def main(arguments):
             found = compare(cpu, cuda)
             print(json.dumps(found, indent=1))
             return 0 if found["good"] else 1
+        case ["loss", folder]:
+            case = largest_loss(folder)
+            if case is None:
+                print(f"no figures in {folder}: run the step bench, or name a case with TENP_GPU_CASE", file=sys.stderr)
+                return 1
+            print(case)
         case ["bench", file]:
             print(bench_tables(json.loads(read(file))))
         case _:

@@ -126,6 +126,8 @@ pub enum Routing {
 }
 
 impl Routing {
+    pub const ALL: [Self; 3] = [Self::Uniform, Self::Zipf, Self::ManyEmpty];
+
     pub fn name(self) -> &'static str {
         match self {
             Self::Uniform => "uniform",
@@ -179,6 +181,31 @@ pub struct Case {
 }
 
 impl Case {
+    /// As `Qwen3-30B-A3B/8192 tokens/full/uniform`.
+    pub fn name(&self) -> String {
+        format!(
+            "{}/{} tokens/{}/{}",
+            self.shape.name,
+            self.tokens,
+            self.widths.name(),
+            self.routing.name()
+        )
+    }
+
+    /// The case of this name, of one of [`SHAPES`].
+    pub fn named(name: &str) -> Option<Self> {
+        let mut parts = name.split('/');
+        let mut part = || parts.next();
+        let (shape, tokens, widths, routing) = (part()?, part()?, part()?, part()?);
+        Some(Self {
+            shape: SHAPES.into_iter().find(|s| s.name == shape)?,
+            tokens: tokens.strip_suffix(" tokens")?.parse().ok()?,
+            widths: Widths::ALL.into_iter().find(|w| w.name() == widths)?,
+            routing: Routing::ALL.into_iter().find(|r| r.name() == routing)?,
+        })
+        .filter(|case| case.name() == name)
+    }
+
     pub fn work(&self, ids: &[i32]) -> MoeWork {
         let mut experts: Vec<ExpertWork> = self
             .widths
@@ -209,7 +236,7 @@ pub fn cases(shape: &Shape, selection: &str) -> Vec<Case> {
     if selection == "full" {
         for tokens in [1, 8, 64, 512, 2048, 8192, 65_536] {
             for widths in Widths::ALL {
-                for routing in [Routing::Uniform, Routing::Zipf, Routing::ManyEmpty] {
+                for routing in Routing::ALL {
                     cases.push(case(tokens, widths, routing));
                 }
             }

@@ -127,7 +127,7 @@ fn draws_are_those_that_the_python_benches_repeat() {
     let widths = [Widths::Ragged75, Widths::Ragged50]
         .map(|widths| SHAPES.map(|shape| checksum(widths.of(&shape))));
     assert_eq!(widths, DRAWN_WIDTHS);
-    let ids = [Routing::Uniform, Routing::Zipf, Routing::ManyEmpty].map(|routing| {
+    let ids = Routing::ALL.map(|routing| {
         SHAPES.map(|shape| {
             let ids = routing.ids(&shape, 500);
             checksum(ids.into_iter().map(|id| id as usize))
@@ -178,6 +178,18 @@ fn widths_and_routings_are_what_they_are_called() {
         let work = cases(&shape, "short")[0];
         let ids = work.routing.ids(&shape, work.tokens);
         assert_eq!(work.work(&ids).rows(), work.tokens * shape.top_k);
-        assert!(cases(&shape, "full").len() == 7 * 6 * 3);
+        let full = cases(&shape, "full");
+        assert!(full.len() == 7 * 6 * 3);
+        assert!(full.iter().all(|c| Case::named(&c.name()) == Some(*c)));
+        let name = format!("{}/8 tokens/full/uniform", shape.name);
+        assert!(Case::named(&name).is_some());
+        for wrong in [
+            format!("{name}/"),
+            format!("{name} "),
+            format!("x{name}"),
+            "8 tokens".into(),
+        ] {
+            assert_eq!(Case::named(&wrong), None, "{wrong}");
+        }
     }
 }
