@@ -131,8 +131,7 @@ fn scores(
 ) -> Result<Vec<Value>, KernelError> {
     let case = layer.case;
     let made = |what, seconds, costs| row(&case, what, seconds, costs, ceilings);
-    let bytes = work.forward_bytes() + work.contribution_bytes() + work.direction_bytes();
-    let costs = (work.scored_flops(), bytes);
+    let costs = (work.scored_flops(), work.scored_bytes());
     let whole = measure("scored layer", costs.0, &mut |set| layer.scored(set))?;
     let whole = made("scored layer", whole, costs);
     // A rate by bytes: its few operations are no product.

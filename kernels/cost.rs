@@ -291,6 +291,12 @@ impl MoeWork {
         F32 * self.hidden as f64 * (self.rows() as f64 + 3.0 * self.tokens as f64)
     }
 
+    /// Bytes of a layer with all scores: what the forward pass, the contributions and the directions move.
+    #[must_use]
+    pub fn scored_bytes(&self) -> f64 {
+        self.forward_bytes() + self.contribution_bytes() + self.direction_bytes()
+    }
+
     /// The floor of the forward pass of the layer's experts.
     #[must_use]
     pub fn forward_floor(&self, ceilings: Ceilings) -> Floor {

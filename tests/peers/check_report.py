@@ -146,6 +146,13 @@ def check_plots(folder):
     assert (folder / "plots/made-up-full.svg").read_text() == before, "the same figures, another picture"
 
 
+def check_page(_):
+    """The page of the figures has every target, in the report's words."""
+    page = (REPO / "docs/benchmarks/gpu.md").read_text()
+    for target in TARGETS.values():
+        assert f"\n| {target} |" in page, target
+
+
 def check_ours_alone(folder):
     """What is held against cuBLAS and against floors is there, what needs peers is plainly empty."""
     made, text = report_of(copied(folder, "gpu_peers.jsonl"))
@@ -188,7 +195,7 @@ if __name__ == "__main__":
     for file in MADE_UP.iterdir():
         assert "made-up test data: nothing was measured" in file.read_text(), file
     for check in [check_ratios, check_targets, check_targets_of_scores, check_cublas_and_graphs, check_plots,
-                  check_ours_alone, check_what_is_missing]:
+                  check_page, check_ours_alone, check_what_is_missing]:
         with tempfile.TemporaryDirectory() as folder:
             check(Path(folder))
     print("passed: the report of the peers")
