@@ -15,6 +15,7 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use super::blas::Blas;
 use super::call::{Call, Runner};
 use super::encode_maps::encode_maps;
+use super::entries;
 use super::fatbins::{FATBINS, TARGETS, WGMMA_STEM, check_driver, check_gpu, runs_wgmma};
 use super::libraries::{DRIVER, is_found};
 use crate::KernelError;
@@ -127,7 +128,8 @@ pub fn gpu_count() -> Result<usize, KernelError> {
 }
 
 impl Device {
-    /// Opens GPU `ordinal` and loads the kernels.
+    /// Opens GPU `ordinal` and loads the kernels; those of a ragged layer's forward pass are found too, so that it can be
+    /// captured from the first call on, on any stream.
     ///
     /// # Errors
     /// No driver, no GPU, no such GPU, a driver or a GPU that cannot run the kernels, or the driver's own words.
@@ -153,7 +155,7 @@ impl Device {
         let uploads = context.new_stream().map_err(opening)?;
         keep_freed_memory(&context).map_err(opening)?;
         let modules = load_modules(&context, properties.capability)?;
-        Ok(Self {
+        let device = Self {
             inner: Arc::new(Inner {
                 blas: OnceLock::new(),
                 kernels: Mutex::new(HashMap::new()),
@@ -164,7 +166,11 @@ impl Device {
                 properties,
                 advice: Mutex::new(String::new()),
             }),
-        })
+        };
+        for entry in entries::of_ragged_moe(device.has_wgmma()) {
+            device.kernel(entry)?;
+        }
+        Ok(device)
     }
 
     /// What the GPU is.

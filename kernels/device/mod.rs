@@ -56,6 +56,8 @@ mod buffer;
 mod context;
 #[cfg(feature = "cuda")]
 mod encode_maps;
+#[cfg(any(feature = "cuda", test))]
+mod entries;
 #[cfg(feature = "cuda")]
 mod fatbins;
 #[cfg(feature = "cuda")]

@@ -174,7 +174,10 @@ tenp_status tenp_moe_workspace_bytes(const tenp_moe *moe, size_t num_tokens, siz
 /* Number of GPUs this process may use. */
 tenp_status tenp_gpu_count(size_t *count);
 
-/* Opens GPU number ordinal, from 0, and loads the kernels there. It uses the GPU's primary context. */
+/*
+ * Opens GPU number ordinal, from 0, and loads the kernels there, all that tenp_moe_forward_cuda may ask for: nothing is
+ * left for its first call to load. It uses the GPU's primary context. Not while a stream of this thread is captured.
+ */
 tenp_status tenp_gpu_open(size_t ordinal, tenp_gpu **gpu);
 
 /* Gives a GPU back; null is nothing. All streams that work was given to must have been waited for. */
@@ -182,9 +185,10 @@ tenp_status tenp_gpu_close(tenp_gpu *gpu);
 
 /*
  * out[num_tokens, hidden] = the layer's output, on a GPU. Asks for the kernels on the stream and does not wait;
- * allocates nothing, and no size depends on the routing, so a CUDA graph can capture it. All pointers but those to
- * structures are to memory of this GPU, and the stream is of its primary context. The workspace begins at a multiple
- * of 256 and belongs to this call until the stream has come past it: streams that run at the same time need one each.
+ * allocates and loads nothing, and no size depends on the routing, so a CUDA graph can capture it, the first call too.
+ * All pointers but those to structures are to memory of this GPU, and the stream is of its primary context. The
+ * workspace begins at a multiple of 256 and belongs to this call until the stream has come past it: streams that run at
+ * the same time need one each.
  */
 tenp_status tenp_moe_forward_cuda(const tenp_moe *moe, const tenp_gpu *gpu, const tenp_weights_cuda *weights,
                                   const tenp_batch_cuda *batch, float *out, size_t out_len, void *workspace,

@@ -145,7 +145,7 @@ pub unsafe extern "C" fn tenp_gpu_count(count: *mut usize) -> tenp_status {
     })
 }
 
-/// Opens a GPU and loads the kernels there.
+/// Opens a GPU and loads the kernels there, all that a forward pass may ask for.
 ///
 /// # Safety
 /// `gpu` leads to room for a pointer.
