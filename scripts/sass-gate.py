@@ -46,10 +46,10 @@ TABLE = [
 ARCHITECTURES = ["sm_90a", "sm_80"]
 # Loads and stores of local memory: spills, or arrays indexed at run time.
 LOCAL_MEMORY = re.compile(r"\b(LDL|STL)\b")
-# The one note of ptxas that costs nothing: a further wgmma.fence, where a branch separates ours from the products. What
-# it says besides counts as a fault: that it lets wgmma run one after another (C7510 and its neighbours), or that it put
-# a wait in between (C7517).
-HARMLESS = "(C7519)"
+# A warning, or a numbered note of ptxas: that it lets wgmma run one after another (C7510 and its neighbours), put a wait
+# in between (C7517), ignored setmaxnreg (C7508). One costs nothing: a further wgmma.fence, where a branch separates ours
+# from the products.
+REMARK = re.compile(r"warning|\(C(?!7519)\d+\)", re.IGNORECASE)
 
 
 def toolkit():
@@ -110,12 +110,12 @@ def instructions(fatbin):
 
 
 def remarks(fatbin):
-    """What the compiler said of a fatbin, in the log that build.rs leaves beside it, without what is harmless."""
+    """What the compiler remarked of a fatbin, in the log that build.rs leaves beside it."""
     log = os.path.splitext(fatbin)[0] + ".log"
     if not os.path.exists(log):
         return [f"no {os.path.basename(log)} beside it: build it with build.rs, which keeps what nvcc says"]
     with open(log, encoding="utf-8") as file:
-        return [line for line in file.read().splitlines() if line.strip() and HARMLESS not in line]
+        return [line for line in file.read().splitlines() if REMARK.search(line)]
 
 
 def check(fatbins, architectures):

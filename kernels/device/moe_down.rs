@@ -50,7 +50,7 @@ pub const fn square_partials(product: &Product, hidden: usize) -> usize {
 /// Checks the arguments and makes the call for `multiprocessors` multiprocessors.
 ///
 /// # Errors
-/// Sizes that do not fit together, an entry that is no down product, or no output.
+/// Sizes that do not fit together, or an entry that is no down product.
 pub fn moe_down(mut args: MoeDown<'_>, multiprocessors: usize) -> Result<Call<'_>, KernelError> {
     let experts = args.experts.layout.num_experts();
     check_multiple("hidden size", args.hidden, 8)?;
