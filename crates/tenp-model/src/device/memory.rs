@@ -92,12 +92,13 @@ fn experts(config: &ModelConfig, tokens: usize, with_sums: bool) -> usize {
         0
     };
     let token = (BF16 + F32) * hidden + shared + routing(config);
-    let row = F32 * hidden + BF16 * moe.expert_width;
+    // h, and y for the combine.
+    let row = BF16 * (moe.expert_width + hidden);
     if !with_sums {
         return tokens * (token + moe.top_k * row);
     }
     let rows = tokens * moe.top_k;
-    let tile = Tile::choose(true, tokens, moe.top_k, moe.num_experts).at_least_64();
+    let tile = Tile::choose(true, tokens, moe.top_k, moe.num_experts).with_sums();
     let partials = partial_stride(
         rows,
         tile,
@@ -105,8 +106,8 @@ fn experts(config: &ModelConfig, tokens: usize, with_sums: bool) -> usize {
         moe.num_experts * moe.expert_width,
     );
     let sums = TENP_NUM_ACTIVATION_SUMS.max(TENP_NUM_CONTRIBUTION_SUMS) as usize;
-    // y in bf16 too, what is made of the rows' directions, and the outputs together.
-    let row = row + BF16 * hidden + ROW_DOTS * F64 + 2 * F32;
+    // y in f32 too, what is made of the rows' directions, and the outputs together.
+    let row = row + F32 * hidden + ROW_DOTS * F64 + 2 * F32;
     let token = token + F32 * hidden + TOKEN_DOTS * F64;
     tokens * token + rows * row + sums * F32 * partials
 }
