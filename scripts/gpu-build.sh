@@ -37,16 +37,18 @@ print(found)' "$name" "$kind"
 tests=$(executable gpu test test --release --no-run -p tenp-model --features cuda --test gpu)
 bench=$(executable gpu_moe bench bench --no-run -p tenp-kernels --features cuda --bench gpu_moe)
 program=$(executable tenp-run bin build --release -p tenp-run --features cuda)
+synthesise=$(executable synthesise example build --release -p tenp-checkpoint --example synthesise)
 
 partial=$out.partial
 rm -rf "$partial"
 mkdir -p "$partial"
-for pair in "$tests gpu-tests" "$bench gpu-bench" "$program tenp-run"; do
+for pair in "$tests gpu-tests" "$bench gpu-bench" "$program tenp-run" "$synthesise synthesise"; do
   read -r from to <<<"$pair"
   strip -o "$partial/$to" "$from"
 done
 cp scripts/gpu-check.sh scripts/gpu-report.py scripts/gpu_*.py "$partial/"
-mkdir "$partial/peers"
+mkdir "$partial/peers" "$partial/configs"
+cp crates/tenp-checkpoint/tests/data/configs/deepseek-v{2-lite,3}.json "$partial/configs/"
 cp benches/baselines/peers/*.py "$partial/peers/"
 if [[ -z $bare ]]; then
   mkdir -p "$partial/repo/tests"

@@ -4,9 +4,10 @@
 #
 #   gpu-check.sh PREBUILT OUT [STEP…]
 #
-# Steps: tests memcheck racecheck synccheck initcheck bench peers program; all of these without any. Two more: tiles times
+# Steps: tests memcheck racecheck synccheck initcheck bench peers program; all of these without any. Three more: tiles times
 # every tile of the grouped products, what the choice of tiles is made from; profile runs Nsight Compute (ncu), where it
-# is, over one case's kernels, a minute or two. Writes OUT/report.json and OUT/report.md; logs are beside them. Steps of
+# is, over one case's kernels, a minute or two; large makes checkpoints of DeepSeek's shapes (up to 60 GB beside OUT) and
+# times calibrate and prune (gpu_large.py). Writes OUT/report.json and OUT/report.md; logs are beside them. Steps of
 # several runs add up in one OUT. Exit codes: 0 all good, 1 something failed (the report says what; a missing
 # compute-sanitizer is a failure), 2 usage, 3 no GPU or no python3.
 #
@@ -20,7 +21,7 @@
 # TENP_GPU_KERNELS    the kernels it looks at, as a regular expression; without it the products and the directions
 set -uo pipefail
 
-(($# >= 2)) || { sed -n '2,21s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+(($# >= 2)) || { sed -n '2,22s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 prebuilt=$(cd "$1" 2>/dev/null && pwd) || { echo "gpu-check: no folder $1" >&2; exit 2; }
 mkdir -p "$2" && out=$(cd "$2" && pwd) || exit 2
 shift 2
@@ -153,6 +154,13 @@ program() {
   record compare python3 "$prebuilt/gpu-report.py" compare "$here/cpu" "$here/cuda"
 }
 
+large() {
+  local here=$out/large
+  rm -rf "$here" "$out/large.json"
+  record large python3 "$prebuilt/gpu_large.py" "$prebuilt" "$here" "$out/large.json"
+  rm -rf "$here"
+}
+
 for step in "${steps[@]}"; do
   case $step in
     tests) record tests "$prebuilt/gpu-tests" --test-threads=4 ;;
@@ -165,6 +173,7 @@ for step in "${steps[@]}"; do
     tiles) TENP_GPU_BENCH=tiles bench tiles gpu_tiles.json ;;
     profile) profile ;;
     program) program ;;
+    large) large ;;
     *) echo "gpu-check: no step $step" >&2; exit 2 ;;
   esac
 done

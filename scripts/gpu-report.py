@@ -18,6 +18,7 @@ import sys
 import tempfile
 
 import gpu_peers
+import gpu_large
 import gpu_profile
 from gpu_peers import table
 
@@ -142,6 +143,9 @@ def gather(folder):
         except json.JSONDecodeError:
             report[key] = None
     report["peers"] = gpu_peers.gather(folder, report["bench"])
+    large = os.path.join(folder, "large.json")
+    if os.path.exists(large):
+        report["large"] = json.loads(read(large))
     profile = os.path.join(folder, "profile.csv")
     if os.path.exists(profile):
         report["profile"] = {"case": read(os.path.join(folder, "profile.case")).strip(), "rows": gpu_profile.rows(profile)}
@@ -259,6 +263,10 @@ def markdown(report):
     if report.get("tiles"):
         text += ["", "## Tiles", "", tile_table(report["tiles"]["tiles"])]
     text += ["", gpu_peers.markdown(report["peers"])]
+    if report.get("large"):
+        text += ["", "## Large checkpoints", "",
+                 "The floor is the slower of the disk and half the GPU's bf16 ceiling; kernels run while weights are read.", "",
+                 table(gpu_large.HEADER, [gpu_large.cells(row) for row in report["large"]], numeric_from=1)]
     if report.get("profile"):
         text += ["", "## Profile", "", f"Kernels of {report['profile']['case']}, under Nsight Compute, caches empty.", "",
                  table(gpu_profile.HEADER, report["profile"]["rows"], numeric_from=2)]
