@@ -3,12 +3,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 limit=2000000
+target=${CARGO_TARGET_DIR:-target}
 started=$(mktemp)
 folder=$(mktemp -d)
 trap 'rm -rf "$started" "$folder"' EXIT
 
 cargo publish --dry-run --package tenp-kernels --allow-dirty
-crate=$(find target/package -name 'tenp-kernels-*.crate' -newer "$started" | head -n 1)
+crate=$(find "$target/package" -name 'tenp-kernels-*.crate' -newer "$started" | head -n 1)
 bytes=$(wc -c < "$crate")
 printf '%s: %d of %d bytes\n' "$crate" "$bytes" "$limit"
 if [ "$bytes" -ge "$limit" ]; then
@@ -18,5 +19,5 @@ fi
 if [ "${1:-}" = --test ]; then
   # Away from the workspace, which would claim it.
   tar -xzf "$crate" -C "$folder"
-  cargo test --manifest-path "$folder"/tenp-kernels-*/Cargo.toml --target-dir target --locked
+  cargo test --manifest-path "$folder"/tenp-kernels-*/Cargo.toml --target-dir "$target" --locked
 fi

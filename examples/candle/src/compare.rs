@@ -5,10 +5,7 @@ use std::collections::HashMap;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use tenp_kernels::Compute;
 
-use crate::MoeLayer;
-
-/// Of the demo model's config.json.
-const TOP_K: usize = 4;
+use crate::layer::{Checkpoint, MoeLayer};
 
 /// Enough for every expert to get some.
 const NUM_WORDS: usize = 96;
@@ -80,32 +77,19 @@ pub fn moe_layers(tensors: &HashMap<String, Tensor>) -> Vec<usize> {
     layers
 }
 
-/// A layer of the checkpoint.
-///
-/// # Errors
-/// A tensor that is missing or has another shape.
-pub fn layer(
-    tensors: &HashMap<String, Tensor>,
-    layer: usize,
-    compute: Compute,
-    device: &Device,
-) -> Result<MoeLayer> {
-    MoeLayer::new(tensors, layer, TOP_K, compute, device)
-}
-
 /// Runs every MoE layer both ways; on a GPU in bf16 alone.
 ///
 /// # Errors
 /// No MoE layer, a tensor that is missing or has another shape.
-pub fn compare(tensors: &HashMap<String, Tensor>, device: &Device) -> Result<Vec<Comparison>> {
-    let words = words(tensors, device)?;
+pub fn compare(checkpoint: &Checkpoint, device: &Device) -> Result<Vec<Comparison>> {
+    let words = words(&checkpoint.tensors, device)?;
     let mut comparisons = Vec::new();
-    for number in moe_layers(tensors) {
+    for number in moe_layers(&checkpoint.tensors) {
         for compute in [Compute::F32, Compute::Bf16] {
             if device.is_cuda() && compute == Compute::F32 {
                 continue;
             }
-            let moe = layer(tensors, number, compute, device)?;
+            let moe = MoeLayer::new(checkpoint, number, compute, device)?;
             let x = moe.normed(&words)?;
             comparisons.push(Comparison {
                 layer: number,

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::{D, DType, Device, Result, Tensor, bail, safetensors};
+use candle_core::{D, DType, Device, Error, Result, Tensor, bail, safetensors};
+use serde_json::Value;
 use tenp_kernels::Compute;
 
 use crate::op::{Expert, RaggedExperts};
@@ -28,6 +29,7 @@ impl Plain {
 #[derive(Debug)]
 pub struct MoeLayer {
     norm: Tensor,
+    norm_eps: f64,
     router: Tensor,
     top_k: usize,
     plain: Vec<Plain>,
@@ -35,11 +37,45 @@ pub struct MoeLayer {
     ragged: RaggedExperts,
 }
 
-/// All tensors of a checkpoint's folder, on the CPU.
-///
-/// # Errors
-/// No readable safetensors file there.
-pub fn read_folder(folder: &Path) -> Result<HashMap<String, Tensor>> {
+/// What of a checkpoint its MoE layers need.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// All of its tensors, on the CPU.
+    pub tensors: HashMap<String, Tensor>,
+    /// Experts of a token.
+    pub top_k: usize,
+    /// What the norms add to the mean square.
+    pub norm_eps: f64,
+}
+
+impl Checkpoint {
+    /// Reads a folder's safetensors files and its config.json.
+    ///
+    /// # Errors
+    /// A file that is missing or not readable, a config without what is needed.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join("config.json");
+        let wrong = |why: &dyn std::fmt::Display| Error::Msg(format!("{}: {why}", path.display()));
+        let text = std::fs::read_to_string(&path).map_err(|e| wrong(&e))?;
+        let config: Value = serde_json::from_str(&text).map_err(|e| wrong(&e))?;
+        let number = |name: &str| {
+            let found = config.get(name).filter(|v| v.is_number());
+            found.ok_or_else(|| wrong(&format!("{name} is not a number")))
+        };
+        let top_k = number("num_experts_per_tok")?.as_u64();
+        let norm_eps = number("rms_norm_eps")?.as_f64();
+        let (Some(top_k), Some(norm_eps)) = (top_k, norm_eps) else {
+            return Err(wrong(&"num_experts_per_tok is not a count"));
+        };
+        Ok(Self {
+            tensors: read_folder(folder)?,
+            top_k: top_k as usize,
+            norm_eps,
+        })
+    }
+}
+
+fn read_folder(folder: &Path) -> Result<HashMap<String, Tensor>> {
     let mut tensors = HashMap::new();
     for entry in std::fs::read_dir(folder)? {
         let path = entry?.path();
@@ -54,25 +90,24 @@ pub fn read_folder(folder: &Path) -> Result<HashMap<String, Tensor>> {
 }
 
 impl MoeLayer {
-    /// Takes layer `layer` out of a checkpoint's tensors. The experts' widths are those of their tensors.
+    /// Takes layer `layer` out of a checkpoint. The experts' widths are those of their tensors.
     ///
     /// # Errors
     /// A tensor that is missing or has another shape.
     pub fn new(
-        tensors: &HashMap<String, Tensor>,
+        checkpoint: &Checkpoint,
         layer: usize,
-        top_k: usize,
         compute: Compute,
         device: &Device,
     ) -> Result<Self> {
         let get = |name: &str| {
             let name = format!("model.layers.{layer}.{name}.weight");
-            let found = tensors.get(&name);
-            found.ok_or_else(|| candle_core::Error::Msg(format!("the checkpoint has no {name}")))
+            let found = checkpoint.tensors.get(&name);
+            found.ok_or_else(|| Error::Msg(format!("the checkpoint has no {name}")))
         };
         let f32s = |name: &str| get(name)?.to_dtype(DType::F32)?.to_device(device);
         let plain = |name: &str| {
-            Ok::<_, candle_core::Error>(Plain {
+            Ok::<_, Error>(Plain {
                 gate: f32s(&format!("{name}.gate_proj"))?,
                 up: f32s(&format!("{name}.up_proj"))?,
                 down: f32s(&format!("{name}.down_proj"))?,
@@ -80,6 +115,10 @@ impl MoeLayer {
         };
         let router = f32s("mlp.gate")?;
         let (num_experts, hidden) = router.dims2()?;
+        let top_k = checkpoint.top_k;
+        if top_k == 0 || top_k > num_experts {
+            bail!("layer {layer}: {top_k} of {num_experts} experts a token");
+        }
         let names: Vec<String> = (0..num_experts)
             .map(|e| format!("mlp.experts.{e}"))
             .collect();
@@ -93,6 +132,7 @@ impl MoeLayer {
         let experts = experts.collect::<Result<Vec<_>>>()?;
         Ok(Self {
             norm: f32s("post_attention_layernorm")?,
+            norm_eps: checkpoint.norm_eps,
             router,
             top_k,
             plain: names
@@ -109,12 +149,12 @@ impl MoeLayer {
         self.ragged.widths()
     }
 
-    /// The layer's norm: x / √(mean x² + 1e-6) · weight, of every row.
+    /// The layer's norm: x / √(mean x² + ε) · weight, of every row.
     ///
     /// # Errors
     /// Rows of another length.
     pub fn normed(&self, x: &Tensor) -> Result<Tensor> {
-        let size = (x.sqr()?.mean_keepdim(D::Minus1)? + 1e-6)?.sqrt()?;
+        let size = (x.sqr()?.mean_keepdim(D::Minus1)? + self.norm_eps)?.sqrt()?;
         x.broadcast_div(&size)?.broadcast_mul(&self.norm)
     }
 

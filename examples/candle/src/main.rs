@@ -6,13 +6,13 @@ use std::path::PathBuf;
 
 use candle_core::{Device, Result, bail};
 use tenp_candle::compare::{compare, tolerance};
-use tenp_candle::layer::read_folder;
+use tenp_candle::layer::Checkpoint;
 
 fn main() -> Result<()> {
     let demo = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../demo");
     let folder = std::env::args_os().nth(1).map_or(demo, PathBuf::from);
     let device = Device::cuda_if_available(0)?;
-    let comparisons = compare(&read_folder(&folder)?, &device)?;
+    let comparisons = compare(&Checkpoint::read(&folder)?, &device)?;
     for comparison in &comparisons {
         println!(
             "layer {}, {:?}: {}, {:.1e} (allowed {:.0e}), widths {:?}",

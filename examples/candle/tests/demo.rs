@@ -1,19 +1,17 @@
 //! The demo model's MoE layers in candle: whole, and with experts cut to widths of all kinds.
 
-use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Result, Tensor};
-use tenp_candle::compare::{compare, difference, layer, moe_layers, tolerance, words};
-use tenp_candle::layer::read_folder;
+use tenp_candle::compare::{compare, difference, moe_layers, tolerance, words};
+use tenp_candle::layer::{Checkpoint, MoeLayer};
 use tenp_candle::{Expert, RaggedExperts};
 use tenp_kernels::Compute;
 
 const CPU: Device = Device::Cpu;
 
-fn demo() -> HashMap<String, Tensor> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo");
-    read_folder(&folder).unwrap()
+fn demo() -> Checkpoint {
+    Checkpoint::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo")).unwrap()
 }
 
 /// Widths around the kernels' boundaries, one whole and one gone, turned by the layer.
@@ -30,24 +28,22 @@ fn kept(layer: usize, expert: usize) -> Vec<u32> {
 }
 
 /// Applies `edit` to gate, up and down of every expert, given the expert's kept neurons.
-fn edited(
-    edit: impl Fn(&Tensor, usize, &[u32]) -> Result<Tensor>,
-) -> Result<HashMap<String, Tensor>> {
-    let mut tensors = demo();
-    for layer in moe_layers(&tensors) {
+fn edited(edit: impl Fn(&Tensor, usize, &[u32]) -> Result<Tensor>) -> Result<Checkpoint> {
+    let mut made = demo();
+    for layer in moe_layers(&made.tensors) {
         for expert in 0..16 {
             for (name, dim) in [("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)] {
                 let name = format!("model.layers.{layer}.mlp.experts.{expert}.{name}.weight");
-                let cut = edit(&tensors[&name], dim, &kept(layer, expert))?;
-                tensors.insert(name, cut);
+                let cut = edit(&made.tensors[&name], dim, &kept(layer, expert))?;
+                made.tensors.insert(name, cut);
             }
         }
     }
-    Ok(tensors)
+    Ok(made)
 }
 
 /// The neurons that are not kept are gone.
-fn cut() -> Result<HashMap<String, Tensor>> {
+fn cut() -> Result<Checkpoint> {
     edited(|matrix, dim, kept| {
         if kept.is_empty() {
             return matrix.narrow(dim, 0, 0);
@@ -57,7 +53,7 @@ fn cut() -> Result<HashMap<String, Tensor>> {
 }
 
 /// The neurons that are not kept are zeros.
-fn masked() -> Result<HashMap<String, Tensor>> {
+fn masked() -> Result<Checkpoint> {
     edited(|matrix, dim, kept| {
         let mut mask = [0f32; 96];
         for &neuron in kept {
@@ -94,9 +90,9 @@ fn every_layer_with_ragged_experts_is_the_same_with_the_op() {
 #[test]
 fn cutting_neurons_is_masking_them() {
     let (whole, cut, masked) = (demo(), cut().unwrap(), masked().unwrap());
-    let words = words(&whole, &CPU).unwrap();
-    for number in moe_layers(&whole) {
-        let of = |tensors| layer(tensors, number, Compute::F32, &CPU).unwrap();
+    let words = words(&whole.tensors, &CPU).unwrap();
+    for number in moe_layers(&whole.tensors) {
+        let of = |made| MoeLayer::new(made, number, Compute::F32, &CPU).unwrap();
         let x = of(&whole).normed(&words).unwrap();
         let got = of(&cut).forward(&x).unwrap();
         let want = of(&masked).forward_plain(&x).unwrap();
@@ -153,4 +149,51 @@ fn what_does_not_fit_is_refused_with_its_name() {
         out.iter().flatten().all(|y| (y - want).abs() < 1e-3),
         "{out:?}"
     );
+}
+
+/// The experts of a token are those of the config: another number gives another output, in both ways the same one.
+#[test]
+fn the_config_says_how_many_experts_a_token_has() {
+    let (four, mut two) = (demo(), demo());
+    assert_eq!(four.top_k, 4);
+    two.top_k = 2;
+    let x = words(&four.tensors, &CPU).unwrap();
+    let number = moe_layers(&four.tensors)[0];
+    let of = |made| MoeLayer::new(made, number, Compute::F32, &CPU).unwrap();
+    let got = of(&two).forward(&x).unwrap();
+    let same = difference(&got, &of(&two).forward_plain(&x).unwrap()).unwrap();
+    let other = difference(&got, &of(&four).forward(&x).unwrap()).unwrap();
+    assert!(
+        same <= tolerance(Compute::F32) && other > 1e-3,
+        "{same}, {other}"
+    );
+    two.top_k = 17;
+    assert!(MoeLayer::new(&two, number, Compute::F32, &CPU).is_err());
+}
+
+#[test]
+fn a_config_that_does_not_do_is_named() {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("configs");
+    std::fs::create_dir_all(&folder).unwrap();
+    let path = folder.join("config.json");
+    for (text, named) in [
+        (r#"{"rms_norm_eps": 1e-6}"#, "num_experts_per_tok"),
+        (
+            r#"{"num_experts_per_tok": -1, "rms_norm_eps": 1e-6}"#,
+            "num_experts_per_tok",
+        ),
+        (r#"{"num_experts_per_tok": 4}"#, "rms_norm_eps"),
+        (
+            r#"{"num_experts_per_tok": 4, "rms_norm_eps": 1e-6}"#,
+            "no safetensors",
+        ),
+        ("{", "config.json"),
+    ] {
+        std::fs::write(&path, text).unwrap();
+        let error = Checkpoint::read(&folder).unwrap_err().to_string();
+        assert!(error.contains(named), "{text}: {error}");
+    }
+    std::fs::remove_file(&path).unwrap();
+    let error = Checkpoint::read(&folder).unwrap_err().to_string();
+    assert!(error.contains("config.json"), "{error}");
 }
