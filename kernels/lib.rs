@@ -20,9 +20,9 @@
 //! | operation | CPU | GPU: sources in `kernels/cuda` | input → output there | sm_80 and later | sm_90a besides |
 //! |---|---|---|---|---|---|
 //! | h = silu(gate x) · (up x), every expert | [`cpu::moe`] | `moe_gate_up`, `moe_gate_up_sm90` | bf16 → bf16 | `r2` `n16` `n64` `n128` | `w8` `w16` `w32` `w64` `w128` `w192` `w256`, rows in order or gathered |
-//! | the same, with sums over h | [`cpu::neuron`] | `moe_gate_up`, `moe_gate_up_sm90` | bf16 → bf16, f32 | `n64` `n128` | `w64` `w128` `w256`, in order or gathered |
+//! | the same, with sums over h | [`cpu::neuron`] | `moe_gate_up`, `moe_gate_up_sm90` | bf16 → bf16, f32 | `n64` `n128` | `w8` `w16` `w32` `w64` `w128` `w192` `w256`, in order or gathered |
 //! | y = down h, every expert | [`cpu::moe`] | `moe_down`, `moe_down_sm90` | bf16 → f32, bf16 | `r2` `n16` `n64` `n128` | `w8` `w16` `w32` `w64` `w128` `w192` `w256` |
-//! | contribution of neurons | [`cpu::neuron`] | `moe_contribution`, `moe_contribution_sm90` | bf16 → f32 | `n64` `n128` | `w64` `w128` `w256` |
+//! | contribution of neurons | [`cpu::neuron`] | `moe_contribution`, `moe_contribution_sm90` | bf16 → f32 | `n64` `n128` | `w8` `w16` `w32` `w64` `w128` `w192` `w256` |
 //! | Gram matrices for it | – | `gram_split`, behind a dense product | f32 → bf16 | all | – |
 //! | Σ g y of each token | [`cpu::moe`] | `moe_combine` | f32 or bf16 → f32 | all | – |
 //! | sizes and turns of outputs, sums of experts | [`cpu::direction`] | `moe_direction`, `moe_row_norms`, `expert_sums` | f32 or bf16 → f64 | all | – |
