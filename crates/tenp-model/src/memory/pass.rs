@@ -20,7 +20,8 @@ pub(super) struct PassMemory<'m> {
     cpu: CpuModel<'m>,
     /// Of the largest block.
     rows: usize,
-    in_flight: usize,
+    /// Of as many blocks, the largest, as are in flight at once.
+    in_flight: Vec<usize>,
     longest: usize,
     tokens: usize,
     /// Bytes that stay in memory.
@@ -32,11 +33,14 @@ impl<'m> PassMemory<'m> {
         let cpu = model.on_cpu();
         let blocks = sequences.blocks(cpu.block_tokens());
         let rows = blocks.iter().map(|block| sequences.rows(block).len());
+        let mut in_flight: Vec<usize> = rows.collect();
+        in_flight.sort_unstable_by_key(|rows| std::cmp::Reverse(*rows));
+        in_flight.truncate(cpu.blocks_in_flight());
         let tokens = sequences.num_tokens();
         Self {
             cpu,
-            rows: rows.max().unwrap_or(0),
-            in_flight: cpu.blocks_in_flight().min(blocks.len()),
+            rows: in_flight.first().copied().unwrap_or(0),
+            in_flight,
             longest: sequences.max_positions(),
             tokens,
             hidden: tokens * model.hidden_bytes_per_token() - model.spilled_bytes(tokens),
@@ -44,7 +48,7 @@ impl<'m> PassMemory<'m> {
     }
 
     pub(super) fn in_flight(&self) -> usize {
-        self.in_flight
+        self.in_flight.len()
     }
 
     pub(super) fn hidden(&self) -> usize {
@@ -53,12 +57,13 @@ impl<'m> PassMemory<'m> {
 
     /// With y kept packed where statistics are made.
     pub(super) fn parts(&self, with_statistics: bool) -> Parts {
-        let block = block_bytes(&self.cpu, self.rows, with_statistics);
+        let blocks = self.in_flight.iter();
+        let blocks = blocks.map(|rows| block_bytes(&self.cpu, *rows, with_statistics));
         vec![
             (HIDDEN, self.hidden),
             // An id, a position, and the calibration text's own copy of the id.
             ("token ids", 3 * size_of::<u32>() * self.tokens),
-            (ACTIVATIONS, self.in_flight * block),
+            (ACTIVATIONS, blocks.sum()),
             (
                 "weights and keys at the threads",
                 rayon::current_num_threads() * self.thread_bytes(),
