@@ -300,13 +300,8 @@ pub fn check_writable(folder: &Path, output: &Path) -> Result<(), CheckpointErro
 
 #[cfg(unix)]
 fn access(folder: &Path) -> std::io::Result<()> {
-    use std::os::unix::ffi::OsStrExt as _;
-    let path = std::ffi::CString::new(folder.as_os_str().as_bytes())?;
-    // SAFETY: `path` is a NUL-terminated string that lives during the call.
-    match unsafe { libc::access(path.as_ptr(), libc::W_OK | libc::X_OK) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
-    }
+    use rustix::fs::Access;
+    Ok(rustix::fs::access(folder, Access::WRITE_OK | Access::EXEC_OK)?)
 }
 
 #[cfg(not(unix))]

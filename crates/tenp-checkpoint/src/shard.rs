@@ -146,7 +146,7 @@ impl Shard {
 
     /// Lets go of the whole pages inside a byte range.
     pub(crate) fn release(&self, range: Range<usize>) {
-        let page = page_size();
+        let page = rustix::param::page_size();
         let start = range.start.next_multiple_of(page);
         let end = range.end / page * page;
         if start >= end {
@@ -163,13 +163,4 @@ impl Shard {
 
 fn last_change(file: &File) -> Option<SystemTime> {
     file.metadata().ok()?.modified().ok()
-}
-
-fn page_size() -> usize {
-    // SAFETY: `sysconf` reads a constant and has no preconditions.
-    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    usize::try_from(size)
-        .ok()
-        .filter(|size| *size > 0)
-        .unwrap_or(4096)
 }

@@ -224,24 +224,8 @@ fn resolve(out: &Path) -> Result<(PathBuf, PathBuf), CheckpointError> {
 /// Room on the disk for unprivileged users, where the system tells.
 #[cfg(unix)]
 fn free_bytes(dir: &Path) -> Option<u64> {
-    use std::os::unix::ffi::OsStrExt as _;
-    let path = std::ffi::CString::new(dir.as_os_str().as_bytes()).ok()?;
-    let mut stat = std::mem::MaybeUninit::<libc::statvfs>::zeroed();
-    // SAFETY: `path` is a NUL-terminated string and `stat` points to writable memory of the right type, both alive
-    // during the call.
-    let result = unsafe { libc::statvfs(path.as_ptr(), stat.as_mut_ptr()) };
-    if result != 0 {
-        return None;
-    }
-    // SAFETY: all-zero bytes are a valid value of this plain C struct, and the call succeeded in filling it.
-    let stat = unsafe { stat.assume_init() };
-    // The fields' types differ between systems.
-    wide(stat.f_bavail).checked_mul(wide(stat.f_frsize))
-}
-
-#[cfg(unix)]
-fn wide(count: impl Into<u64>) -> u64 {
-    count.into()
+    let stat = rustix::fs::statvfs(dir).ok()?;
+    stat.f_bavail.checked_mul(stat.f_frsize)
 }
 
 #[cfg(not(unix))]

@@ -107,6 +107,7 @@ pub(super) fn weight_norms(
 ) -> Result<Vec<Vec<f64>>, CheckpointError> {
     let experts = 0..checkpoint.config().moe.num_experts;
     let norms = experts.into_par_iter().map(|expert| {
+        checkpoint.check_stop()?;
         let tensors = checkpoint.expert(layer, expert)?;
         let mut norms = vec![0.0; tensors.gate.rows];
         for part in [Part::Gate, Part::Up] {
@@ -136,7 +137,10 @@ pub(super) fn weight_norms(
             ),
         })
     });
-    let norms = norms.collect();
+    let norms = std::thread::scope(|scope| {
+        scope.spawn(|| checkpoint.prefetch_layer(layer));
+        norms.collect()
+    });
     checkpoint.release_layer(layer);
     norms
 }
