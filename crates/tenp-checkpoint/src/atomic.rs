@@ -301,7 +301,10 @@ pub fn check_writable(folder: &Path, output: &Path) -> Result<(), CheckpointErro
 #[cfg(unix)]
 fn access(folder: &Path) -> std::io::Result<()> {
     use rustix::fs::Access;
-    Ok(rustix::fs::access(folder, Access::WRITE_OK | Access::EXEC_OK)?)
+    Ok(rustix::fs::access(
+        folder,
+        Access::WRITE_OK | Access::EXEC_OK,
+    )?)
 }
 
 #[cfg(not(unix))]
