@@ -96,6 +96,23 @@ impl Statistics {
     }
 }
 
+impl LayerStatistics {
+    /// Lets go of the `[N,K]` tables.
+    pub fn let_go(&mut self) {
+        for field in fields::FIELDS.iter().filter(|field| field.per_neuron) {
+            *(field.get_mut)(self) = Vec::new();
+        }
+    }
+
+    /// Bytes of the `[N,K]` tables.
+    pub fn table_bytes(&self) -> usize {
+        let tables = fields::FIELDS.iter().filter(|field| field.per_neuron);
+        tables
+            .map(|field| size_of_val(&(field.get)(self)[..]))
+            .sum()
+    }
+}
+
 /// Statistics of groups of samples kept apart, by domain: the groups, each with its layers by the model's own index.
 ///
 /// Only the `[N,K]` tables that were asked for are there; the others are empty.

@@ -29,6 +29,9 @@ pub struct FoldOptions {
     pub tables: Vec<&'static str>,
     /// The same of the domains; `None`: all, without which statistics cannot be written.
     pub domain_tables: Option<Vec<&'static str>>,
+    /// Whether the domains' `[N,K]` statistics of layers that are kept on the disk are let go of: [`Keep::write`] puts
+    /// everything together.
+    pub let_go: bool,
 }
 
 impl FoldOptions {
@@ -82,6 +85,7 @@ pub fn calibrate_in_folds(
     let (layers, num_layers) = (&model.config().moe_layers[..], model.config().num_layers);
     let mut run = model.begin(&sequences)?;
     if let Some(keep) = &mut keep {
+        keep.lets_go(options.let_go);
         keep.restore(model.config(), &mut collected, &mut run, &sequences)?;
     }
     while run.step(&collector)? {
@@ -89,11 +93,11 @@ pub fn calibrate_in_folds(
             collected.add(domains, options, layer, sums);
         }
         if let Some(keep) = &mut keep {
-            keep.layer_done(layers, &collected, &run, &sequences);
+            keep.layer_done(layers, &mut collected, &run, &sequences);
         }
     }
     if let Some(keep) = &mut keep {
-        keep.all_done(layers, &collected, num_layers);
+        keep.all_done(layers, &mut collected, num_layers);
     }
     Ok((collected.statistics, collected.folds))
 }

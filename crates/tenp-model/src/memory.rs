@@ -86,8 +86,13 @@ pub fn calibration(
         let sums = memory.sums(blocks + usize::from(blocks > 1));
         (pass.parts(true), sums, None)
     };
+    let done = if options.let_go {
+        Keep::held_bytes(memory.layers_before_last(), memory.layer())
+    } else {
+        memory.layers_before_last()
+    };
     parts.extend([
-        ("statistics of the layers done", memory.layers_before_last()),
+        ("statistics of the layers done", done),
         ("sums of a layer", sums),
         ("hidden states being kept", Keep::chunk_bytes(model, tokens)),
     ]);

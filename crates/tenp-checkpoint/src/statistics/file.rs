@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::fields::FIELDS;
+use super::parts::read_domain;
 use super::{LayerStatistics, Statistics};
 use crate::atomic::{Sink, replace_file};
 use crate::header::{self, Entry, PlannedTensor};
@@ -70,10 +71,33 @@ impl Statistics {
     /// # Errors
     /// A statistic of the wrong length, or the file cannot be written.
     pub fn write(&self, path: &Path) -> Result<(), CheckpointError> {
+        self.write_from(path, None)
+    }
+
+    /// [`Self::write`] where the `[N,K]` tables of some layers were let go of: they are in the file of [`super::write_parts`] that `part`
+    /// names for a layer.
+    ///
+    /// # Errors
+    /// As [`Self::write`]; such a file cannot be read.
+    pub fn write_with_parts(
+        &self,
+        path: &Path,
+        part: &dyn Fn(usize) -> PathBuf,
+    ) -> Result<(), CheckpointError> {
+        self.write_from(path, Some(part))
+    }
+
+    fn write_from(
+        &self,
+        path: &Path,
+        part: Option<&dyn Fn(usize) -> PathBuf>,
+    ) -> Result<(), CheckpointError> {
         let mut planned = Vec::new();
+        let gone = |statistics: &LayerStatistics| part.filter(|_| statistics.table_bytes() == 0);
         for (domain, layers) in &self.domains {
             for (layer, statistics) in layers {
-                plan_layer(&mut planned, domain, *layer, statistics)?;
+                let gone = gone(statistics).is_some();
+                plan_layer(&mut planned, domain, *layer, statistics, gone)?;
             }
         }
         let refs: Vec<&PlannedTensor> = planned.iter().collect();
@@ -81,8 +105,15 @@ impl Statistics {
         let data: u64 = planned.iter().map(PlannedTensor::num_bytes).sum();
         replace_file(path, header.len() as u64 + data, |sink| {
             sink.write(&header)?;
-            for layer in self.domains.values().flat_map(BTreeMap::values) {
-                write_layer(sink, layer)?;
+            for (domain, layers) in &self.domains {
+                for (layer, statistics) in layers {
+                    match gone(statistics) {
+                        None => write_layer(sink, statistics)?,
+                        Some(part) => {
+                            write_layer(sink, &read_domain(&part(*layer), domain, *layer)?)?;
+                        }
+                    }
+                }
             }
             Ok(())
         })
@@ -108,11 +139,13 @@ impl Statistics {
     }
 }
 
+/// `gone`: the `[N,K]` tables come from elsewhere when they are written.
 pub(super) fn plan_layer(
     planned: &mut Vec<PlannedTensor>,
     domain: &str,
     layer: usize,
     statistics: &LayerStatistics,
+    gone: bool,
 ) -> Result<(), CheckpointError> {
     let (experts, width) = (statistics.num_experts, statistics.width);
     let prefix = format!("{domain}/layers.{layer}");
@@ -131,6 +164,11 @@ pub(super) fn plan_layer(
     add("total_tokens", Dtype::I64, vec![1], 1)?;
     for field in FIELDS {
         let values = (field.get)(statistics);
+        if gone && field.per_neuron {
+            let length = field.length(experts, width);
+            add(field.name, Dtype::F64, field.shape(experts, width), length)?;
+            continue;
+        }
         // Tables that were not kept of a group: the width is told all the same.
         let shape = match values.len() {
             0 if field.per_neuron => vec![0, width],

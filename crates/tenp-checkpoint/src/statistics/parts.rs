@@ -37,7 +37,7 @@ pub fn write_parts(
     }
     let mut planned = Vec::new();
     for (name, sums) in &parts {
-        plan_layer(&mut planned, name, layer, sums)?;
+        plan_layer(&mut planned, name, layer, sums, false)?;
     }
     let refs: Vec<&PlannedTensor> = planned.iter().collect();
     let header = header::build(&BTreeMap::new(), &refs);
@@ -50,7 +50,8 @@ pub fn write_parts(
     })
 }
 
-/// Reads a layer back into the domains and groups that are there.
+/// Reads a layer back into the domains and groups that are there, of the domains without the `[N,K]` tables that are not
+/// `wanted`.
 ///
 /// # Errors
 /// A damaged file.
@@ -59,29 +60,46 @@ pub fn read_parts(
     layer: usize,
     statistics: &mut Statistics,
     folds: &mut Folds,
+    wanted: &dyn Fn(&str) -> bool,
 ) -> Result<(), CheckpointError> {
     let shard = Shard::open_file(path.to_path_buf(), "statistics")?;
+    for (domain, layers) in &mut statistics.domains {
+        layers.insert(layer, read(&shard, &name(domain, 0), layer, wanted)?);
+    }
+    for (domain, groups) in folds {
+        for (group, layers) in groups.iter_mut().enumerate() {
+            let sums = read(&shard, &name(domain, group + 1), layer, &|_| true)?;
+            layers.insert(layer, sums);
+        }
+    }
+    Ok(())
+}
+
+/// Reads a layer of a domain back, whole.
+pub(super) fn read_domain(
+    path: &Path,
+    domain: &str,
+    layer: usize,
+) -> Result<LayerStatistics, CheckpointError> {
+    let shard = Shard::open_file(path.to_path_buf(), "statistics")?;
+    read(&shard, &name(domain, 0), layer, &|_| true)
+}
+
+fn read(
+    shard: &Shard,
+    name: &str,
+    layer: usize,
+    wanted: &dyn Fn(&str) -> bool,
+) -> Result<LayerStatistics, CheckpointError> {
     let release = |range| shard.release(range);
     let file = StatisticsFile {
-        path,
+        path: &shard.path,
         entries: &shard.entries,
         metadata: &shard.metadata,
         bytes: shard.slice(0..shard.num_bytes() as usize),
         release: &release,
-        wanted: &|_| true,
+        wanted,
         partial: true,
     };
-    let entries = file.by_name();
-    let read = |domain: &str, group: usize| {
-        file.layer(&entries, &format!("{}/layers.{layer}", name(domain, group)))
-    };
-    for (domain, layers) in &mut statistics.domains {
-        layers.insert(layer, read(domain, 0)?);
-    }
-    for (domain, groups) in folds {
-        for (group, layers) in groups.iter_mut().enumerate() {
-            layers.insert(layer, read(domain, group + 1)?);
-        }
-    }
-    Ok(())
+    file.layer(&file.by_name(), &format!("{name}/layers.{layer}"))
 }

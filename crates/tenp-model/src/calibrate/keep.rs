@@ -1,13 +1,14 @@
 //! Keeping what a calibration has done, so that the same calibration goes on there after its process died: a file of
 //! statistics for each layer, and the hidden states behind the last one.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use tenp_checkpoint::statistics::{read_parts, write_parts};
-use tenp_checkpoint::{Folds, ModelConfig, Statistics, Work, sync_folder};
+use tenp_checkpoint::{Folds, LayerStatistics, ModelConfig, Statistics, Work, sync_folder};
 
 use super::{FoldOptions, MAX_FOLDS};
 use crate::memory::StatisticsMemory;
@@ -18,6 +19,9 @@ const TIME_SHARE: u32 = 20;
 
 /// Bytes of hidden states that go to and from the disk at once.
 const CHUNK_BYTES: usize = 8 << 20;
+
+/// Bytes of `[N,K]` statistics that may wait to be let go of until it is time to keep a layer.
+const HELD_BYTES: usize = 512 << 20;
 
 /// Where a calibration keeps what it has done.
 #[derive(Debug)]
@@ -31,6 +35,8 @@ pub struct Keep {
     cost: Duration,
     /// Layers below this have their statistics in the folder.
     saved: usize,
+    /// Whether their `[N,K]` tables are let go of.
+    lets_go: bool,
     trouble: Option<String>,
 }
 
@@ -39,6 +45,22 @@ pub struct Keep {
 pub(super) struct Collected {
     pub(super) statistics: Statistics,
     pub(super) folds: Folds,
+}
+
+impl Collected {
+    /// Bytes of the domains' `[N,K]` tables.
+    fn table_bytes(&self) -> usize {
+        let layers = self.statistics.domains.values().flat_map(BTreeMap::values);
+        layers.map(LayerStatistics::table_bytes).sum()
+    }
+
+    /// Lets go of these.
+    fn let_go(&mut self) {
+        let domains = self.statistics.domains.values_mut();
+        for layer in domains.flat_map(BTreeMap::values_mut) {
+            layer.let_go();
+        }
+    }
 }
 
 impl Keep {
@@ -53,6 +75,11 @@ impl Keep {
         let groups = domains * options.num_folds.unwrap_or(MAX_FOLDS);
         let statistics = StatisticsMemory::new(model.config(), domains);
         statistics.of(options, groups).all() + 2 * tokens * model.hidden_bytes_per_token()
+    }
+
+    /// Bytes of statistics of `all` bytes, `layer` of a layer, that are in memory at most where they are let go of.
+    pub(crate) fn held_bytes(all: usize, layer: usize) -> usize {
+        all.min(HELD_BYTES + layer)
     }
 
     /// Bytes of the hidden states of `tokens` tokens that are in memory on their way to the disk.
@@ -71,6 +98,7 @@ impl Keep {
             last: now,
             cost: Duration::ZERO,
             saved: 0,
+            lets_go: false,
             trouble: None,
         }
     }
@@ -93,6 +121,18 @@ impl Keep {
     /// Removes everything: the result is where it belongs.
     pub fn finish(self) {
         self.work.finish();
+    }
+
+    pub(super) fn lets_go(&mut self, lets_go: bool) {
+        self.lets_go = lets_go;
+    }
+
+    /// Writes the statistics that were calibrated, those that were let go of too.
+    ///
+    /// # Errors
+    /// As [`Statistics::write_with_parts`].
+    pub fn write(&self, statistics: &Statistics, path: &Path) -> Result<(), ModelError> {
+        Ok(statistics.write_with_parts(path, &|layer| self.parts(layer))?)
     }
 
     fn parts(&self, layer: usize) -> PathBuf {
@@ -130,7 +170,8 @@ impl Keep {
         let next = self.next_layer(config);
         for layer in config.moe_layers.iter().filter(|layer| **layer < next) {
             let Collected { statistics, folds } = collected;
-            read_parts(&self.parts(*layer), *layer, statistics, folds)?;
+            let wanted = |_: &str| !self.lets_go;
+            read_parts(&self.parts(*layer), *layer, statistics, folds, &wanted)?;
         }
         if (1..config.num_layers).contains(&next) {
             read_hidden(&self.hidden(next), run, sequences.num_tokens())?;
@@ -140,24 +181,36 @@ impl Keep {
         Ok(())
     }
 
-    /// A layer is done: keeps it and those before it, if it is time.
+    /// A layer is done: keeps it and those before it, if it is time, or if they are too much to hold.
     pub(super) fn layer_done(
         &mut self,
         layers: &[usize],
-        collected: &Collected,
+        collected: &mut Collected,
         run: &Run<'_>,
         sequences: &Sequences,
     ) {
+        if self.trouble.is_some() {
+            return;
+        }
         let pause = self.every.max(self.cost * TIME_SHARE);
-        if self.trouble.is_none() && self.last.elapsed() >= pause {
+        if self.last.elapsed() >= pause {
             let kept = self.save(layers, collected, run.layer());
             let kept = kept.and_then(|()| self.save_hidden(run, sequences));
             self.finish_keeping(kept);
+        } else if self.lets_go && collected.table_bytes() > HELD_BYTES {
+            // Without the hidden states: it is not yet time to go on from here.
+            let kept = self.save(layers, collected, run.layer());
+            self.trouble = kept.err().map(|error| error.to_string());
         }
     }
 
     /// All layers are done: keeps them for what follows, if that is worth it.
-    pub(super) fn all_done(&mut self, layers: &[usize], collected: &Collected, num_layers: usize) {
+    pub(super) fn all_done(
+        &mut self,
+        layers: &[usize],
+        collected: &mut Collected,
+        num_layers: usize,
+    ) {
         if self.trouble.is_none() && self.is_worth(self.started.elapsed()) {
             let kept = self.save(layers, collected, num_layers);
             self.remove_hidden(num_layers);
@@ -170,11 +223,11 @@ impl Keep {
         self.last = Instant::now();
     }
 
-    /// Saves the statistics of the layers before `end`.
+    /// Saves the statistics of the layers before `end`, and lets go of their tables.
     fn save(
         &mut self,
         layers: &[usize],
-        collected: &Collected,
+        collected: &mut Collected,
         end: usize,
     ) -> Result<(), ModelError> {
         let started = Instant::now();
@@ -185,6 +238,9 @@ impl Keep {
         }
         self.work.begin()?;
         self.saved = end;
+        if self.lets_go {
+            collected.let_go();
+        }
         self.cost = started.elapsed();
         Ok(())
     }

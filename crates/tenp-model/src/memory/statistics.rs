@@ -65,6 +65,11 @@ impl StatisticsMemory {
         self.layers * self.table() * (self.domain_tables * self.domains + self.group_tables)
     }
 
+    /// Of a layer.
+    pub(super) fn layer(self) -> usize {
+        self.all() / self.layers.max(1)
+    }
+
     /// Of that, the groups'.
     pub fn groups(self) -> usize {
         self.layers * self.table() * self.group_tables
@@ -77,7 +82,7 @@ impl StatisticsMemory {
 
     /// Of all layers but the last.
     pub(super) fn layers_before_last(self) -> usize {
-        self.all() / self.layers.max(1) * self.layers.saturating_sub(1)
+        self.layer() * self.layers.saturating_sub(1)
     }
 
     /// A layer's sums of the samples of a label.

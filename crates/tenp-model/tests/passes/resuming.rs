@@ -24,6 +24,7 @@ pub(crate) fn a_stopped_calibration_goes_on_with_the_same_bits<B: Backend + 'sta
         num_folds: Some(2),
         tables: vec!["contribution"],
         domain_tables: Some(vec!["contribution", "energy"]),
+        let_go: false,
     };
     let calibrate = |keep: Option<&mut Keep>, last: usize| {
         let device = DeviceModel::new(&checkpoint, Tight(place(0))).expect("found");

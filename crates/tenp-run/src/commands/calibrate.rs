@@ -48,7 +48,7 @@ pub(super) fn run(args: &Calibrate) -> Result<()> {
         ));
         return Ok(());
     }
-    let (folds, every) = (FoldOptions::default(), args.keep.every());
+    let (folds, every) = (fold_options(), args.keep.every());
     let mut keep = unfinished::keep((out, OUTPUT), inputs, &folds, args.restart, every)?;
     let calibrated = place.with_model(&checkpoint, |model| {
         let model = model.spilling(&spill);
@@ -64,14 +64,21 @@ pub(super) fn run(args: &Calibrate) -> Result<()> {
     statistics.shares = share.into_iter().filter(|share| share.parts > 1).collect();
     // Written in the folder first: a process that dies leaves nothing anywhere else.
     let whole = keep.work().dir().join("statistics");
-    statistics
-        .write(&whole)
-        .map_err(|error| explain(error.into()))?;
+    let written = keep.write(&statistics, &whole);
+    written.map_err(|error| explain(error.into()))?;
     std::fs::rename(&whole, out).with_context(|| format!("cannot write {}", out.display()))?;
     sync_folder(folder_of(out));
     keep.finish();
     console::note(&format!("wrote {}", out.display()));
     Ok(())
+}
+
+/// Nothing but the file needs the statistics.
+fn fold_options() -> FoldOptions {
+    FoldOptions {
+        let_go: true,
+        ..FoldOptions::default()
+    }
 }
 
 /// What the run would take.
@@ -81,7 +88,7 @@ fn dry_run(model: &Model<'_>, samples: &Samples, json: bool) -> Result<()> {
     if let Some(new_tokens) = samples.new_tokens(model) {
         forecast.generation(&samples.domains, new_tokens)?;
     }
-    forecast.calibration(&domains, &FoldOptions::default())?;
+    forecast.calibration(&domains, &fold_options())?;
     let statistics = StatisticsMemory::new(model.config(), domains.len());
     let sizes = Sizes {
         tokens: models::num_tokens(&domains),
