@@ -13,6 +13,9 @@ pub(super) type Work<'a> = dyn FnMut(usize) -> Result<(), KernelError> + 'a;
 /// Seconds of work of this name and so many FLOPs.
 pub(super) type Measure<'a> = dyn Fn(&str, f64, &mut Work<'_>) -> Result<f64, KernelError> + 'a;
 
+/// Samples of a benchmark.
+const SAMPLES: usize = 10;
+
 pub(super) struct Bench<'a> {
     pub(super) device: &'a Device,
     pub(super) timer: Timer,
@@ -43,7 +46,7 @@ impl Bench<'_> {
         let mut criterion = self.criterion.borrow_mut();
         let mut group = criterion.benchmark_group(name.0);
         group
-            .sample_size(10)
+            .sample_size(SAMPLES)
             .sampling_mode(SamplingMode::Flat)
             .warm_up_time(Duration::from_millis(200))
             .measurement_time(Duration::from_millis(500))
@@ -63,7 +66,10 @@ impl Bench<'_> {
         group.finish();
         match failure {
             Some(error) => Err(error),
-            None => Ok(median(&mut samples)),
+            // Those before are criterion's warming up, of few iterations at first.
+            None => Ok(median(
+                &mut samples.split_off(samples.len().saturating_sub(SAMPLES)),
+            )),
         }
     }
 }

@@ -221,7 +221,7 @@ impl Checkpoint {
     }
 
     /// SHA-256, in hex, over `config.json`, every shard's name, length and header, and a few bytes of up to 4,096 tensors:
-    /// weights that were trained further differ, of whatever size and names they are.
+    /// all of a small model's, and of a large one so many that other weights of the same shapes hardly pass for these.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }

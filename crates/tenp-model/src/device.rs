@@ -46,6 +46,7 @@ use tenp_kernels::device::{
 };
 
 use self::cache::DeviceCache;
+pub(crate) use self::cache::cache_room;
 use self::layer::{Mlp, Projection};
 use self::memory::block_bytes;
 use self::pass::DevicePass;
@@ -277,7 +278,8 @@ impl<B: Backend + 'static> Engine for DeviceModel<'_, B> {
         let tokens = sequences.num_tokens();
         let blocks = sequences.blocks(self.block_tokens);
         let rows = blocks.iter().map(|block| sequences.rows(block).len());
-        let block = block_bytes(config, rows.max().unwrap_or(0), with_sums);
+        let most_rows = rows.max().unwrap_or(0);
+        let block = block_bytes(config, most_rows, with_sums);
         let gram = if with_sums {
             self.gram_bytes(tokens, blocks.len())
         } else {
@@ -285,8 +287,10 @@ impl<B: Backend + 'static> Engine for DeviceModel<'_, B> {
         };
         WorkingBytes {
             host: store.host_bytes(),
+            weights: store.device_bytes(),
             // Hidden states and positions.
-            device: store.device_bytes() + 4 * tokens * (width + 1) + block + gram,
+            pass: 4 * tokens * (width + 1) + block + gram,
+            block_hidden: 4 * most_rows * width,
             head: 2 * vocab * width,
             logits: tokens.min(HEAD_ROWS) * (2 * width + 4 * vocab),
         }

@@ -36,12 +36,28 @@ pub struct Model<'c> {
 pub(crate) struct WorkingBytes {
     /// On the host, beside the mapped file.
     pub(crate) host: usize,
-    /// On the GPU.
-    pub(crate) device: usize,
+    /// On the GPU: layers.
+    pub(crate) weights: usize,
+    /// There, while the pass goes on.
+    pub(crate) pass: usize,
+    /// Of that, the hidden states of a block.
+    pub(crate) block_hidden: usize,
     /// There too, from the first logits on.
     pub(crate) head: usize,
     /// There, when the pass is over: logits, and what they are made of.
     pub(crate) logits: usize,
+}
+
+impl WorkingBytes {
+    /// On the GPU while layers run.
+    pub(crate) fn running(&self) -> usize {
+        self.weights + self.pass
+    }
+
+    /// On the GPU in passes that logits are made behind.
+    pub(crate) fn with_logits(&self) -> usize {
+        self.weights + self.pass.max(self.logits) + self.head
+    }
 }
 
 /// What passes on a GPU have waited for on the host. Kernels run while weights are waited for, so that of a run which the disk
@@ -50,7 +66,7 @@ pub(crate) struct WorkingBytes {
 pub struct Waited {
     /// The next layer's weights being read and packed, everything else having been asked for.
     pub weights: Duration,
-    /// Kernels, the next layer's weights having been sent.
+    /// Kernels and what they have summed, the next layer's weights having been sent.
     pub kernels: Duration,
 }
 

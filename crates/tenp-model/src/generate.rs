@@ -102,6 +102,24 @@ pub(crate) fn most_cached_bytes(
     all.min(CACHE_BYTES)
 }
 
+/// The same on a GPU, in bf16 and with as much room for each sequence of a batch as the longest takes.
+pub(crate) fn most_cached_on_device(
+    config: &ModelConfig,
+    sequences: &Sequences,
+    new_tokens: usize,
+) -> usize {
+    let position = cached_bytes_per_token(config);
+    let lens = sequences.spans().iter();
+    let lens: Vec<usize> = lens.map(|span| span.rows.len() + new_tokens).collect();
+    let bytes: Vec<usize> = lens.iter().map(|len| len * position).collect();
+    let batches = batches(&bytes, CACHE_BYTES).into_iter();
+    let of = |batch: Range<usize>| {
+        let longest = lens[batch.clone()].iter().max().copied().unwrap_or(0);
+        batch.len() * crate::device::cache_room(longest) * position / 2
+    };
+    batches.map(of).max().unwrap_or(0)
+}
+
 fn complete_together(
     model: &Model<'_>,
     prompts: &[&[u32]],

@@ -9,7 +9,7 @@ use tenp_checkpoint::{OutputDtype, Plan};
 
 use crate::calibrate::{FoldOptions, Keep, grouped};
 use crate::evaluate::{logit_bytes, output_bytes};
-use crate::{Model, Sequences};
+use crate::{Model, Sequences, generate};
 
 use pass::PassMemory;
 pub use recovery::{merging, narrowed, rewritten};
@@ -72,11 +72,11 @@ pub fn calibration(
 ) -> Step {
     let (sequences, labels) = grouped(model, domains, options);
     let memory = StatisticsMemory::new(model.config(), domains.len());
-    let memory = memory.of(options, labels.len());
+    let memory = memory.kept_by(options, labels.len());
     let tokens = sequences.num_tokens();
     // On a GPU the blocks of a label are added up there, and those of all labels come back at once.
     let (mut parts, sums, device) = if let Some(bytes) = model.engine_bytes(&sequences, true) {
-        let there = bytes.device + memory.label() * labels.len();
+        let there = bytes.running() + memory.label() * labels.len();
         let parts = vec![(STAGED, bytes.host)];
         (parts, memory.sums(labels.len()), Some(there))
     } else {
@@ -97,17 +97,6 @@ pub fn calibration(
         ("hidden states being kept", Keep::chunk_bytes(model, tokens)),
     ]);
     Step::new("calibrate", parts).on_device(device)
-}
-
-/// What a pass holds here, and on the GPU where one runs it.
-fn passing(
-    model: &Model<'_>,
-    sequences: &Sequences,
-) -> (Vec<(&'static str, usize)>, Option<usize>) {
-    match model.engine_bytes(sequences, false) {
-        Some(bytes) => (vec![(STAGED, bytes.host)], Some(bytes.device)),
-        None => (PassMemory::new(model, sequences).parts(false), None),
-    }
 }
 
 /// Errors of cut experts, measured in one pass.
@@ -184,8 +173,7 @@ fn measuring<const N: usize>(
         let parts = vec![(STAGED, models * bytes.host)];
         let back = models * tokens * model.hidden_bytes_per_token();
         let behind = [&parts[..], &[(BACK, back)]].concat();
-        let device = bytes.device.max(bytes.logits) + bytes.head;
-        (parts, behind, Some(models * device))
+        (parts, behind, Some(models * bytes.with_logits()))
     } else {
         let (running, hidden) = PassMemory::new(model, sequences).measuring(models);
         (running, hidden, None)
@@ -205,24 +193,28 @@ fn largest(steps: impl Iterator<Item = Step>) -> Step {
 
 /// Answers of up to `new_tokens` more tokens behind the samples.
 pub fn generation(model: &Model<'_>, sequences: &Sequences, new_tokens: usize) -> Step {
-    let cached = crate::generate::most_cached_bytes(model.config(), sequences, new_tokens);
-    let (mut parts, device) = passing(model, sequences);
-    if device.is_some() {
-        let back = sequences.num_tokens() * model.hidden_bytes_per_token();
-        parts.push((BACK, back));
+    let tokens = sequences.num_tokens();
+    let (mut parts, device) = if let Some(bytes) = model.engine_bytes(sequences, false) {
+        let back = tokens * model.hidden_bytes_per_token();
+        let cached = generate::most_cached_on_device(model.config(), sequences, new_tokens);
+        let parts = vec![(STAGED, bytes.host), (BACK, back)];
+        (parts, Some(bytes.with_logits() + cached))
     } else {
+        let cached = generate::most_cached_bytes(model.config(), sequences, new_tokens);
+        let mut parts = PassMemory::new(model, sequences).parts(false);
         parts.push(("keys and values", cached));
-    }
+        (parts, None)
+    };
     parts.push((
         "logits",
         crate::head::batch_bytes(model.config(), sequences.spans().len()),
     ));
-    Step::new("generate", parts).on_device(device.map(|device| device + cached))
+    Step::new("generate", parts).on_device(device)
 }
 
 /// Least squares: the fit of a layer, and the pruned layer run for those behind it.
 pub fn fit(model: &Model<'_>, sequences: &Sequences, plan: &Plan, dtype: OutputDtype) -> [Step; 2] {
-    recovery::fit(model, sequences, (plan, dtype), &passing(model, sequences))
+    recovery::fit(model, sequences, plan, dtype)
 }
 
 /// Ids of the kept neurons. They are sorted in place, so there is room for all of an expert's.

@@ -12,6 +12,7 @@ use support::{golden, golden_dir};
 use tenp_checkpoint::Checkpoint;
 use tenp_model::calibrate::{FoldOptions, calibrate_in_folds};
 use tenp_model::device::DeviceModel;
+use tenp_model::generate::{Limits, complete};
 use tenp_model::memory::{self, Step};
 use tenp_model::{Model, Sequences};
 
@@ -80,5 +81,31 @@ fn figures_take_what_was_foreseen() {
             });
             check(family, &step, &held);
         }
+    }
+}
+
+/// A long prompt among short ones: each sequence gets the room of the longest.
+#[test]
+fn completions_take_what_was_foreseen() {
+    let checkpoint = Checkpoint::open(&golden_dir().join("olmoe")).expect("opens");
+    let text = golden(checkpoint.dir()).0.concat();
+    let prompts = [&text[..70], &text[..5], &text[..9]];
+    let mut sequences = Sequences::default();
+    for prompt in prompts {
+        sequences.push(prompt, 0);
+    }
+    let limits = Limits {
+        new_tokens: 8,
+        len: 200,
+    };
+    for place in places() {
+        let mut step = Step::default();
+        let held = most_held(|| {
+            let device = DeviceModel::new(&checkpoint, place).expect("found");
+            let model = Model::on(&device);
+            step = memory::generation(&model, &sequences, limits.new_tokens);
+            complete(&model, &prompts, limits, &|_| ()).expect("completed");
+        });
+        check("completions", &step, &held);
     }
 }

@@ -85,12 +85,14 @@ impl<'m> Forecast<'m> {
         self.spilled_bytes = self.spilled_bytes.max(bytes);
     }
 
-    fn pass(&mut self, name: &'static str, passes: usize, computing: f64) {
+    /// `tokens` go through all layers in all passes together: hidden states in a file are read and written by every layer.
+    fn pass(&mut self, name: &'static str, passes: usize, computing: f64, tokens: &[usize]) {
         let size = self.checkpoint().size().bytes_total;
-        // Hidden states in a file are read and written by every layer.
-        let tokens = self.speed.as_ref().map_or(0, |(_, text)| text.num_tokens());
-        let layers = self.model.config().num_layers;
-        let spilled = (passes * layers * self.model.spilled_bytes(tokens)) as u64;
+        let spilled: usize = tokens
+            .iter()
+            .map(|tokens| self.model.spilled_bytes(*tokens))
+            .sum();
+        let spilled = (self.model.config().num_layers * spilled) as u64;
         self.work.push(Work {
             name,
             passes,
@@ -125,7 +127,8 @@ impl<'m> Forecast<'m> {
         let computing = speed.pass(&self.model, &sequences, 1.0, false)
             + new_tokens as f64 * token.pass(&self.model, &one, 1.0, false);
         self.step(memory::generation(&self.model, &sequences, new_tokens));
-        self.pass("generate answers", 1 + new_tokens, computing);
+        let tokens = [sequences.num_tokens()];
+        self.pass("generate answers", 1 + new_tokens, computing, &tokens);
         Ok(())
     }
 
@@ -134,10 +137,10 @@ impl<'m> Forecast<'m> {
         let (speed, sequences) = self.speed(domains)?;
         self.step(memory::calibration(&self.model, domains, folds));
         let computing = speed.pass(&self.model, &sequences, 1.0, true);
-        self.pass("calibrate", 1, computing);
+        self.pass("calibrate", 1, computing, &[sequences.num_tokens()]);
         let groups = folds.num_folds.unwrap_or(1) * domains.len();
         let memory = StatisticsMemory::new(self.model.config(), domains.len());
-        let memory = memory.of(folds, groups);
+        let memory = memory.kept_by(folds, groups);
         (self.statistics, self.groups) = (memory.all(), memory.groups());
         let tokens = sequences.num_tokens();
         self.kept_bytes = Keep::most_bytes(&self.model, tokens, domains.len(), folds);
@@ -175,7 +178,8 @@ impl<'m> Forecast<'m> {
             ));
             if self.measured.insert("three quarters".to_owned()) {
                 let computing = speed.pass(&self.model, &fit_text, 1.0, true);
-                self.pass("calibrate on three quarters", 1, computing);
+                let tokens = [fit_text.num_tokens()];
+                self.pass("calibrate on three quarters", 1, computing, &tokens);
             }
             let memory = StatisticsMemory::new(self.model.config(), domains.len());
             let memory = memory.drawn(request.tables()?.len());
@@ -185,7 +189,8 @@ impl<'m> Forecast<'m> {
             self.spills(self.model.spilled_bytes(held_text.num_tokens()) + in_files);
             let each = speed.pass(&self.model, &held_text, plan.accounting.E, false);
             // Side by side, so that the model is read once.
-            self.pass("try α", 1, plans as f64 * each);
+            let tokens = vec![held_text.num_tokens(); plans];
+            self.pass("try α", 1, plans as f64 * each, &tokens);
         }
         if matches!(request.allocation, Some(Allocation::Sensitivity(_))) {
             self.step(memory::cut_errors(&self.model, &sequences));
@@ -193,7 +198,8 @@ impl<'m> Forecast<'m> {
                 .measured
                 .insert(search::curves_key(self.model.config(), request)?)
             {
-                self.pass("measure errors", 1, speed.cuts(&self.model, &sequences));
+                let computing = speed.cuts(&self.model, &sequences);
+                self.pass("measure errors", 1, computing, &[sequences.num_tokens()]);
             }
         }
         let config = self.model.config();
@@ -232,7 +238,8 @@ impl<'m> Forecast<'m> {
         let computing = speed.fits(&self.model, sequences, plan);
         let width = self.model.config().moe.expert_width;
         let passes = 1 + passes_for_moments(plan, width);
-        self.pass("fit, and run what was fitted", passes, computing);
+        let tokens = vec![sequences.num_tokens(); passes];
+        self.pass("fit, and run what was fitted", passes, computing, &tokens);
         let [_, in_files] = memory::narrowed(self.checkpoint(), plan, dtype);
         self.spills(2 * self.model.spilled_bytes(sequences.num_tokens()) + in_files);
         Ok(())
@@ -252,7 +259,7 @@ impl<'m> Forecast<'m> {
         let (step, in_files) = memory::merging(self.checkpoint(), plan, dtype);
         self.step(step);
         self.spills(in_files);
-        self.pass("merge", 1, speed.comparisons(&self.model, plan));
+        self.pass("merge", 1, speed.comparisons(&self.model, plan), &[]);
         Ok(())
     }
 

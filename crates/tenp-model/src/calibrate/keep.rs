@@ -74,7 +74,7 @@ impl Keep {
     ) -> usize {
         let groups = domains * options.num_folds.unwrap_or(MAX_FOLDS);
         let statistics = StatisticsMemory::new(model.config(), domains);
-        statistics.of(options, groups).all() + 2 * tokens * model.hidden_bytes_per_token()
+        statistics.kept_by(options, groups).all() + 2 * tokens * model.hidden_bytes_per_token()
     }
 
     /// Bytes of statistics of `all` bytes, `layer` of a layer, that are in memory at most where they are let go of.

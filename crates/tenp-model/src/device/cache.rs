@@ -25,6 +25,11 @@ pub(super) struct DeviceCache<B: Backend> {
     num_sequences: usize,
 }
 
+/// Rows of a sequence that has so many positions.
+pub(crate) fn cache_room(positions: usize) -> usize {
+    positions.next_power_of_two().max(64)
+}
+
 impl<B: Backend + 'static> DeviceCache<B> {
     /// The store of `cache`, with room for `positions` positions of each sequence.
     pub(super) fn of<'a>(
@@ -79,7 +84,7 @@ impl<B: Backend + 'static> DeviceCache<B> {
         positions: usize,
         filled: usize,
     ) -> Result<(), KernelError> {
-        let room = positions.next_power_of_two().max(64);
+        let room = cache_room(positions);
         let old = std::mem::take(&mut self.layers);
         let rows = room * self.num_sequences;
         let mut old = old.into_iter();

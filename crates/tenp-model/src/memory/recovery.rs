@@ -3,6 +3,7 @@
 use tenp_checkpoint::{Checkpoint, ExpertPlan, LayerPlan, OutputDtype, Plan, Room};
 
 use super::Step;
+use super::pass::PassMemory;
 use crate::moments;
 use crate::rewrite::{fits_at_once, held_moments};
 use crate::{Model, Sequences};
@@ -54,8 +55,8 @@ pub fn rewritten(checkpoint: &Checkpoint, plan: &Plan, dtype: OutputDtype) -> us
 pub(super) fn fit(
     model: &Model<'_>,
     sequences: &Sequences,
-    (plan, dtype): (&Plan, OutputDtype),
-    (pass, device): &(Vec<(&'static str, usize)>, Option<usize>),
+    plan: &Plan,
+    dtype: OutputDtype,
 ) -> [Step; 2] {
     let (checkpoint, config) = (model.checkpoint(), model.config());
     let width = config.moe.expert_width;
@@ -65,15 +66,18 @@ pub(super) fn fit(
     let down = |layer: &LayerPlan| of_layer(layer, |expert| column * expert.width);
     let [new, _] = Room::split(of_layers(plan, down));
     let fits = of_layers(plan, |layer| fits_at_once(config, layer).1);
-    let hidden = tokens * model.hidden_bytes_per_token();
     let moments = held_moments(of_layers(plan, |layer| of_layer(layer, |_| 1)), width);
-    let copied = if device.is_some() {
-        0
-    } else {
-        hidden - model.spilled_bytes(tokens)
-    };
-    // There the moments are in f32, half as large.
-    let there = device.map(|device| device + hidden + moments / 2);
+    let (pass, copied, [there, running_there]) =
+        if let Some(bytes) = model.engine_bytes(sequences, false) {
+            // A block's hidden states are put back at once; moments are in f32, half as large.
+            let fitting = bytes.running() + bytes.block_hidden + moments / 2;
+            let pass = vec![(super::STAGED, bytes.host)];
+            (pass, 0, [Some(fitting), Some(bytes.running())])
+        } else {
+            let hidden = tokens * model.hidden_bytes_per_token() - model.spilled_bytes(tokens);
+            let pass = PassMemory::new(model, sequences).parts(false);
+            (pass, hidden, [None; 2])
+        };
     let mut fitting = pass.clone();
     fitting.extend([
         ("hidden states to go back to", copied),
@@ -84,12 +88,12 @@ pub(super) fn fit(
         ),
         ("new down projections", new),
     ]);
-    let mut running = pass.clone();
+    let mut running = pass;
     let [narrowed, _] = narrowed(checkpoint, plan, dtype);
     running.push(("narrowed experts of a layer", narrowed));
     [
         Step::new("fit a layer", fitting).on_device(there),
-        Step::new("run the pruned layer", running).on_device(*device),
+        Step::new("run the pruned layer", running).on_device(running_there),
     ]
 }
 

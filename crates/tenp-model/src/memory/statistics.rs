@@ -38,7 +38,7 @@ impl StatisticsMemory {
 
     /// As a calibration keeps them, in so many groups.
     #[must_use]
-    pub fn of(self, options: &FoldOptions, groups: usize) -> Self {
+    pub fn kept_by(self, options: &FoldOptions, groups: usize) -> Self {
         let tables = options.domain_tables.as_ref();
         Self {
             domain_tables: tables.map_or(TABLES, Vec::len),

@@ -163,15 +163,17 @@ pub(super) fn run_in_folds(
             "going on with the calibration at layer {next} of {layers}"
         ));
     }
+    let before = model.waited().unwrap_or_default();
     let progress = Progress::new("calibrate", Unit::Tokens, total, layers);
     let progress = progress.going_on((tokens * next) as u64);
     let advance = |_, tokens| progress.advance(tokens as u64);
     let statistics = calibrate_in_folds(model, domains, folds, keep, &advance)?;
     progress.finish();
     if let Some(waited) = model.waited() {
-        let [weights, kernels] = [waited.weights, waited.kernels].map(|time| time.as_secs_f64());
+        let weights = waited.weights.saturating_sub(before.weights).as_secs_f64();
+        let kernels = waited.kernels.saturating_sub(before.kernels).as_secs_f64();
         console::note(&format!(
-            "of that, {weights:.1} s until weights were read, {kernels:.1} s until the GPU was done"
+            "of that, {weights:.1} s until weights were read, {kernels:.1} s until the GPU was done and its sums were here"
         ));
     }
     Ok(statistics)

