@@ -33,6 +33,7 @@ mod segments;
 
 use std::cell::RefCell;
 use std::io::Write as _;
+use std::path::Path;
 
 use criterion::Criterion;
 use half::bf16;
@@ -347,7 +348,9 @@ struct Made {
     left_out: Vec<Value>,
 }
 
-fn run(device: &Device) -> Result<Value, KernelError> {
+/// Every shape that is asked for; what there is goes to the file behind each, so that a run that is ended leaves those
+/// before.
+fn run(device: &Device, path: &Path) -> Result<(), KernelError> {
     let bench = Bench {
         device,
         timer: Timer::new(device)?,
@@ -364,10 +367,17 @@ fn run(device: &Device) -> Result<Value, KernelError> {
         {
             run_shape(&bench, shape, &selection, ceilings, &mut made)?;
         }
+        let report = report(device, &selection, ceilings, &made);
+        std::fs::write(path, format!("{report:#}\n"))
+            .unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     }
     bench.criterion.borrow().final_summary();
+    Ok(())
+}
+
+fn report(device: &Device, selection: &str, ceilings: Ceilings, made: &Made) -> Value {
     let properties = device.properties();
-    Ok(json!({
+    json!({
         "format": "tenp-gpu-bench",
         "version": 1,
         "gpu": properties.name,
@@ -389,7 +399,7 @@ fn run(device: &Device) -> Result<Value, KernelError> {
         "segments": made.segments,
         "tiles": made.tiles,
         "left_out": made.left_out,
-    }))
+    })
 }
 
 /// The launches of one case, each on every set, for a profiler.
@@ -426,9 +436,8 @@ fn main() {
     if let Ok(case) = std::env::var("TENP_GPU_CASE") {
         return run_once(&device, &case).unwrap_or_else(|e| panic!("{e}"));
     }
-    let report = run(&device).unwrap_or_else(|e| panic!("{e}"));
     let path = std::env::var_os("TENP_GPU_BENCH_JSON").unwrap_or_else(|| "gpu_moe.json".into());
-    std::fs::write(&path, format!("{report:#}\n"))
-        .unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let path = Path::new(&path);
+    run(&device, path).unwrap_or_else(|e| panic!("{e}"));
     let _ = writeln!(stderr, "wrote {}", path.display());
 }
