@@ -121,20 +121,31 @@ fn check_norms(batch: &Batch, forward: &Forward) {
 }
 
 /// Both sums of a neuron over a tile's rows.
+#[derive(Default)]
 struct Sums {
     sum: f64,
     /// Of magnitudes.
     size: f64,
-    tolerance: f64,
+    /// What the terms may be off.
+    error: f64,
+    rows: usize,
 }
 
 impl Sums {
+    fn add(&mut self, term: f64, error: f64) {
+        self.sum += term;
+        self.size += term.abs();
+        self.error += error;
+        self.rows += 1;
+    }
+
     fn check(&self, got: impl Fn(u32) -> f64, place: impl Fn() -> String) {
+        let tolerance = self.error + (self.rows as f64 + 4.0) * F32_ROUNDING * self.size;
         for (which, want) in [
             (TENP_SUM_CONTRIBUTION, self.sum),
             (TENP_SUM_CONTRIBUTION_ABS, self.size),
         ] {
-            assert_close(got(which), want, self.tolerance * 1.01, || {
+            assert_close(got(which), want, tolerance * 1.01, || {
                 format!("sum {which}, {}", place())
             });
         }
@@ -153,19 +164,12 @@ fn check_contribution(batch: &Batch, forward: &Forward, tile: Tile, partials: &P
             let column = column(batch, e, j);
             let tiles = rows.chunks(tile.rows()).zip(y.chunks(tile.rows()));
             for (t, (rows, y)) in tiles.enumerate() {
-                let (mut sum, mut size, mut error) = (0.0, 0.0, 0.0);
+                let mut want = Sums::default();
                 for (&row, y) in rows.iter().zip(y) {
                     let (product, off) = dot(&column, y);
                     let scale = h[row * pitch + j].to_f64() * f64::from(inverse[row]);
-                    sum += scale * product;
-                    size += (scale * product).abs();
-                    error += scale.abs() * off;
+                    want.add(scale * product, scale.abs() * off);
                 }
-                let want = Sums {
-                    sum,
-                    size,
-                    tolerance: error + (rows.len() as f64 + 4.0) * F32_ROUNDING * size,
-                };
                 want.check(
                     |which| got.get(batch, which, e, t, j),
                     || format!("{tile:?}, expert {e} tile {t} neuron {j}"),
@@ -198,7 +202,7 @@ fn check_gram_contribution(batch: &Batch, forward: &Forward, tile: Tile, partial
                 .map(|(g, off)| (g, off + TWICE_ROUNDED * (g.abs() + off)))
                 .collect();
             for (t, rows) in rows.chunks(tile.rows()).enumerate() {
-                let (mut sum, mut size, mut error) = (0.0, 0.0, 0.0);
+                let mut want = Sums::default();
                 for &row in rows {
                     let h = &h[row * pitch..][..width];
                     let terms = || {
@@ -210,16 +214,9 @@ fn check_gram_contribution(batch: &Batch, forward: &Forward, tile: Tile, partial
                     let sizes: f64 = terms().map(|(h, g, _)| (h * g).abs()).sum();
                     let off: f64 = terms().map(|(h, _, off)| h.abs() * off).sum();
                     let scale = h[j].to_f64() * f64::from(inverse[row]);
-                    sum += scale * product;
-                    size += (scale * product).abs();
                     let added = (2.0 * width as f64 + 1.0) * F32_ROUNDING * sizes * 1.01;
-                    error += scale.abs() * (off + added);
+                    want.add(scale * product, scale.abs() * (off + added));
                 }
-                let want = Sums {
-                    sum,
-                    size,
-                    tolerance: error + (rows.len() as f64 + 4.0) * F32_ROUNDING * size,
-                };
                 want.check(
                     |which| got.get(batch, which, e, t, j),
                     || format!("Gram {tile:?}, expert {e} tile {t} neuron {j}"),
