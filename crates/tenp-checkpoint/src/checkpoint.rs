@@ -337,9 +337,7 @@ pub(crate) fn unreadable(shard: &Shard, entry: &Entry) -> CheckpointError {
     }
 }
 
-pub(crate) fn by_name(
-    shards: &[Shard],
-) -> Result<HashMap<String, (usize, usize)>, CheckpointError> {
+fn by_name(shards: &[Shard]) -> Result<HashMap<String, (usize, usize)>, CheckpointError> {
     let mut by_name = HashMap::new();
     for (shard_index, shard) in shards.iter().enumerate() {
         for (index, entry) in shard.entries.iter().enumerate() {

@@ -29,9 +29,9 @@ pub struct FoldOptions {
     pub tables: Vec<&'static str>,
     /// The same of the domains; `None`: all, without which statistics cannot be written.
     pub domain_tables: Option<Vec<&'static str>>,
-    /// Whether the domains' `[N,K]` statistics of layers that are kept on the disk are let go of: [`Keep::write`] puts
-    /// everything together.
-    pub let_go: bool,
+    /// Bytes of the domains' `[N,K]` statistics above which layers are kept on the disk at once; then as whenever they are kept,
+    /// they are let go of, and [`Keep::write`] puts everything together. `None`: they stay in memory.
+    pub held_bytes: Option<usize>,
 }
 
 impl FoldOptions {
@@ -85,7 +85,7 @@ pub fn calibrate_in_folds(
     let (layers, num_layers) = (&model.config().moe_layers[..], model.config().num_layers);
     let mut run = model.begin(&sequences)?;
     if let Some(keep) = &mut keep {
-        keep.lets_go(options.let_go);
+        keep.hold(options.held_bytes);
         keep.restore(model.config(), &mut collected, &mut run, &sequences)?;
     }
     while run.step(&collector)? {

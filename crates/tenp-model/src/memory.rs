@@ -86,11 +86,9 @@ pub fn calibration(
         let sums = memory.sums(blocks + usize::from(blocks > 1));
         (pass.parts(true), sums, None)
     };
-    let done = if options.let_go {
-        Keep::held_bytes(memory.layers_before_last(), memory.layer())
-    } else {
-        memory.layers_before_last()
-    };
+    let all = memory.layers_before_last();
+    let held = options.held_bytes.map(|most| most + memory.layer());
+    let done = held.map_or(all, |most| all.min(most));
     parts.extend([
         ("statistics of the layers done", done),
         ("sums of a layer", sums),

@@ -83,6 +83,11 @@ fn a_stopped_calibration_goes_on_with_the_same_bits() {
 }
 
 #[test]
+fn statistics_that_are_let_go_of_are_written() {
+    passes::resuming::statistics_that_are_let_go_of_are_written(&place);
+}
+
+#[test]
 fn shares_merge_to_the_whole() {
     passes::sharing::shares_merge_to_the_whole(&either);
 }

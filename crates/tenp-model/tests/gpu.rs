@@ -132,6 +132,14 @@ fn experts_are_fitted_as_on_the_cpu() {
 }
 
 #[test]
+fn statistics_that_are_let_go_of_are_written() {
+    let Some(device) = gpu("statistics_that_are_let_go_of_are_written") else {
+        return;
+    };
+    passes::resuming::statistics_that_are_let_go_of_are_written(&|_| device.clone());
+}
+
+#[test]
 fn shares_merge_to_the_whole() {
     let Some(device) = gpu("shares_merge_to_the_whole") else {
         return;

@@ -20,9 +20,6 @@ const TIME_SHARE: u32 = 20;
 /// Bytes of hidden states that go to and from the disk at once.
 const CHUNK_BYTES: usize = 8 << 20;
 
-/// Bytes of `[N,K]` statistics that may wait to be let go of until it is time to keep a layer.
-const HELD_BYTES: usize = 512 << 20;
-
 /// Where a calibration keeps what it has done.
 #[derive(Debug)]
 pub struct Keep {
@@ -35,8 +32,8 @@ pub struct Keep {
     cost: Duration,
     /// Layers below this have their statistics in the folder.
     saved: usize,
-    /// Whether their `[N,K]` tables are let go of.
-    lets_go: bool,
+    /// Bytes of `[N,K]` tables that wait until it is time to keep a layer; `None`: none is let go of.
+    held_bytes: Option<usize>,
     trouble: Option<String>,
 }
 
@@ -77,11 +74,6 @@ impl Keep {
         statistics.kept_by(options, groups).all() + 2 * tokens * model.hidden_bytes_per_token()
     }
 
-    /// Bytes of statistics of `all` bytes, `layer` of a layer, that are in memory at most where they are let go of.
-    pub(crate) fn held_bytes(all: usize, layer: usize) -> usize {
-        all.min(HELD_BYTES + layer)
-    }
-
     /// Bytes of the hidden states of `tokens` tokens that are in memory on their way to the disk.
     pub(crate) fn chunk_bytes(model: &Model<'_>, tokens: usize) -> usize {
         let row = model.hidden_bytes_per_token();
@@ -98,7 +90,7 @@ impl Keep {
             last: now,
             cost: Duration::ZERO,
             saved: 0,
-            lets_go: false,
+            held_bytes: None,
             trouble: None,
         }
     }
@@ -123,8 +115,8 @@ impl Keep {
         self.work.finish();
     }
 
-    pub(super) fn lets_go(&mut self, lets_go: bool) {
-        self.lets_go = lets_go;
+    pub(super) fn hold(&mut self, bytes: Option<usize>) {
+        self.held_bytes = bytes;
     }
 
     /// Writes the statistics that were calibrated, those that were let go of too.
@@ -170,7 +162,7 @@ impl Keep {
         let next = self.next_layer(config);
         for layer in config.moe_layers.iter().filter(|layer| **layer < next) {
             let Collected { statistics, folds } = collected;
-            let wanted = |_: &str| !self.lets_go;
+            let wanted = |_: &str| self.held_bytes.is_none();
             read_parts(&self.parts(*layer), *layer, statistics, folds, &wanted)?;
         }
         if (1..config.num_layers).contains(&next) {
@@ -197,7 +189,10 @@ impl Keep {
             let kept = self.save(layers, collected, run.layer());
             let kept = kept.and_then(|()| self.save_hidden(run, sequences));
             self.finish_keeping(kept);
-        } else if self.lets_go && collected.table_bytes() > HELD_BYTES {
+        } else if self
+            .held_bytes
+            .is_some_and(|most| collected.table_bytes() > most)
+        {
             // Without the hidden states: it is not yet time to go on from here.
             let kept = self.save(layers, collected, run.layer());
             self.trouble = kept.err().map(|error| error.to_string());
@@ -238,7 +233,7 @@ impl Keep {
         }
         self.work.begin()?;
         self.saved = end;
-        if self.lets_go {
+        if self.held_bytes.is_some() {
             collected.let_go();
         }
         self.cost = started.elapsed();

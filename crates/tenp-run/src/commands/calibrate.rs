@@ -73,10 +73,13 @@ pub(super) fn run(args: &Calibrate) -> Result<()> {
     Ok(())
 }
 
+/// Bytes of statistics by neuron that stay in memory until it is time to keep a layer.
+const HELD_BYTES: usize = 512 << 20;
+
 /// Nothing but the file needs the statistics.
 fn fold_options() -> FoldOptions {
     FoldOptions {
-        let_go: true,
+        held_bytes: Some(HELD_BYTES),
         ..FoldOptions::default()
     }
 }

@@ -42,7 +42,7 @@ pub(super) fn run(args: &Prune) -> Result<()> {
             Some(_) => None,
             None => Some(recovery::tables(&request, args.recover)?),
         },
-        let_go: false,
+        held_bytes: None,
     };
     if args.dry_run {
         return place.with_model(&checkpoint, |model| {
