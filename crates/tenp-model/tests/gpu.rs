@@ -93,12 +93,12 @@ macro_rules! on_the_gpu {
 every_check!(on_the_gpu);
 
 macro_rules! passes {
-    ($($check:ident($($argument:expr)?),)*) => {
+    ($($([$module:ident])? $check:ident($($argument:expr)?),)*) => {
         $(
             #[test]
             fn $check() {
                 let Some(device) = gpu(stringify!($check)) else { return };
-                passes::$check(&|_| device.clone() $(, $argument)?);
+                passes::$($module::)?$check(&|_| device.clone() $(, $argument)?);
             }
         )*
     };
@@ -113,54 +113,12 @@ passes! {
     continuations_are_the_same(),
     prompts_are_completed_together_as_alone(),
     calibration_has_the_same_bits(repeats()),
-}
-
-#[test]
-fn neurons_are_merged_as_on_the_cpu() {
-    let Some(device) = gpu("neurons_are_merged_as_on_the_cpu") else {
-        return;
-    };
-    passes::merging::neurons_are_merged_as_on_the_cpu(&|_| device.clone());
-}
-
-#[test]
-fn experts_are_fitted_as_on_the_cpu() {
-    let Some(device) = gpu("experts_are_fitted_as_on_the_cpu") else {
-        return;
-    };
-    passes::recovery::experts_are_fitted_as_on_the_cpu(&|_| device.clone());
-}
-
-#[test]
-fn statistics_that_are_let_go_of_are_written() {
-    let Some(device) = gpu("statistics_that_are_let_go_of_are_written") else {
-        return;
-    };
-    passes::resuming::statistics_that_are_let_go_of_are_written(&|_| device.clone());
-}
-
-#[test]
-fn shares_merge_to_the_whole() {
-    let Some(device) = gpu("shares_merge_to_the_whole") else {
-        return;
-    };
-    passes::sharing::shares_merge_to_the_whole(&|_| device.clone());
-}
-
-#[test]
-fn logits_of_fp8_weights() {
-    let Some(device) = gpu("logits_of_fp8_weights") else {
-        return;
-    };
-    passes::fp8::logits_of_fp8_weights(&|_| device.clone());
-}
-
-#[test]
-fn a_stopped_calibration_goes_on_with_the_same_bits() {
-    let Some(device) = gpu("a_stopped_calibration_goes_on_with_the_same_bits") else {
-        return;
-    };
-    passes::resuming::a_stopped_calibration_goes_on_with_the_same_bits(&|_| device.clone());
+    [merging] neurons_are_merged_as_on_the_cpu(),
+    [recovery] experts_are_fitted_as_on_the_cpu(),
+    [resuming] statistics_that_are_let_go_of_are_written(),
+    [sharing] shares_merge_to_the_whole(),
+    [fp8] logits_of_fp8_weights(),
+    [resuming] a_stopped_calibration_goes_on_with_the_same_bits(),
 }
 
 #[test]
