@@ -30,13 +30,9 @@ pub fn writing_memory(
     let changed = || tensors.iter().filter(|output| !copied(output));
     let making = changed().map(|tensor| making_bytes(checkpoint, &tensor.recipe, options.dtype));
     let made = changed().map(piece_bytes).max().unwrap_or(0);
-    // Every second piece is the scales of the one before.
+    // Every second piece is the scales of the one before: those that wait are small.
     let scales = changed().any(|output| matches!(output.recipe, Recipe::Scales(..)));
-    let waiting = if scales {
-        WAITING_PIECES.div_ceil(2)
-    } else {
-        WAITING_PIECES
-    };
+    let waiting = if scales { 0 } else { WAITING_PIECES };
     let moe = &checkpoint.config().moe;
     let norms = mtp_plans.len() * size_of::<f64>() * moe.num_experts * moe.expert_width;
     Ok(vec![

@@ -61,8 +61,9 @@ impl<'a> Copying<'a> {
     }
 }
 
-/// Pieces that are made and wait for the writer: so many are made while it lets the system copy a whole expert.
-pub(super) const WAITING_PIECES: usize = 2;
+/// Pieces that are made and wait for the writer. In fp8 it is the scales of the matrix that is being written, while the next
+/// matrix is made.
+pub(super) const WAITING_PIECES: usize = 1;
 
 /// What the writer takes next.
 enum Piece<'a> {
